@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixed-point masked generative models for the Hugging Face world.
+
+Importing `fpmgm` registers its models with `AutoConfig`, `AutoModel` and `AutoModelForMaskedLM`.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+
+from .conversion import load_mdlm
+from .models.budget import BudgetPlan, plan_budget
+from .models.configuration_fpmdlm import FPMDLMConfig
+from .models.generation_mgm import GenerationStep, MGMGenerationConfig, MGMGenerationMixin, MGMGenerationOutput
+from .models.modeling_fpmdlm import FPMDLMForMaskedDiffusion, MGMOutput
+
+
+__version__ = "0.1.0.dev0"
+
+AutoConfig.register(FPMDLMConfig.model_type, FPMDLMConfig, exist_ok=True)
+AutoModel.register(FPMDLMConfig, FPMDLMForMaskedDiffusion, exist_ok=True)
+AutoModelForMaskedLM.register(FPMDLMConfig, FPMDLMForMaskedDiffusion, exist_ok=True)
+
+__all__ = [
+    "BudgetPlan",
+    "FPMDLMConfig",
+    "FPMDLMForMaskedDiffusion",
+    "GenerationStep",
+    "MGMGenerationConfig",
+    "MGMGenerationMixin",
+    "MGMGenerationOutput",
+    "MGMOutput",
+    "load_mdlm",
+    "plan_budget",
+]

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of the fixed-point masked diffusion language model."""
+
+from transformers import PreTrainedConfig
+
+
+INPUT_INJECTIONS = ("mlp", "linear", "diagonal")
+INJECTION_INITS = ("contraction", "identity")
+
+
+class FPMDLMConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`FPMDLMForMaskedDiffusion`]: `num_pre_layers` explicit blocks P, `num_fixed_point_layers` shared
+    blocks F iterated to a fixed point, `num_post_layers` explicit blocks H. The defaults are the paper's FP-MDLM;
+    `num_pre_layers=12, num_fixed_point_layers=0, num_post_layers=0` is MDLM-small.
+
+    Args:
+        vocab_size (`int`, defaults to 50258): Number of token ids, the mask id included.
+        mask_token_id (`int`, defaults to 50257): Id of the mask; it is never generated.
+        hidden_size (`int`, defaults to 768): Width D of the residual stream.
+        num_attention_heads (`int`, defaults to 12): Heads; must divide `hidden_size` into an even head size.
+        intermediate_size (`int`, defaults to 3072): Width of each block's MLP.
+        conditioning_size (`int`, defaults to 128): Width of the time-conditioning vector of the adaptive layer norms.
+        max_position_embeddings (`int`, defaults to 1024): Longest sequence, and the default length of `generate`.
+        dropout (`float`, defaults to 0.1): Dropout after attention and MLP, in [0, 1). Inside the fixed-point stack
+            one mask serves all iterations of a call.
+        num_pre_layers, num_fixed_point_layers, num_post_layers (`int`, default to 1): Blocks of P, F and H.
+        input_injection (`str`, defaults to `"mlp"`): How F sees its input u: `"mlp"` (the paper's), `"linear"` or
+            `"diagonal"` (z = a⊙h + (1 − a)⊙u with a in (0, 1): stable for any weights, nearly free).
+        injection_init (`str`, defaults to `"contraction"`): Start of the injection: `"contraction"` is exactly
+            z = h/2 + u/2, for training from scratch; `"identity"` is exactly z = h, for conversion (not possible
+            for `"diagonal"`, whose a stays below 1).
+        num_fixed_point_iterations (`int`, defaults to 6): Iterations of `forward` when none are given.
+        no_grad_iterations, grad_iterations (`list[int]`, default to [0, 4] and [3, 6]): Inclusive ranges from which
+            the trainer draws the iterations without and with gradient (SJFB, Section 3.2 and Appendix C.1).
+        time_conditioning (`bool`, defaults to `False`): Whether the blocks see the diffusion time.
+        rope_theta (`float`, defaults to 10000): Base of the rotary position embedding.
+        layer_norm_eps (`float`, defaults to 1e-5): Added to variances.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of freshly drawn weights.
+        tie_word_embeddings (`bool`, defaults to `False`): Whether the head shares the embedding's weight.
+
+    Raises:
+        `ValueError`: names the field, its value, what is allowed and what to do.
+
+    Example:
+
+    ```python
+    >>> from fpmgm import FPMDLMConfig
+    >>> FPMDLMConfig(num_pre_layers=12, num_fixed_point_layers=0, num_post_layers=0).num_hidden_layers
+    12
+
+    ```
+    """
+
+    model_type = "fpmdlm"
+    keys_to_ignore_at_inference = [
+        "last_hidden_state",
+        "fixed_point_state",
+        "residuals",
+        "block_evaluations",
+        "masked_accuracy",
+    ]
+
+    vocab_size: int = 50258
+    mask_token_id: int = 50257
+    hidden_size: int = 768
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    conditioning_size: int = 128
+    max_position_embeddings: int = 1024
+    dropout: float = 0.1
+    num_pre_layers: int = 1
+    num_fixed_point_layers: int = 1
+    num_post_layers: int = 1
+    input_injection: str = "mlp"
+    injection_init: str = "contraction"
+    num_fixed_point_iterations: int = 6
+    no_grad_iterations: list[int] | None = None
+    grad_iterations: list[int] | None = None
+    time_conditioning: bool = False
+    rope_theta: float = 10000.0
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        self.no_grad_iterations = [0, 4] if self.no_grad_iterations is None else list(self.no_grad_iterations)
+        self.grad_iterations = [3, 6] if self.grad_iterations is None else list(self.grad_iterations)
+        _check_sizes(self)
+        _check_fixed_point(self)
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Distinct blocks of the model."""
+        return self.num_pre_layers + self.num_fixed_point_layers + self.num_post_layers
+
+
+def _check_sizes(config: FPMDLMConfig) -> None:
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "num_attention_heads",
+        "intermediate_size",
+        "conditioning_size",
+        "max_position_embeddings",
+        "num_fixed_point_iterations",
+    ):
+        _check_whole(name, getattr(config, name), minimum=1)
+    for name in ("num_pre_layers", "num_fixed_point_layers", "num_post_layers"):
+        _check_whole(name, getattr(config, name), minimum=0)
+    if config.num_hidden_layers == 0:
+        raise ValueError("`num_pre_layers`, `num_fixed_point_layers` and `num_post_layers` are all 0: give one block.")
+    if config.hidden_size % (2 * config.num_attention_heads):
+        raise ValueError(
+            f"`num_attention_heads`={config.num_attention_heads} must divide `hidden_size`={config.hidden_size} into "
+            "heads of even size (rotary embedding turns pairs of channels): change one of the two."
+        )
+    if not 0 <= config.mask_token_id < config.vocab_size:
+        raise ValueError(
+            f"`mask_token_id`={config.mask_token_id} must lie in [0, `vocab_size`={config.vocab_size}): "
+            "add one id for the mask to the vocabulary size."
+        )
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"`dropout`={config.dropout} must lie in [0, 1): use 0 to switch it off.")
+
+
+def _check_fixed_point(config: FPMDLMConfig) -> None:
+    if config.input_injection not in INPUT_INJECTIONS:
+        raise ValueError(f"`input_injection`={config.input_injection!r} must be one of {INPUT_INJECTIONS}.")
+    if config.injection_init not in INJECTION_INITS:
+        raise ValueError(f"`injection_init`={config.injection_init!r} must be one of {INJECTION_INITS}.")
+    if config.input_injection == "diagonal" and config.injection_init == "identity":
+        raise ValueError(
+            "`injection_init`='identity' cannot be had with `input_injection`='diagonal', whose share of the state "
+            "stays below 1: use 'contraction'."
+        )
+    for name, minimum in (("no_grad_iterations", 0), ("grad_iterations", 1)):
+        bounds = getattr(config, name)
+        if len(bounds) != 2 or not all(isinstance(n, int) for n in bounds) or not minimum <= bounds[0] <= bounds[1]:
+            raise ValueError(
+                f"`{name}`={bounds} must be two whole numbers [low, high] with {minimum} <= low <= high: "
+                "each training step draws its number of iterations from this range."
+            )
+
+
+def _check_whole(name: str, value: int, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"`{name}`={value!r} must be a whole number of at least {minimum}.")
+
+
+__all__ = ["FPMDLMConfig"]

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every default of `generate`, saved as `generation_config.json` beside the weights."""
+
+from numbers import Real
+from typing import Any
+
+from transformers import GenerationConfig
+
+from .budget import ALLOCATIONS, check_whole
+from .reuse import REUSES
+
+
+FINALS = ("sample", "argmax", "none")
+MISPLACED = {
+    "max_length": "use `length`: a masked model writes a sequence of fixed length",
+    "max_new_tokens": "use `length`: a masked model writes a sequence of fixed length",
+    "num_beams": "sequences are not written from left to right: there is nothing to beam",
+    "do_sample": "use `temperature=0` for the most likely tokens",
+}
+
+
+class MGMGenerationConfig(GenerationConfig):
+    """Parameters of [`MGMGenerationMixin.generate`].
+
+    Args:
+        > Parameters that control the computation
+
+        budget (`int`, *optional*, defaults to 96): Block evaluations per sequence; see [`plan_budget`].
+        num_steps (`int`, *optional*): Denoising steps. `None`: chosen from the budget.
+        iterations (`int` or `list[int]`, *optional*): Fixed-point iterations of every step or of each, instead of a
+            budget. `None`: planned from the budget.
+        allocation (`str` or `list[int]`, defaults to `"decreasing"`): How a budget's iterations are shared over steps.
+        reuse (`str`, defaults to `"3sr"`): Start of the solver from the previous step: `"none"`, `"full"`, `"3sr"`.
+        gamma_unchanged (`float`, defaults to 1.0): Share reused at visible tokens that did not change (3sr).
+        gamma_masked (`list[float]`, defaults to [0.75, 0.9]): Share reused at masked positions, when nothing and when
+            everything is visible (3sr).
+        gamma_changed (`float`, defaults to 0.2): Share reused at tokens that the last step revealed (3sr).
+
+        > Parameters that control the draw
+
+        temperature (`float`, defaults to 1.0): Divides the logits; 0 takes the most likely token.
+        top_k (`int`, *optional*): Draw among the k most likely tokens. `None`: all.
+        top_p (`float`, *optional*): Draw among the most likely tokens that hold this probability. `None`: all.
+        order (`str`, *optional*): Which positions are revealed when. `None`: the model's default (`"ancestral"` for
+            text).
+        final (`str`, defaults to `"sample"`): What happens to positions still masked after the last step: `"sample"`
+            draws them at that step, `"argmax"` takes their most likely tokens, `"none"` leaves the mask id.
+
+        > Parameters that control the output
+
+        progress_bar (`bool`, defaults to `False`): Whether to show the denoising steps.
+        return_dict_in_generate (`bool`, defaults to `False`): Return [`MGMGenerationOutput`] instead of tokens.
+
+    Raises:
+        `ValueError`: on an unknown name or a value that is not allowed.
+    """
+
+    def __init__(self, **kwargs):
+        # Not super().__init__(): the fields of left-to-right generation have no meaning here.
+        self.budget: int | None = kwargs.pop("budget", 96)
+        self.num_steps: int | None = kwargs.pop("num_steps", None)
+        self.iterations: int | list[int] | None = kwargs.pop("iterations", None)
+        self.allocation: str | list[int] = kwargs.pop("allocation", "decreasing")
+        self.reuse: str = kwargs.pop("reuse", "3sr")
+        self.gamma_unchanged: float = kwargs.pop("gamma_unchanged", 1.0)
+        self.gamma_masked: list[float] = list(kwargs.pop("gamma_masked", (0.75, 0.9)))
+        self.gamma_changed: float = kwargs.pop("gamma_changed", 0.2)
+
+        self.temperature: float = kwargs.pop("temperature", 1.0)
+        self.top_k: int | None = kwargs.pop("top_k", None)
+        self.top_p: float | None = kwargs.pop("top_p", None)
+        self.order: str | None = kwargs.pop("order", None)
+        self.final: str = kwargs.pop("final", "sample")
+
+        self.progress_bar: bool = kwargs.pop("progress_bar", False)
+        self.return_dict_in_generate: bool = kwargs.pop("return_dict_in_generate", False)
+
+        self.transformers_version: str | None = kwargs.pop("transformers_version", None)
+        for name in ("_commit_hash", "_from_model_config", "_original_object_hash"):  # set by the hub's loader
+            setattr(self, name, kwargs.pop(name, None))
+        if kwargs:
+            raise ValueError(unknown_arguments(kwargs, self))
+        self.validate()
+
+    def validate(self, **unused: Any) -> None:
+        """Raise a `ValueError` that names the first value that is not allowed."""
+        for name, unit in (("budget", "block evaluations"), ("num_steps", "denoising steps"), ("top_k", "tokens")):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name), minimum=1, unit=unit)
+        if isinstance(self.allocation, str) and self.allocation not in ALLOCATIONS:
+            raise ValueError(f"`allocation`={self.allocation!r} must be one of {tuple(ALLOCATIONS)} or a list.")
+        for name, allowed in (("reuse", REUSES), ("final", FINALS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}`={getattr(self, name)!r} must be one of {allowed}.")
+        gammas = {"gamma_unchanged": [self.gamma_unchanged], "gamma_masked": self.gamma_masked}
+        for name, values in {**gammas, "gamma_changed": [self.gamma_changed]}.items():
+            if any(not 0 <= value <= 1 for value in values) or (name == "gamma_masked" and len(values) != 2):
+                raise ValueError(f"`{name}`={getattr(self, name)} must lie in [0, 1] (two values for `gamma_masked`).")
+        if not isinstance(self.temperature, Real) or not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"`temperature`={self.temperature!r} must be a number >= 0 (0: most likely token).")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p`={self.top_p} must lie in (0, 1]; `None` keeps all tokens.")
+
+    def updated(self, **kwargs: Any) -> "MGMGenerationConfig":
+        """A copy with `kwargs` set; a budget given here replaces saved iterations, and the other way round."""
+        if kwargs.get("budget") is not None and kwargs.get("iterations") is not None:
+            raise ValueError(
+                f"`budget`={kwargs['budget']} and `iterations`={kwargs['iterations']} exclude each other: "
+                "give a budget, or `num_steps` with `iterations`."
+            )
+        values = {name: value for name, value in self.to_dict().items() if not name.startswith("_")}
+        unknown = {name: value for name, value in kwargs.items() if name not in values}
+        if unknown:
+            raise ValueError(unknown_arguments(unknown, self))
+        if kwargs.get("budget") is not None:
+            values["iterations"] = None
+        if kwargs.get("iterations") is not None:
+            values["budget"] = None
+        return type(self)(**{**values, **kwargs})
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """All values: a reader of `generation_config.json` sees every default."""
+        return self.to_dict()
+
+    @classmethod
+    def from_model_config(cls, model_config: Any) -> "MGMGenerationConfig":
+        """The defaults: a model configuration holds no generation parameters."""
+        return cls()
+
+
+def unknown_arguments(names: dict[str, Any], config: MGMGenerationConfig) -> str:
+    """The message for arguments that `generate` does not have."""
+    hints = [f" (`{name}`: {MISPLACED[name]})" for name in names if name in MISPLACED]
+    known = sorted(name for name in vars(config) if not name.startswith("_"))
+    return f"unknown generation argument(s) {sorted(names)}{''.join(hints)}: known are {known}."
+
+
+__all__ = ["MGMGenerationConfig"]

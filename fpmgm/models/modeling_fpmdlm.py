@@ -1,0 +1,527 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fixed-point masked diffusion language model: pre-stack P, injection G, shared stack F, post-stack and head H.
+
+    h_pre = P(z, t);   u = G(h_pre);   h* ≈ fixed point of h ↦ F(h; u, t);   logits = H(h*, t)        (Section 3.1)
+
+Without fixed-point layers it is MDLM. The blocks are MDLM's: rotary self-attention and MLP under an adaptive layer
+norm whose vectors come from the diffusion time, or are constants when time is not conditioned on.
+
+Shapes: B batch, L length, D hidden size, C conditioning size, H heads, K head size, V vocabulary, N iterations,
+P positions selected from B·L.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_fpmdlm import FPMDLMConfig
+from .fixed_point import FixedPointSolution, solve_fixed_point
+from .generation_mgm import MGMGenerationMixin
+from .noise import IGNORE_INDEX, sigma
+from .reuse import warm_start
+
+
+TIMESTEP_FREQUENCIES = 256
+
+
+@dataclass
+class MGMOutput(ModelOutput):
+    """Output of a masked generative model.
+
+    Args:
+        loss (`torch.Tensor`, scalar): Weighted cross-entropy per real position, when `labels` are given.
+        logits (`torch.Tensor`): (B, L, V), or (P, V) at `logits_positions`; raw, with the mask column.
+        last_hidden_state (`torch.Tensor`): (B, L, D) after the post-stack, before the final norm.
+        fixed_point_state (`torch.Tensor`): (B, L, D) h*; `None` without fixed-point layers.
+        residuals (`torch.Tensor`): (N, B) relative residual of each iteration taken, float32.
+        masked_accuracy (`torch.Tensor`, scalar): Share of the positions with a label whose most likely token is right.
+        block_evaluations (`int`): Transformer blocks run per sequence.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    fixed_point_state: torch.Tensor | None = None
+    residuals: torch.Tensor | None = None
+    masked_accuracy: torch.Tensor | None = None
+    block_evaluations: int | None = None
+
+
+# --- pure functions ---------------------------------------------------------------------------------------------------
+
+
+def rotary_embedding(length: int, head_size: int, theta: float, device, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of position × frequency, each (L, K), halves repeated (the rotate-half convention)."""
+    frequencies = theta ** -(torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
+    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequencies  # (L, K/2)
+    angles = torch.cat([angles, angles], dim=-1)                                              # (L, K)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotary position embedding of queries or keys `x` (B, H, L, K)."""
+    cos, sin = rotary
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x(1 + scale) + shift."""
+    return x * (1 + scale) + shift
+
+
+def shared_dropout(x: torch.Tensor, p: float, training: bool, keep: torch.Tensor | None = None) -> torch.Tensor:
+    """Dropout of `x` with probability `p`; `keep` (same shape, bool) is a mask drawn beforehand, else one is drawn."""
+    if keep is None:
+        return F.dropout(x, p, training)
+    return x * keep / (1 - p)
+
+
+def masked_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+    """−log p(label) at masked positions, (P,) float32, with no probability on the mask id (the SUBS parameterisation).
+
+    Args:
+        logits (`torch.Tensor`): (P, V).
+        labels (`torch.Tensor`): (P,).
+    """
+    logits = logits.float()
+    logits[:, mask_token_id] = float("-inf")
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention written out: `query`, `key`, `value` (B, H, L, K), additive mask → output (B, L, H, K), weights."""
+    scores = query @ key.transpose(2, 3) * scaling                                            # (B, H, L, L)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, dropout, module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+class LayerNorm(nn.Module):
+    """Layer norm in float32 with a weight and no bias."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x.float(), x.shape[-1:], self.weight.float(), None, self.eps).to(x.dtype)
+
+
+class TimestepEmbedding(nn.Module):
+    """The conditioning vector of a noise level: sinusoids of σ, then an MLP."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(TIMESTEP_FREQUENCIES, size), nn.SiLU(), nn.Linear(size, size))
+
+    def forward(self, noise: torch.Tensor) -> torch.Tensor:
+        half = TIMESTEP_FREQUENCIES // 2
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=noise.device) / half)
+        angles = noise.float()[:, None] * frequencies
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)                            # (B, 256)
+        return F.silu(self.mlp(features.to(self.mlp[0].weight.dtype)))                        # (B, C)
+
+
+class ZeroLinear(nn.Linear):
+    """A linear map that starts at 0."""
+
+
+class IdentityLinear(nn.Linear):
+    """A linear map that starts as blocks of multiples of the identity.
+
+    Args:
+        size (`int`): Width of a block.
+        blocks (`list[list[float]]`): Multiple of the identity in each block, in rows and columns.
+        bias (`bool`, defaults to `True`): Whether there is a bias, 0 at the start.
+    """
+
+    def __init__(self, size: int, blocks: list[list[float]], bias: bool = True):
+        super().__init__(size * len(blocks[0]), size * len(blocks), bias=bias)
+        self.size, self.blocks = size, blocks
+
+    def initial_weight(self) -> torch.Tensor:
+        """The weight at the start, (size · rows, size · columns)."""
+        return torch.kron(torch.tensor(self.blocks), torch.eye(self.size))
+
+
+class Modulation(ZeroLinear):
+    """Shifts, scales and gates of an adaptive layer norm from the conditioning vector; all 0 at the start."""
+
+    def __init__(self, conditioning_size: int, hidden_size: int, vectors: int):
+        super().__init__(conditioning_size, vectors * hidden_size)
+        self.vectors = vectors
+
+    def forward(self, conditioning: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return super().forward(conditioning)[:, None].chunk(self.vectors, dim=-1)             # each (B, 1, D)
+
+
+class FPMDLMAttention(nn.Module):
+    """Bidirectional rotary self-attention through Hugging Face's attention interface (SDPA by default)."""
+
+    is_causal = False
+
+    def __init__(self, config: FPMDLMConfig):
+        super().__init__()
+        self.config = config
+        self.head_size = config.hidden_size // config.num_attention_heads
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor, rotary: tuple, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        qkv = self.qkv_proj(x).unflatten(-1, (3, -1, self.head_size))                         # (B, L, 3, H, K)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)                                        # (B, H, L, K)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        query, key = rotate(query, rotary), rotate(key, rotary)
+        out, _ = attend(self, query, key, value, attention_mask, scaling=self.head_size**-0.5, dropout=0.0)
+        return self.o_proj(out.flatten(2))                                                    # (B, L, D)
+
+
+class FPMDLMBlock(nn.Module):
+    """MDLM's block: gated attention and gated MLP, each after an adaptive layer norm."""
+
+    def __init__(self, config: FPMDLMConfig):
+        super().__init__()
+        self.dropout = config.dropout
+        self.modulation = Modulation(config.conditioning_size, config.hidden_size, 6)
+        self.norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.attention = FPMDLMAttention(config)
+        self.norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        modulation: tuple[torch.Tensor, ...],
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        keep: tuple[torch.Tensor, torch.Tensor] | tuple[None, None] = (None, None),
+    ) -> torch.Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        y = self.attention(modulate(self.norm1(x), shift1, scale1), rotary, attention_mask)
+        x = x + gate1 * shared_dropout(y, self.dropout, self.training, keep[0])
+        y = F.gelu(self.up_proj(modulate(self.norm2(x), shift2, scale2)), approximate="tanh")
+        return x + gate2 * shared_dropout(self.down_proj(y), self.dropout, self.training, keep[1])
+
+
+class MLPInjection(nn.Module):
+    """z = W₂ GELU(W₁ [h; u] + b₁) + b₂, with W₁ = [Wₕ Wᵤ] held as two matrices: Wᵤu + b₁ is constant over iterations.
+
+    GELU(x) − GELU(−x) = x exactly, so rows in pairs of opposite sign make z = ah + bu exact at the start.
+    """
+
+    def __init__(self, size: int, a: float, b: float):
+        super().__init__()
+        self.state_proj = IdentityLinear(size, [[a], [-a]], bias=False)
+        self.input_proj = IdentityLinear(size, [[b], [-b]])
+        self.out_proj = IdentityLinear(size, [[1.0, -1.0]])
+
+    def constant(self, u: torch.Tensor) -> torch.Tensor:
+        """The part that depends on the input alone: once per call."""
+        return self.input_proj(u)
+
+    def forward(self, h: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
+        return self.out_proj(F.gelu(self.state_proj(h) + constant, approximate="tanh"))
+
+
+class LinearInjection(nn.Module):
+    """z = Wₕh + Wᵤu + b, at the start z = ah + bu."""
+
+    def __init__(self, size: int, a: float, b: float):
+        super().__init__()
+        self.state_proj = IdentityLinear(size, [[a]], bias=False)
+        self.input_proj = IdentityLinear(size, [[b]])
+
+    def constant(self, u: torch.Tensor) -> torch.Tensor:
+        """The part that depends on the input alone: once per call."""
+        return self.input_proj(u)
+
+    def forward(self, h: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
+        return self.state_proj(h) + constant
+
+
+class DiagonalInjection(nn.Module):
+    """z = a⊙h + (1 − a)⊙u with a = sigmoid(α) in (0, 1) per channel: a contraction for any weights."""
+
+    def __init__(self, size: int, a: float, b: float):
+        super().__init__()
+        self.initial_logit = math.log(a / b)
+        self.decay_logit = nn.Parameter(torch.empty(size))
+
+    def constant(self, u: torch.Tensor) -> torch.Tensor:
+        """The part that depends on the input alone: once per call."""
+        return (1 - self.decay_logit.sigmoid()) * u
+
+    def forward(self, h: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(constant, self.decay_logit.sigmoid(), h)
+
+
+INJECTIONS = {"mlp": MLPInjection, "linear": LinearInjection, "diagonal": DiagonalInjection}
+INJECTION_STARTS = {"contraction": (0.5, 0.5), "identity": (1.0, 0.0)}  # (a, b) of z = ah + bu
+
+
+class FixedPointStack(nn.Module):
+    """G and F: `constant` makes u = G(h_pre) once per call, `forward` is one application of F."""
+
+    def __init__(self, config: FPMDLMConfig):
+        super().__init__()
+        a, b = INJECTION_STARTS[config.injection_init]
+        self.input_proj = IdentityLinear(config.hidden_size, [[1.0]])
+        self.injection = INJECTIONS[config.input_injection](config.hidden_size, a, b)
+        self.layers = nn.ModuleList([FPMDLMBlock(config) for _ in range(config.num_fixed_point_layers)])
+
+    def constant(self, h_pre: torch.Tensor) -> torch.Tensor:
+        """What every iteration adds from u = G(h_pre)."""
+        return self.injection.constant(self.input_proj(h_pre))
+
+    def forward(self, h, constant, modulations, rotary, attention_mask, keeps) -> torch.Tensor:
+        h = self.injection(h, constant)                                                       # (B, L, D)
+        for layer, modulation, keep in zip(self.layers, modulations, keeps, strict=True):
+            h = layer(h, modulation, rotary, attention_mask, keep)
+        return h
+
+
+# --- model ------------------------------------------------------------------------------------------------------------
+
+
+class FPMDLMPreTrainedModel(PreTrainedModel):
+    """Initialisation and what Hugging Face needs to know of the architecture."""
+
+    config: FPMDLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the loss is normalised here
+    _no_split_modules = ["FPMDLMBlock", "Modulation"]  # both are called on their own
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Each kind of start is a module with parameters of its own: transformers skips containers of saved classes.
+        if isinstance(module, ZeroLinear):  # modulations, so that every block starts as the identity, and the head
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, IdentityLinear):
+            init.copy_(module.weight, module.initial_weight())
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, DiagonalInjection):
+            init.constant_(module.decay_logit, module.initial_logit)
+        elif isinstance(module, LayerNorm):
+            init.ones_(module.weight)
+        else:
+            super()._init_weights(module)
+
+
+class FPMDLMForMaskedDiffusion(MGMGenerationMixin, FPMDLMPreTrainedModel):
+    """Fixed-point masked diffusion language model, trained by masked cross-entropy and sampled by `generate`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion
+    >>> config = FPMDLMConfig(vocab_size=11, mask_token_id=10, hidden_size=8, num_attention_heads=2,
+    ...                       intermediate_size=16, conditioning_size=4, max_position_embeddings=6)
+    >>> model = FPMDLMForMaskedDiffusion(config).eval()
+    >>> output = model(torch.full((2, 6), 10), num_iterations=4)
+    >>> output.logits.shape, output.residuals.shape, output.block_evaluations
+    (torch.Size([2, 6, 11]), torch.Size([4, 2]), 6)
+    >>> model.generate(batch_size=2, budget=24, seed=0).shape
+    torch.Size([2, 6])
+
+    ```
+    """
+
+    default_order = "ancestral"
+    gradient_checkpointing = False
+    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
+
+    def __init__(self, config: FPMDLMConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.time_embedding = TimestepEmbedding(config.conditioning_size)
+        self.pre_layers = nn.ModuleList([FPMDLMBlock(config) for _ in range(config.num_pre_layers)])
+        self.fixed_point = FixedPointStack(config) if config.num_fixed_point_layers else None
+        self.post_layers = nn.ModuleList([FPMDLMBlock(config) for _ in range(config.num_post_layers)])
+        self.final_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.final_modulation = Modulation(config.conditioning_size, config.hidden_size, 2)
+        head = nn.Linear if config.tie_word_embeddings else ZeroLinear
+        self.lm_head = head(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        timesteps: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        loss_weights: torch.Tensor | None = None,
+        num_iterations: int | None = None,
+        num_no_grad_iterations: int = 0,
+        fixed_point_state: torch.Tensor | None = None,
+        reuse_weights: torch.Tensor | None = None,
+        logits_positions: torch.LongTensor | None = None,
+        output_logits: bool | None = None,
+    ) -> MGMOutput:
+        """One denoiser call.
+
+        Args:
+            input_ids (`torch.LongTensor`): (B, L) ids, the mask id where a token is unknown.
+            timesteps (`torch.Tensor`, *optional*): (B,) diffusion time t in (0, 1]. Used, and needed, only with
+                `time_conditioning`.
+            attention_mask (`torch.Tensor`, *optional*): (B, L), 0 at padding. `None`: no padding.
+            labels (`torch.LongTensor`, *optional*): (B, L) tokens to predict, -100 where no loss. `None`: no loss.
+            loss_weights (`torch.Tensor`, *optional*): (B,) weight of a sequence's cross-entropy. `None`: 1.
+            num_iterations (`int`, *optional*): Iterations with gradient. `None`: `num_fixed_point_iterations`.
+            num_no_grad_iterations (`int`, defaults to 0): Iterations without gradient before them.
+            fixed_point_state (`torch.Tensor`, *optional*): (B, L, D) solution to start from. `None`: start from h_pre.
+            reuse_weights (`torch.Tensor`, *optional*): (B, L) share γ of `fixed_point_state` in the start. `None`: 1.
+            logits_positions (`torch.LongTensor`, *optional*): (P,) indices into the flattened B·L positions: the
+                logits are (P, V), computed there only. `None`: everywhere.
+            output_logits (`bool`, *optional*): Whether to build logits. `None`: only without `labels`.
+
+        Raises:
+            `ValueError`: ids outside the vocabulary length, missing `timesteps`, fewer than one iteration.
+        """
+        self._check_inputs(input_ids, timesteps, num_iterations, num_no_grad_iterations)
+        h = self.embed_tokens(input_ids)                                                      # (B, L, D)
+        conditioning = self._conditioning(timesteps, h.device)                                # (B or 1, C)
+        head_size = self.config.hidden_size // self.config.num_attention_heads
+        rotary = rotary_embedding(h.shape[1], head_size, self.config.rope_theta, h.device, h.dtype)
+        bias = create_bidirectional_mask(config=self.config, inputs_embeds=h, attention_mask=attention_mask)
+
+        h = self._run(self.pre_layers, h, conditioning, rotary, bias)                         # (B, L, D)
+        solution = None
+        if self.fixed_point is not None:
+            solution = self._solve(
+                h, conditioning, rotary, bias, attention_mask,
+                start=warm_start(h, fixed_point_state, reuse_weights),
+                num_iterations=num_iterations or self.config.num_fixed_point_iterations,
+                num_no_grad_iterations=num_no_grad_iterations,
+            )  # fmt: skip
+            h = solution.state
+        h = self._run(self.post_layers, h, conditioning, rotary, bias)                        # (B, L, D)
+
+        loss = accuracy = logits = None
+        if labels is not None:
+            loss, accuracy = self._loss(h, conditioning, labels, loss_weights, attention_mask)
+        if output_logits or (output_logits is None and labels is None):
+            logits = self._logits(h, conditioning, logits_positions)
+        iterations = 0 if solution is None else len(solution.residuals)
+        return MGMOutput(
+            loss=loss,
+            logits=logits,
+            last_hidden_state=h,
+            fixed_point_state=None if solution is None else solution.state,
+            residuals=None if solution is None else solution.residuals,
+            masked_accuracy=accuracy,
+            block_evaluations=len(self.pre_layers)
+            + iterations * self.config.num_fixed_point_layers
+            + len(self.post_layers),
+        )
+
+    def _conditioning(self, timesteps: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+        """(B, C), or (1, C) when time is not conditioned on: one constant vector for every sequence."""
+        noise = sigma(timesteps) if self.config.time_conditioning else torch.zeros(1, device=device)
+        return self.time_embedding(noise)
+
+    def _run(self, layers, h, conditioning, rotary, bias) -> torch.Tensor:
+        for layer in layers:
+            h = self._checkpointed(layer, h, layer.modulation(conditioning), rotary, bias)
+        return h
+
+    def _solve(
+        self, h_pre, conditioning, rotary, bias, attention_mask, start, num_iterations, num_no_grad_iterations
+    ) -> FixedPointSolution:
+        """h* of h ↦ F(h; u): what no iteration changes (u, modulations, dropout masks) is computed once."""
+        stack = self.fixed_point
+        constant = stack.constant(h_pre)
+        modulations = [layer.modulation(conditioning) for layer in stack.layers]
+        keeps = [self._dropout_masks(h_pre) for _ in stack.layers]
+
+        def step(h: torch.Tensor) -> torch.Tensor:
+            return self._checkpointed(stack, h, constant, modulations, rotary, bias, keeps)
+
+        return solve_fixed_point(step, start, num_iterations, num_no_grad_iterations, attention_mask)
+
+    def _dropout_masks(self, h: torch.Tensor) -> tuple:
+        """The two masks of one block, kept over the iterations so that F stays one map."""
+        if not self.training or self.config.dropout == 0:
+            return (None, None)
+        return tuple(torch.rand_like(h, dtype=torch.float32) >= self.config.dropout for _ in range(2))
+
+    def _checkpointed(self, module: Callable, *args):
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(module, *args)
+        return module(*args)
+
+    def _logits(self, h: torch.Tensor, conditioning: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        """Final norm and head: (B, L, V), or (P, V) at `positions` of the flattened batch."""
+        shift, scale = self.final_modulation(conditioning)                                    # (B or 1, 1, D)
+        if positions is not None:
+            rows = positions // h.shape[1] if shift.shape[0] > 1 else torch.zeros_like(positions)
+            h, shift, scale = h.flatten(0, 1)[positions], shift[rows, 0], scale[rows, 0]      # (P, D)
+        return self.lm_head(modulate(self.final_norm(h), shift, scale))
+
+    def _loss(self, h, conditioning, labels, loss_weights, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weighted cross-entropy summed over positions with a label, per real position; and the share guessed right.
+
+        Only masked positions carry loss, so the head runs there only.
+        """
+        positions = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)                   # (P,)
+        labels = labels.flatten()[positions]
+        logits = self._logits(h, conditioning, positions)                                     # (P, V)
+        losses = masked_cross_entropy(logits, labels, self.config.mask_token_id)              # (P,)
+        if loss_weights is not None:
+            losses = losses * loss_weights[positions // h.shape[1]]
+        real = h.shape[0] * h.shape[1] if attention_mask is None else attention_mask.sum()
+        with torch.no_grad():
+            accuracy = (logits.argmax(dim=-1) == labels).sum() / max(len(labels), 1)
+        return losses.sum() / real, accuracy
+
+    def _check_inputs(self, input_ids, timesteps, num_iterations, num_no_grad_iterations) -> None:
+        longest = self.config.max_position_embeddings
+        if input_ids.dim() != 2 or input_ids.shape[1] > longest:
+            raise ValueError(
+                f"`input_ids` of shape {tuple(input_ids.shape)} must be (batch, length) with length at most "
+                f"`max_position_embeddings`={longest}: cut the text into pieces."
+            )
+        if self.config.time_conditioning and timesteps is None:
+            raise ValueError("`timesteps`=None, but the model has `time_conditioning`: give a (batch,) time in (0, 1].")
+        if num_iterations is not None and num_iterations < (self.fixed_point is not None):
+            raise ValueError(f"`num_iterations`={num_iterations} must be at least 1: the solver needs one iteration.")
+        if num_no_grad_iterations < 0:
+            raise ValueError(f"`num_no_grad_iterations`={num_no_grad_iterations} must be at least 0.")
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """Save weights, configurations and the model's code, so that both Auto classes load it anywhere."""
+        # The copier writes AutoConfig and AutoModelForMaskedLM; AutoModel must be named here.
+        self.config.auto_map = {"AutoModel": "modeling_fpmdlm.FPMDLMForMaskedDiffusion"}
+        super().save_pretrained(save_directory, **kwargs)
+
+
+FPMDLMConfig.register_for_auto_class()
+FPMDLMForMaskedDiffusion.register_for_auto_class("AutoModelForMaskedLM")
+
+__all__ = ["FPMDLMForMaskedDiffusion", "FPMDLMPreTrainedModel", "MGMOutput"]

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reuse of the previous step's fixed point as the start of the next: none, full, three-state (Algorithm 1).
+
+Pure functions of the two token states and the two hidden states. Shapes: B batch, L length, D hidden size.
+"""
+
+import torch
+
+
+REUSES = ("none", "full", "3sr")
+REUSE_STATES = ("changed", "unchanged", "masked")  # what happened to a position since the previous step
+
+
+def reuse_states(previous_ids: torch.Tensor, input_ids: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+    """What happened to each position since the previous step, as an index into `REUSE_STATES`.
+
+    Args:
+        previous_ids, input_ids (`torch.Tensor`): (B, L) token ids of the previous and of this step.
+
+    Returns:
+        `torch.Tensor`: (B, L) int64: 0 changed (revealed or rewritten), 1 unchanged and visible, 2 still masked.
+    """
+    unchanged = previous_ids == input_ids
+    return unchanged * (1 + (input_ids == mask_token_id).long())
+
+
+def reuse_weights(
+    states: torch.Tensor,
+    visible_fraction: torch.Tensor,
+    reuse: str,
+    gamma_unchanged: float = 1.0,
+    gamma_masked: tuple[float, float] = (0.75, 0.9),
+    gamma_changed: float = 0.2,
+) -> torch.Tensor:
+    """The share γ of the previous solution in the next start, (B, L) (Algorithm 1, line 16).
+
+    Args:
+        states (`torch.Tensor`): (B, L) from [`reuse_states`].
+        visible_fraction (`torch.Tensor`): (B,) share v of real positions that are not masked, the prompt included.
+        reuse (`str`): `"full"` (γ = 1 everywhere) or `"3sr"`.
+        gamma_unchanged, gamma_changed (`float`): γ of unchanged visible and of changed positions.
+        gamma_masked (`tuple[float, float]`): γ of still masked positions at v = 0 and at v = 1, linear between.
+    """
+    if reuse == "full":
+        return torch.ones_like(states, dtype=torch.float32)
+    low, high = gamma_masked
+    masked = (low + (high - low) * visible_fraction)[:, None].expand(states.shape)
+    return torch.where(states == 1, gamma_unchanged, torch.where(states == 2, masked, gamma_changed))
+
+
+def visible_fraction(
+    input_ids: torch.Tensor, mask_token_id: int, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(B,) float32: share of real positions that are not masked."""
+    visible = (input_ids != mask_token_id).float()
+    if attention_mask is None:
+        return visible.mean(dim=1)
+    return (visible * attention_mask).sum(dim=1) / attention_mask.sum(dim=1)
+
+
+def warm_start(
+    h_pre: torch.Tensor, previous_state: torch.Tensor | None = None, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """h⁰ = γ⊙h*_prev + (1 − γ)⊙h_pre, (B, L, D) (Algorithm 1, line 17).
+
+    Args:
+        h_pre (`torch.Tensor`): (B, L, D) output of the pre-stack.
+        previous_state (`torch.Tensor`, *optional*): (B, L, D) previous solution. `None`: start from `h_pre`.
+        weights (`torch.Tensor`, *optional*): (B, L) γ. `None`: 1 everywhere.
+    """
+    if previous_state is None:
+        return h_pre
+    if weights is None:
+        return previous_state
+    return torch.lerp(h_pre, previous_state, weights[:, :, None].to(h_pre.dtype))

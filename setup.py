@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fpmgm/__init__.py").read_text()).group(1)
+
+EXTRAS = {
+    "train": ["accelerate>=1.10", "datasets>=4.0", "peft>=0.18"],
+    "eval": ["matplotlib>=3.8"],
+}
+EXTRAS["dev"] = [
+    *EXTRAS["train"],
+    *EXTRAS["eval"],
+    "hypothesis>=6.100",
+    "pytest>=8",
+    "pytest-xdist>=3.5",
+    "ruff>=0.12",
+]
+
+setup(
+    name="fpmgm",
+    version=VERSION,
+    description="Fixed-point masked generative models for Hugging Face: train, convert, sample under a budget",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    author="The fpmgm authors",
+    license="Apache-2.0",
+    packages=find_packages(include=["fpmgm", "fpmgm.*"]),
+    package_data={"fpmgm": ["py.typed"], "fpmgm.model_cards": ["*.md"]},
+    python_requires=">=3.10",
+    install_requires=["torch>=2.6", "transformers>=5.23,<6", "numpy"],
+    extras_require=EXTRAS,
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
