@@ -1,1 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Text becomes blocks of token ids."""
+
+from transformers.utils import is_datasets_available
+
+
+if not is_datasets_available():
+    raise ImportError("fpmgm.data needs datasets: pip install 'fpmgm[train]'")
+
+from .text import load_text, pack
+from .tokenizer import add_mask_token, train_tokenizer
+
+
+__all__ = ["add_mask_token", "load_text", "pack", "train_tokenizer"]

@@ -50,6 +50,7 @@ class MGMGenerationConfig(GenerationConfig):
 
         progress_bar (`bool`, defaults to `False`): Whether to show the denoising steps.
         return_dict_in_generate (`bool`, defaults to `False`): Return [`MGMGenerationOutput`] instead of tokens.
+        bos_token_id, eos_token_id, pad_token_id (`int`, *optional*): For tools that read them; `generate` does not.
 
     Raises:
         `ValueError`: on an unknown name or a value that is not allowed.
@@ -74,6 +75,10 @@ class MGMGenerationConfig(GenerationConfig):
 
         self.progress_bar: bool = kwargs.pop("progress_bar", False)
         self.return_dict_in_generate: bool = kwargs.pop("return_dict_in_generate", False)
+
+        self.bos_token_id: int | None = kwargs.pop("bos_token_id", None)
+        self.eos_token_id: int | None = kwargs.pop("eos_token_id", None)
+        self.pad_token_id: int | None = kwargs.pop("pad_token_id", None)
 
         self.transformers_version: str | None = kwargs.pop("transformers_version", None)
         for name in ("_commit_hash", "_from_model_config", "_original_object_hash"):  # set by the hub's loader

@@ -1,1 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Trainers on Hugging Face's `Trainer`, one configuration dataclass each."""
+
+from transformers.utils import is_accelerate_available
+
+
+if not is_accelerate_available():
+    raise ImportError("fpmgm.trainers needs accelerate and datasets: pip install 'fpmgm[train]'")
+
+from .ema import EMACallback
+from .mgm_config import MGMTrainingConfig
+from .mgm_trainer import MGMTrainer
+
+
+__all__ = ["EMACallback", "MGMTrainer", "MGMTrainingConfig"]

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments of [`MGMTrainer`]."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class MGMTrainingConfig(TrainingArguments):
+    r"""
+    Arguments of [`MGMTrainer`], beside those of `TrainingArguments`.
+
+    Defaults that differ from `TrainingArguments`: `learning_rate=2e-4`, `lr_scheduler_type="constant_with_warmup"`,
+    `warmup_steps=2500`, `max_steps=1_000_000`, `per_device_train_batch_size=64`, `logging_steps=50`,
+    `logging_nan_inf_filter=False` (a loss that is not finite stops the run), `ddp_find_unused_parameters=False`,
+    `hub_strategy="end"` (what is pushed is the exported EMA).
+
+    Args:
+        ema_decay (`float`, *optional*, defaults to 0.9999): Decay of the average of the weights that is evaluated and
+            exported. `None`: no average.
+        data_description (`str`, *optional*): What the model is trained on, for its card. `None`: not said.
+
+    Raises:
+        `ValueError`: on a value that is not allowed.
+    """
+
+    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "Learning-rate schedule."})
+    warmup_steps: float = field(default=2500, metadata={"help": "Steps of warm-up, or their share if below 1."})
+    max_steps: int = field(default=1_000_000, metadata={"help": "Optimizer steps."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Sequences per device and micro-batch."})
+    logging_steps: float = field(default=50, metadata={"help": "Steps between two log lines."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not finite."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "See PyTorch's DDP."})
+    hub_strategy: str = field(default="end", metadata={"help": "When to push to the hub."})
+
+    ema_decay: float | None = field(
+        default=0.9999,
+        metadata={"help": "Decay of the average of the weights that is evaluated and exported; null: no average."},
+    )
+    data_description: str | None = field(
+        default=None, metadata={"help": "What the model is trained on, for its card; null: not said."}
+    )
+
+    def __post_init__(self):
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"`ema_decay`={self.ema_decay} must lie in (0, 1); use None to switch the average off.")
+        super().__post_init__()

@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base trainer: masked cross-entropy with stochastic Jacobian-free backpropagation (Sections 3.1 and 3.2).
+
+All noise is drawn from (seed, optimizer step, place of the sequence in the global batch): it depends neither on how
+the batch is split over ranks and micro-batches, nor on evaluations, nor on an interruption.
+
+Shapes: B batch of one micro-batch, L length.
+"""
+
+import math
+import time
+from collections import defaultdict
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import Trainer
+from transformers.utils import logging
+
+from ..models.noise import (
+    antithetic_times,
+    loss_weight,
+    mask_tokens,
+    mask_uniforms,
+    masked_probability,
+    stream_generator,
+)
+from .collator import stack_and_pad
+from .ema import EMACallback
+from .mgm_config import MGMTrainingConfig
+from .model_card import write_model_card
+
+
+logger = logging.get_logger(__name__)
+
+GROWING_RESIDUAL = 1e-3  # below this relative residual the solver has converged, whatever the last ratio
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """The sequences that share one loss: all ranks' and micro-batches' of an optimizer step.
+
+    `key` seeds their noise; `total` is their number n, `positions` that of their real tokens; `offsets[m]` is the place
+    of the first sequence of this rank's micro-batch m.
+    """
+
+    key: tuple
+    total: int
+    positions: int
+    offsets: list[int]
+
+
+class MGMTrainer(Trainer):
+    """Trains a masked generative model on a dataset that yields `input_ids` (and `attention_mask` where padded).
+
+    Args:
+        model (`PreTrainedModel`): A model of this library, also one loaded as remote code or wrapped by PEFT.
+        args ([`MGMTrainingConfig`]): Arguments.
+        train_dataset, eval_dataset (`Dataset`, *optional*): Rows with `input_ids` of at most the model's length.
+        processing_class (`PreTrainedTokenizerBase`, *optional*): Saved beside the model.
+        kwargs: Passed to `transformers.Trainer`.
+
+    Raises:
+        `ValueError`: if the model is of another architecture or holds weights that are not finite.
+        `FloatingPointError`: when the loss is not finite, after saving a checkpoint of the last good step.
+
+    Example:
+
+    ```python
+    >>> from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion
+    >>> from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
+    >>> model = FPMDLMForMaskedDiffusion(FPMDLMConfig())  # doctest: +SKIP
+    >>> args = MGMTrainingConfig(output_dir="outputs/owt", max_steps=1000)  # doctest: +SKIP
+    >>> MGMTrainer(model=model, args=args, train_dataset=blocks).train()  # doctest: +SKIP
+
+    ```
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the positions of the whole optimizer step
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: MGMTrainingConfig,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class=None,
+        **kwargs,
+    ):
+        check_model(model)
+        kwargs.setdefault("data_collator", stack_and_pad)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.ema = None
+        if args.ema_decay is not None:
+            check_unsharded(self)
+            self.ema = EMACallback(self.model, args.ema_decay)
+            self.add_callback(self.ema)
+        self._global_batch: GlobalBatch | None = None
+        self._micro_batch = 0
+        self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._clock, self._tokens = time.perf_counter(), 0
+
+    # --- the training step --------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one optimizer step, and their place among those of all ranks."""
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._global_batch = self._place(samples, (self.args.seed, "train", self.state.global_step))
+        self._micro_batch = 0
+        self._tokens += self._global_batch.positions
+        return samples, None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of one micro-batch, scaled so that micro-batches add up and ranks average to the global batch's."""
+        batch, micro_batch = self._global_batch, self._micro_batch
+        self._micro_batch += 1
+        # 1. corrupt, with the noise of these sequences' places in the global batch
+        corrupted = self.corrupt(inputs, batch, micro_batch)
+        # 2. the solver's iterations, the same for every sequence of the step (SJFB)
+        no_grad, grad = self.draw_iterations()
+        # 3. forward
+        output = model(**corrupted, num_iterations=grad, num_no_grad_iterations=no_grad)
+        # 4. log and scale
+        self._record(output)
+        share = count_positions(inputs) * self.accelerator.num_processes / batch.positions
+        loss = output.loss * share
+        return (loss, output) if return_outputs else loss
+
+    def corrupt(self, inputs: dict[str, torch.Tensor], batch: GlobalBatch, micro_batch: int) -> dict:
+        """The model's arguments for a masked copy of `inputs`: antithetic times, one uniform per token."""
+        input_ids = inputs["input_ids"]                                                       # (B, L)
+        places = batch.offsets[micro_batch] + torch.arange(len(input_ids))
+        shift = torch.rand((), generator=stream_generator(*batch.key, "shift")).item()
+        t = antithetic_times(shift, places, batch.total)                                      # (B,)
+        uniforms = mask_uniforms(input_ids.shape[1], *((*batch.key, j) for j in places.tolist()))
+        masked = (uniforms < masked_probability(t)[:, None]).to(input_ids.device)             # (B, L)
+        if "attention_mask" in inputs:
+            masked &= inputs["attention_mask"].bool()
+        t = t.to(input_ids.device)
+        noisy, labels = mask_tokens(input_ids, masked, self.model.config.mask_token_id)
+        return {**inputs, "input_ids": noisy, "labels": labels, "timesteps": t, "loss_weights": loss_weight(t)}
+
+    def draw_iterations(self) -> tuple[int, int]:
+        """N without and with gradient for this optimizer step, the same on every rank and micro-batch."""
+        config = self.model.config
+        if config.num_fixed_point_layers == 0:
+            return 0, 0
+        generator = stream_generator(self.args.seed, "iterations", self.state.global_step)
+        ranges = (config.no_grad_iterations, config.grad_iterations)
+        return tuple(int(torch.randint(low, high + 1, (), generator=generator)) for low, high in ranges)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """As in `Trainer`, but a loss that is not finite ends the run before the optimizer sees its gradient."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        bad = (~loss.isfinite()).float()
+        if self.accelerator.num_processes > 1:
+            bad = self.accelerator.reduce(bad)
+        if bad.item():
+            self._stop_on_bad_loss(model)
+        return loss
+
+    def _stop_on_bad_loss(self, model) -> None:
+        step, folder = self.state.global_step, None
+        if step > 0:
+            folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+            self._save_checkpoint(model, trial=None)
+            self.callback_handler.on_save(self.args, self.state, self.control)
+        raise FloatingPointError(
+            f"the loss is not finite at step {step + 1}. "
+            + (f"The weights before it are saved in {folder}. " if folder else "No step was completed. ")
+            + "Lower `learning_rate`, keep `max_grad_norm` at 1, or use `input_injection='diagonal'`, whose fixed "
+            "point is stable for any weights."
+        )
+
+    def _place(self, samples: list[dict], key: tuple) -> GlobalBatch:
+        """Find this rank's micro-batches in the global batch, whose order is that of the data: micro-batch, rank."""
+        sizes = torch.tensor([[len(inputs["input_ids"]), count_positions(inputs)] for inputs in samples])
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        if ranks > 1:
+            sizes = self.accelerator.gather(sizes.to(self.args.device)).cpu()
+        sizes = sizes.view(ranks, -1, 2)                                                      # (ranks, M, 2)
+        sequences = sizes[:, :, 0].T.flatten()                                                # micro-batch, then rank
+        firsts = sequences.cumsum(0) - sequences
+        positions = int(sizes[:, :, 1].sum())
+        return GlobalBatch(key, int(sequences.sum()), positions, firsts[rank::ranks].tolist())
+
+    # --- evaluation ---------------------------------------------------------------------------------------------------
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss of a batch under noise of its own: the same at every evaluation of a run."""
+        inputs = self._prepare_inputs(inputs)
+        batch = self._place([inputs], (self.args.seed, "eval", self._eval_batch))
+        self._eval_batch += 1
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = model(**self.corrupt(inputs, batch, 0)).loss
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """Evaluate the EMA weights and add the perplexity (an upper bound: exp of the negative ELBO per token)."""
+        start = time.perf_counter()
+        self._eval_batch = 0
+        # Loading data draws from the global generator too, which belongs to training.
+        with torch.random.fork_rng(devices=_current_device()), self._averaged():
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss = output.metrics.get(f"{metric_key_prefix}_loss")
+        if loss is not None:
+            output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(loss, 700))
+        self._clock += time.perf_counter() - start
+        return output
+
+    # --- logs ---------------------------------------------------------------------------------------------------------
+
+    def log(self, logs, start_time=None):
+        """Add the means since the last log line, over ranks: accuracy, residual, iterations, state norm, tokens/s."""
+        if "loss" in logs and self._metrics:
+            means = {name: torch.stack(values).mean() for name, values in sorted(self._metrics.items())}
+            gathered = self.accelerator.gather(torch.stack(list(means.values())).unsqueeze(0)).mean(dim=0)
+            logs.update({name: value.item() for name, value in zip(means, gathered, strict=True)})
+            logs["tokens_per_second"] = round(self._tokens / (time.perf_counter() - self._clock), 1)
+            self._metrics.clear()
+            self._warn_if_growing(logs)
+            self._clock, self._tokens = time.perf_counter(), 0
+        super().log(logs, start_time)
+
+    @torch.no_grad()
+    def _record(self, output) -> None:
+        self._metrics["masked_accuracy"].append(output.masked_accuracy)
+        if output.residuals is None:
+            return
+        residuals = output.residuals.mean(dim=1)                                              # (N,)
+        self._metrics["residual"].append(residuals[-1])
+        self._metrics["residual_ratio"].append(residuals[-1] / residuals[max(len(residuals) - 2, 0)].clamp(min=1e-12))
+        self._metrics["iterations"].append(residuals.new_tensor(float(len(residuals))))
+        self._metrics["state_norm"].append(output.fixed_point_state.float().square().mean().sqrt())
+
+    def _warn_if_growing(self, logs: dict[str, float]) -> None:
+        if logs.get("residual_ratio", 0) >= 1 and logs["residual"] > GROWING_RESIDUAL:
+            logger.warning_once(
+                "The residual does not fall over the solver's iterations (`residual_ratio` >= 1): F is no contraction, "
+                "so its fixed point is not reached. Lower `learning_rate`, or train with `input_injection='diagonal'`."
+            )
+
+    # --- checkpoints and export ---------------------------------------------------------------------------------------
+
+    def _averaged(self) -> AbstractContextManager:
+        return self.ema.applied() if self.ema is not None else nullcontext()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Export the EMA weights; a checkpoint (an internal call) holds the raw weights, with the EMA beside them."""
+        with nullcontext() if _internal_call else self._averaged():
+            super().save_model(output_dir, _internal_call)
+
+    def push_to_hub(self, *args, **kwargs):
+        """Export the EMA weights and their card to the hub."""
+        with self._averaged():
+            return super().push_to_hub(*args, **kwargs)
+
+    def create_model_card(self, **kwargs) -> None:
+        """Write the card, filled with what this run knows."""
+        if self.is_world_process_zero():
+            write_model_card(self.args.output_dir, self.model, self.args, self.state.global_step)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.ema is not None:
+            self.ema.load(checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.ema is not None:
+            self.ema.load(self.state.best_model_checkpoint)
+
+
+def count_positions(inputs: dict[str, torch.Tensor]) -> int:
+    """Real positions of a batch."""
+    return int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise a `ValueError` for a model of another architecture or with weights that are not finite."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type != "fpmdlm":
+        raise ValueError(f"`model` is of `model_type`={model_type!r}, but must be 'fpmdlm': see `FPMDLMConfig`.")
+    bad = [name for name, p in model.named_parameters() if not p.is_meta and not p.isfinite().all()]
+    if bad:
+        raise ValueError(f"`model` has weights that are not finite: {bad}. Start from another checkpoint.")
+
+
+def check_unsharded(trainer: Trainer) -> None:
+    """Raise a `ValueError` where the weights are split over ranks, so that no rank could average them."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    if trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
+        engine = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed ZeRO-3"
+        raise ValueError(
+            f"`ema_decay`={trainer.args.ema_decay} cannot be kept under {engine}, which splits the weights: use "
+            "ZeRO-1 or ZeRO-2 (DDP), or `ema_decay=None`."
+        )
+
+
+def _current_device() -> list[int]:
+    return [torch.cuda.current_device()] if torch.cuda.is_available() else []
