@@ -62,7 +62,9 @@ def _reader(files: list[str]) -> tuple[str, dict]:
             raise ValueError(f"`text_files`: {file!r} is empty.")
     suffixes = {Path(file.removesuffix(".gz")).suffix for file in files}
     if len(suffixes) != 1 or not suffixes <= set(READERS):
-        raise ValueError(f"`text_files` end in {sorted(suffixes)}: give files of one kind of {tuple(READERS)} (or .gz).")
+        raise ValueError(
+            f"`text_files` end in {sorted(suffixes)}: give files of one kind of {tuple(READERS)} (or .gz)."
+        )
     return READERS[suffixes.pop()]
 
 

@@ -19,7 +19,7 @@ def add_mask_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with `vocab_size` tokens, among them `<|endoftext|>` (BOS and EOS) and `<|mask|>` (the last id).
+    """A byte-level BPE of `vocab_size` tokens, among them `<|endoftext|>` (BOS and EOS) and `<|mask|>` (last id).
 
     Args:
         texts (`Iterable[str]`): Documents.

@@ -150,7 +150,7 @@ class MGMGenerationMixin:
             last = step == plan.num_steps - 1
             left_over = reveal_step == plan.num_steps
             revealed = (reveal_step == step) | (left_over & (last and config.final != "none"))
-            positions = revealed.flatten().nonzero().squeeze(1)                               # (P,)
+            positions = revealed.flatten().nonzero().squeeze(1)  # (P,)
             output = self(
                 tokens,
                 timesteps=times[step].float().expand(len(tokens)).to(tokens.device),
@@ -224,7 +224,9 @@ class MGMGenerationMixin:
             input_ids = input_ids.repeat(batch_size, 1)
             attention_mask = attention_mask.repeat(batch_size, 1) if attention_mask is not None else None
         elif batch_size is not None and batch_size != len(input_ids):
-            raise ValueError(f"`batch_size`={batch_size} must be the {len(input_ids)} rows of `input_ids`, or one row.")
+            raise ValueError(
+                f"`batch_size`={batch_size} must be the {len(input_ids)} rows of `input_ids`, or one row."
+            )
         check_ids(input_ids, attention_mask, self.config)
         if attention_mask is not None:
             attention_mask = attention_mask.to(self.device)
@@ -283,8 +285,8 @@ def check_randomness(seed: int | list[int] | None, generator: torch.Generator | 
 
 
 def _output(tokens, plan: BudgetPlan, cost: int, residuals: list, reused: list) -> MGMGenerationOutput:
-    taken = torch.tensor([[0 if r is None else len(r)] * len(tokens) for r in residuals])     # (T, B)
-    table = torch.full((plan.num_steps, int(taken.max()), len(tokens)), float("nan"))         # (T, N, B)
+    taken = torch.tensor([[0 if r is None else len(r)] * len(tokens) for r in residuals])  # (T, B)
+    table = torch.full((plan.num_steps, int(taken.max()), len(tokens)), float("nan"))  # (T, N, B)
     for step, values in enumerate(residuals):
         if values is not None:
             table[step, : len(values)] = values.cpu()

@@ -57,14 +57,14 @@ class MGMOutput(ModelOutput):
     block_evaluations: int | None = None
 
 
-# --- pure functions ---------------------------------------------------------------------------------------------------
+# --- pure functions ---------------------------------------------------------------------------------------------
 
 
 def rotary_embedding(length: int, head_size: int, theta: float, device, dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of position × frequency, each (L, K), halves repeated (the rotate-half convention)."""
     frequencies = theta ** -(torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
     angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequencies  # (L, K/2)
-    angles = torch.cat([angles, angles], dim=-1)                                              # (L, K)
+    angles = torch.cat([angles, angles], dim=-1)  # (L, K)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -81,7 +81,7 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
 
 
 def shared_dropout(x: torch.Tensor, p: float, training: bool, keep: torch.Tensor | None = None) -> torch.Tensor:
-    """Dropout of `x` with probability `p`; `keep` (same shape, bool) is a mask drawn beforehand, else one is drawn."""
+    """Dropout of `x` with probability `p`; `keep` (same shape, bool) is a mask drawn beforehand. `None`: draw one."""
     if keep is None:
         return F.dropout(x, p, training)
     return x * keep / (1 - p)
@@ -101,7 +101,7 @@ def masked_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, mask_token_
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Attention written out: `query`, `key`, `value` (B, H, L, K), additive mask → output (B, L, H, K), weights."""
-    scores = query @ key.transpose(2, 3) * scaling                                            # (B, H, L, L)
+    scores = query @ key.transpose(2, 3) * scaling  # (B, H, L, L)
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
@@ -109,7 +109,7 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     return (weights @ value).transpose(1, 2), weights
 
 
-# --- layers -----------------------------------------------------------------------------------------------------------
+# --- layers -----------------------------------------------------------------------------------------------------
 
 
 class LayerNorm(nn.Module):
@@ -135,8 +135,8 @@ class TimestepEmbedding(nn.Module):
         half = TIMESTEP_FREQUENCIES // 2
         frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=noise.device) / half)
         angles = noise.float()[:, None] * frequencies
-        features = torch.cat([angles.cos(), angles.sin()], dim=-1)                            # (B, 256)
-        return F.silu(self.mlp(features.to(self.mlp[0].weight.dtype)))                        # (B, C)
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)
+        return F.silu(self.mlp(features.to(self.mlp[0].weight.dtype)))  # (B, C)
 
 
 class ZeroLinear(nn.Linear):
@@ -169,7 +169,7 @@ class Modulation(ZeroLinear):
         self.vectors = vectors
 
     def forward(self, conditioning: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return super().forward(conditioning)[:, None].chunk(self.vectors, dim=-1)             # each (B, 1, D)
+        return super().forward(conditioning)[:, None].chunk(self.vectors, dim=-1)  # each (B, 1, D)
 
 
 class FPMDLMAttention(nn.Module):
@@ -185,12 +185,12 @@ class FPMDLMAttention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor, rotary: tuple, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        qkv = self.qkv_proj(x).unflatten(-1, (3, -1, self.head_size))                         # (B, L, 3, H, K)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)                                        # (B, H, L, K)
+        qkv = self.qkv_proj(x).unflatten(-1, (3, -1, self.head_size))  # (B, L, 3, H, K)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, H, L, K)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         query, key = rotate(query, rotary), rotate(key, rotary)
         out, _ = attend(self, query, key, value, attention_mask, scaling=self.head_size**-0.5, dropout=0.0)
-        return self.o_proj(out.flatten(2))                                                    # (B, L, D)
+        return self.o_proj(out.flatten(2))  # (B, L, D)
 
 
 class FPMDLMBlock(nn.Module):
@@ -292,13 +292,13 @@ class FixedPointStack(nn.Module):
         return self.injection.constant(self.input_proj(h_pre))
 
     def forward(self, h, constant, modulations, rotary, attention_mask, keeps) -> torch.Tensor:
-        h = self.injection(h, constant)                                                       # (B, L, D)
+        h = self.injection(h, constant)  # (B, L, D)
         for layer, modulation, keep in zip(self.layers, modulations, keeps, strict=True):
             h = layer(h, modulation, rotary, attention_mask, keep)
         return h
 
 
-# --- model ------------------------------------------------------------------------------------------------------------
+# --- model ------------------------------------------------------------------------------------------------------
 
 
 class FPMDLMPreTrainedModel(PreTrainedModel):
@@ -405,13 +405,13 @@ class FPMDLMForMaskedDiffusion(MGMGenerationMixin, FPMDLMPreTrainedModel):
             `ValueError`: ids outside the vocabulary length, missing `timesteps`, fewer than one iteration.
         """
         self._check_inputs(input_ids, timesteps, num_iterations, num_no_grad_iterations)
-        h = self.embed_tokens(input_ids)                                                      # (B, L, D)
-        conditioning = self._conditioning(timesteps, h.device)                                # (B or 1, C)
+        h = self.embed_tokens(input_ids)  # (B, L, D)
+        conditioning = self._conditioning(timesteps, h.device)  # (B or 1, C)
         head_size = self.config.hidden_size // self.config.num_attention_heads
         rotary = rotary_embedding(h.shape[1], head_size, self.config.rope_theta, h.device, h.dtype)
         bias = create_bidirectional_mask(config=self.config, inputs_embeds=h, attention_mask=attention_mask)
 
-        h = self._run(self.pre_layers, h, conditioning, rotary, bias)                         # (B, L, D)
+        h = self._run(self.pre_layers, h, conditioning, rotary, bias)  # (B, L, D)
         solution = None
         if self.fixed_point is not None:
             solution = self._solve(
@@ -421,7 +421,7 @@ class FPMDLMForMaskedDiffusion(MGMGenerationMixin, FPMDLMPreTrainedModel):
                 num_no_grad_iterations=num_no_grad_iterations,
             )  # fmt: skip
             h = solution.state
-        h = self._run(self.post_layers, h, conditioning, rotary, bias)                        # (B, L, D)
+        h = self._run(self.post_layers, h, conditioning, rotary, bias)  # (B, L, D)
 
         loss = accuracy = logits = None
         if labels is not None:
@@ -478,10 +478,10 @@ class FPMDLMForMaskedDiffusion(MGMGenerationMixin, FPMDLMPreTrainedModel):
 
     def _logits(self, h: torch.Tensor, conditioning: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         """Final norm and head: (B, L, V), or (P, V) at `positions` of the flattened batch."""
-        shift, scale = self.final_modulation(conditioning)                                    # (B or 1, 1, D)
+        shift, scale = self.final_modulation(conditioning)  # (B or 1, 1, D)
         if positions is not None:
             rows = positions // h.shape[1] if shift.shape[0] > 1 else torch.zeros_like(positions)
-            h, shift, scale = h.flatten(0, 1)[positions], shift[rows, 0], scale[rows, 0]      # (P, D)
+            h, shift, scale = h.flatten(0, 1)[positions], shift[rows, 0], scale[rows, 0]  # (P, D)
         return self.lm_head(modulate(self.final_norm(h), shift, scale))
 
     def _loss(self, h, conditioning, labels, loss_weights, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
@@ -489,10 +489,10 @@ class FPMDLMForMaskedDiffusion(MGMGenerationMixin, FPMDLMPreTrainedModel):
 
         Only masked positions carry loss, so the head runs there only.
         """
-        positions = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)                   # (P,)
+        positions = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)  # (P,)
         labels = labels.flatten()[positions]
-        logits = self._logits(h, conditioning, positions)                                     # (P, V)
-        losses = masked_cross_entropy(logits, labels, self.config.mask_token_id)              # (P,)
+        logits = self._logits(h, conditioning, positions)  # (P, V)
+        losses = masked_cross_entropy(logits, labels, self.config.mask_token_id)  # (P,)
         if loss_weights is not None:
             losses = losses * loss_weights[positions // h.shape[1]]
         real = h.shape[0] * h.shape[1] if attention_mask is None else attention_mask.sum()
@@ -508,7 +508,9 @@ class FPMDLMForMaskedDiffusion(MGMGenerationMixin, FPMDLMPreTrainedModel):
                 f"`max_position_embeddings`={longest}: cut the text into pieces."
             )
         if self.config.time_conditioning and timesteps is None:
-            raise ValueError("`timesteps`=None, but the model has `time_conditioning`: give a (batch,) time in (0, 1].")
+            raise ValueError(
+                "`timesteps`=None, but the model has `time_conditioning`: give a (batch,) time in (0, 1]."
+            )
         if num_iterations is not None and num_iterations < (self.fixed_point is not None):
             raise ValueError(f"`num_iterations`={num_iterations} must be at least 1: the solver needs one iteration.")
         if num_no_grad_iterations < 0:

@@ -39,7 +39,7 @@ def sigma(t: torch.Tensor) -> torch.Tensor:
 
 
 def loss_weight(t: torch.Tensor) -> torch.Tensor:
-    """Weight of the masked cross-entropy in the ELBO: σ'(t) / expm1(σ(t)), which is 1/t for the log-linear schedule."""
+    """Weight of the masked cross-entropy in the ELBO: σ'(t) / expm1(σ(t)), here 1/t."""
     return 1 / t
 
 

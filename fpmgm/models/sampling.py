@@ -95,7 +95,7 @@ def _draw(logits, uniforms, mask_token_id, temperature, top_k, top_p) -> torch.T
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = truncate(logits / temperature, top_k, top_p)
-    cumulative = (logits - logits.amax(dim=-1, keepdim=True)).exp().cumsum(dim=-1)            # (P, V)
+    cumulative = (logits - logits.amax(dim=-1, keepdim=True)).exp().cumsum(dim=-1)  # (P, V)
     total = cumulative[:, -1]
     # Strictly under the total, so that a token of probability 0 behind the last possible one is never reached.
     target = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))

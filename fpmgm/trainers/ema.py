@@ -85,7 +85,7 @@ class EMACallback(TrainerCallback):
             parameters = self._parameters()
             self.shadow = {name: file.get_tensor(name).to(p.device) for name, p in parameters.items()}
 
-    # --- events -------------------------------------------------------------------------------------------------------
+    # --- events -------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0 or self.shadow is None:

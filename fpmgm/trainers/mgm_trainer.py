@@ -43,8 +43,8 @@ GROWING_RESIDUAL = 1e-3  # below this relative residual the solver has converged
 class GlobalBatch:
     """The sequences that share one loss: all ranks' and micro-batches' of an optimizer step.
 
-    `key` seeds their noise; `total` is their number n, `positions` that of their real tokens; `offsets[m]` is the place
-    of the first sequence of this rank's micro-batch m.
+    `key` seeds their noise; `total` is their number n, `positions` that of their real tokens; `offsets[m]` is the
+    place of the first sequence of this rank's micro-batch m.
     """
 
     key: tuple
@@ -110,7 +110,7 @@ class MGMTrainer(Trainer):
         self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._clock, self._tokens = time.perf_counter(), 0
 
-    # --- the training step --------------------------------------------------------------------------------------------
+    # --- the training step --------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step, and their place among those of all ranks."""
@@ -138,12 +138,12 @@ class MGMTrainer(Trainer):
 
     def corrupt(self, inputs: dict[str, torch.Tensor], batch: GlobalBatch, micro_batch: int) -> dict:
         """The model's arguments for a masked copy of `inputs`: antithetic times, one uniform per token."""
-        input_ids = inputs["input_ids"]                                                       # (B, L)
+        input_ids = inputs["input_ids"]  # (B, L)
         places = batch.offsets[micro_batch] + torch.arange(len(input_ids))
         shift = torch.rand((), generator=stream_generator(*batch.key, "shift")).item()
-        t = antithetic_times(shift, places, batch.total)                                      # (B,)
+        t = antithetic_times(shift, places, batch.total)  # (B,)
         uniforms = mask_uniforms(input_ids.shape[1], *((*batch.key, j) for j in places.tolist()))
-        masked = (uniforms < masked_probability(t)[:, None]).to(input_ids.device)             # (B, L)
+        masked = (uniforms < masked_probability(t)[:, None]).to(input_ids.device)  # (B, L)
         if "attention_mask" in inputs:
             masked &= inputs["attention_mask"].bool()
         t = t.to(input_ids.device)
@@ -188,13 +188,13 @@ class MGMTrainer(Trainer):
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         if ranks > 1:
             sizes = self.accelerator.gather(sizes.to(self.args.device)).cpu()
-        sizes = sizes.view(ranks, -1, 2)                                                      # (ranks, M, 2)
-        sequences = sizes[:, :, 0].T.flatten()                                                # micro-batch, then rank
+        sizes = sizes.view(ranks, -1, 2)  # (ranks, M, 2)
+        sequences = sizes[:, :, 0].T.flatten()  # micro-batch, then rank
         firsts = sequences.cumsum(0) - sequences
         positions = int(sizes[:, :, 1].sum())
         return GlobalBatch(key, int(sequences.sum()), positions, firsts[rank::ranks].tolist())
 
-    # --- evaluation ---------------------------------------------------------------------------------------------------
+    # --- evaluation ---------------------------------------------------------------------------------------------
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss of a batch under noise of its own: the same at every evaluation of a run."""
@@ -218,7 +218,7 @@ class MGMTrainer(Trainer):
         self._clock += time.perf_counter() - start
         return output
 
-    # --- logs ---------------------------------------------------------------------------------------------------------
+    # --- logs ---------------------------------------------------------------------------------------------------
 
     def log(self, logs, start_time=None):
         """Add the means since the last log line, over ranks: accuracy, residual, iterations, state norm, tokens/s."""
@@ -237,7 +237,7 @@ class MGMTrainer(Trainer):
         self._metrics["masked_accuracy"].append(output.masked_accuracy)
         if output.residuals is None:
             return
-        residuals = output.residuals.mean(dim=1)                                              # (N,)
+        residuals = output.residuals.mean(dim=1)  # (N,)
         self._metrics["residual"].append(residuals[-1])
         self._metrics["residual_ratio"].append(residuals[-1] / residuals[max(len(residuals) - 2, 0)].clamp(min=1e-12))
         self._metrics["iterations"].append(residuals.new_tensor(float(len(residuals))))
@@ -246,11 +246,11 @@ class MGMTrainer(Trainer):
     def _warn_if_growing(self, logs: dict[str, float]) -> None:
         if logs.get("residual_ratio", 0) >= 1 and logs["residual"] > GROWING_RESIDUAL:
             logger.warning_once(
-                "The residual does not fall over the solver's iterations (`residual_ratio` >= 1): F is no contraction, "
-                "so its fixed point is not reached. Lower `learning_rate`, or train with `input_injection='diagonal'`."
+                "The residual does not fall over the solver's iterations (`residual_ratio` >= 1): F is no contraction "
+                "and its fixed point is not reached. Lower `learning_rate`, or train with `input_injection='diagonal'`."
             )
 
-    # --- checkpoints and export ---------------------------------------------------------------------------------------
+    # --- checkpoints and export ---------------------------------------------------------------------------------
 
     def _averaged(self) -> AbstractContextManager:
         return self.ema.applied() if self.ema is not None else nullcontext()

@@ -34,9 +34,7 @@ def write_model_card(folder: str | Path, model: nn.Module, args: TrainingArgumen
         if path.name != "all_results.json"  # a copy of the others
     }
     card = ModelCard.from_template(
-        ModelCardData(
-            library_name="transformers", pipeline_tag="text-generation", tags=["fpmgm", "masked-diffusion"]
-        ),
+        ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["fpmgm", "masked-diffusion"]),
         template_path=str(TEMPLATE),
         name=getattr(args, "hub_model_id", None) or folder.resolve().name,
         kind="A fixed-point masked diffusion language model" if config.num_fixed_point_layers else "An MDLM",

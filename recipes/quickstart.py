@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main job on a small scale: train an FP-MDLM and an MDLM of equal width, sample both under budgets, compare.
+
+    make quickstart
+    python recipes/quickstart.py --text_files my_text.txt --output_dir quickstart_mine
+
+Writes `table.md`, `results.json`, `denoising.png` and the two model folders to `output_dir`.
+"""
+
+import json
+import os
+import platform
+import random
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from datasets import Dataset
+from installed_english import paragraphs
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion, __version__
+from fpmgm.analysis import plot_denoising
+from fpmgm.data import load_text, pack, train_tokenizer
+from fpmgm.evaluation import NGramJudge, unigram_entropy
+from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
+from fpmgm.trainers.arguments import parse_arguments
+
+
+ARCHITECTURES = {
+    # `"diagonal"`: the other injections learn next to nothing in so few steps.
+    "fp_mdlm": {"num_pre_layers": 1, "num_fixed_point_layers": 1, "num_post_layers": 1, "input_injection": "diagonal"},
+    "mdlm": {"num_pre_layers": 12, "num_fixed_point_layers": 0, "num_post_layers": 0},
+}
+TITLES = {"fp_mdlm": "FP-MDLM 1/1/1", "mdlm": "MDLM 12/0/0"}
+REUSES = {"fp_mdlm": ("none", "full", "3sr"), "mdlm": ("none",)}
+
+
+@dataclass
+class QuickstartArguments:
+    """Sizes that fit ten minutes on two slow cores."""
+
+    text_files: list[str] | None = field(default=None, metadata={"help": "Your text; null: what is installed."})
+    output_dir: str = field(default="quickstart", metadata={"help": "Where everything is written."})
+    vocab_size: int = field(default=1024, metadata={"help": "Tokens of the byte-pair tokenizer."})
+    length: int = field(default=48, metadata={"help": "Tokens of a text."})
+    hidden_size: int = field(default=96, metadata={"help": "Width of both models."})
+    max_steps: int = field(default=900, metadata={"help": "Optimizer steps of each model."})
+    batch_size: int = field(default=32, metadata={"help": "Texts per step."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of both models."})
+    budgets: list[int] = field(default_factory=lambda: [24, 48, 96, 192], metadata={"help": "Block evaluations."})
+    num_samples: int = field(default=128, metadata={"help": "Texts per row of the table."})
+    eval_blocks: int = field(default=400, metadata={"help": "Blocks of held-out text."})
+    seed: int = field(default=0, metadata={"help": "Seed of everything."})
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run everything; returns what `results.json` holds."""
+    (args,) = parse_arguments((QuickstartArguments,), __doc__, argv)
+    start, folder = time.perf_counter(), Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    transformers.logging.set_verbosity_error()
+
+    tokenizer, train_blocks, eval_blocks = prepare_text(args)
+    judge = NGramJudge(np.array(train_blocks["input_ids"]), len(tokenizer))
+    held_out = np.array(eval_blocks["input_ids"])
+    results = {
+        "machine": describe_machine(),
+        "arguments": vars(args),
+        "text": {
+            "source": args.text_files or "Python's documentation and docstrings of installed packages",
+            "train_tokens": len(train_blocks) * args.length,
+            "held_out_tokens": len(eval_blocks) * args.length,
+        },
+        "judge": "interpolated 4-gram model (Witten-Bell) of the training tokens",
+        "held_out": {"entropy": unigram_entropy(held_out), "ngram_perplexity": judge.perplexity(held_out)},
+        "models": {},
+        "samples": [],
+    }
+    for name, architecture in ARCHITECTURES.items():
+        model, results["models"][name] = train(name, architecture, args, tokenizer, train_blocks, eval_blocks)
+        results["samples"] += sample(name, model, args, tokenizer, judge)
+        if name == "fp_mdlm":
+            draw_picture(model, tokenizer, folder / "denoising.png", args.seed)
+    results["seconds"] = round(time.perf_counter() - start, 1)
+
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (folder / "table.md").write_text(table(results))
+    print(f"\n{table(results)}\n{how_to_load(folder / 'fp_mdlm')}")
+    return results
+
+
+def prepare_text(args: QuickstartArguments) -> tuple[PreTrainedTokenizerBase, Dataset, Dataset]:
+    """A tokenizer trained here, blocks to train on, and blocks held out (the last paragraphs after a shuffle)."""
+    print("reading text ...")
+    texts = list(load_text(args.text_files)["text"]) if args.text_files else paragraphs()
+    random.Random(args.seed).shuffle(texts)
+    print(f"{len(texts):,} documents, {sum(map(len, texts)) / 1e6:.1f} MB; training the tokenizer ...")
+    tokenizer = train_tokenizer(texts[: max(1, len(texts) // 2)], args.vocab_size)
+    blocks = pack(Dataset.from_dict({"text": texts}), tokenizer, args.length)
+    if len(blocks) <= args.eval_blocks:
+        raise ValueError(f"`text_files` give {len(blocks)} blocks, {args.eval_blocks} are held out: give more text.")
+    split = len(blocks) - args.eval_blocks
+    return tokenizer, blocks.select(range(split)), blocks.select(range(split, len(blocks)))
+
+
+def train(name, architecture, args, tokenizer, train_blocks, eval_blocks) -> tuple[FPMDLMForMaskedDiffusion, dict]:
+    """Train one model and export it; returns the exported model and what was measured."""
+    config = FPMDLMConfig(
+        vocab_size=len(tokenizer),
+        mask_token_id=tokenizer.mask_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        hidden_size=args.hidden_size,
+        num_attention_heads=4,
+        intermediate_size=4 * args.hidden_size,
+        conditioning_size=16,
+        max_position_embeddings=args.length,
+        dropout=0.0,
+        **architecture,
+    )
+    torch.manual_seed(args.seed)
+    model = FPMDLMForMaskedDiffusion(config)
+    print(f"\n{TITLES[name]}: {model.num_parameters():,} parameters, {args.max_steps} steps")
+    training = MGMTrainingConfig(
+        output_dir=str(Path(args.output_dir) / name),
+        max_steps=args.max_steps,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=50,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=50,
+        ema_decay=0.99,
+        logging_steps=max(1, args.max_steps // 4),
+        save_strategy="no",
+        seed=args.seed,
+        data_description="Python's documentation and docstrings of installed packages"
+        if args.text_files is None
+        else f"{len(args.text_files)} local file(s)",
+    )
+    trainer = MGMTrainer(
+        model=model, args=training, train_dataset=train_blocks, eval_dataset=eval_blocks, processing_class=tokenizer
+    )
+    trained = trainer.train().metrics
+    metrics = trainer.evaluate()
+    trainer.save_metrics("train", trained)
+    trainer.save_metrics("eval", metrics)
+    trainer.save_model()
+    trainer.create_model_card()
+    measured = {
+        "parameters": model.num_parameters(),
+        "steps": args.max_steps,
+        "seconds_per_step": trained["train_runtime"] / args.max_steps,
+        "validation_perplexity": metrics["eval_perplexity"],
+    }
+    return FPMDLMForMaskedDiffusion.from_pretrained(training.output_dir), measured
+
+
+def sample(name, model, args, tokenizer, judge) -> list[dict]:
+    """A row for each budget and reuse."""
+    rows = []
+    runs = [(budget, reuse) for budget in args.budgets for reuse in REUSES[name]]
+    for budget, reuse in tqdm(runs, desc="sampling"):
+        start = time.perf_counter()
+        out = model.generate(
+            batch_size=args.num_samples, budget=budget, reuse=reuse, seed=args.seed, return_dict_in_generate=True
+        )
+        seconds = time.perf_counter() - start
+        rows.append(
+            {
+                "model": name,
+                "budget": budget,
+                "reuse": reuse,
+                "num_steps": out.num_steps,
+                "block_evaluations": out.block_evaluations,
+                "milliseconds_per_text": 1000 * seconds / args.num_samples,
+                "entropy": unigram_entropy(out.sequences.numpy()),
+                "ngram_perplexity": judge.perplexity(out.sequences.numpy()),
+                "text": tokenizer.decode(out.sequences[0], skip_special_tokens=True),
+            }
+        )
+    return rows
+
+
+def draw_picture(model, tokenizer, path: Path, seed: int) -> None:
+    """One text being written."""
+    steps = []
+    model.generate(budget=96, seed=seed, callback=steps.append)
+    plot_denoising(steps, tokenizer, path)
+
+
+def describe_machine() -> dict:
+    """What the numbers were measured on."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "fpmgm": __version__,
+    }
+
+
+def table(results: dict) -> str:
+    """The results in Markdown."""
+    machine, text = results["machine"], results["text"]
+    lines = [
+        f"Text: {text['source']}; {text['train_tokens']:,} training and {text['held_out_tokens']:,} held-out tokens.",
+        f"Machine: {machine['cores']} cores of {machine['processor']} ({machine['device']}), "
+        f"torch {machine['torch']}, transformers {machine['transformers']}; {results['seconds']:.0f} s in all.",
+        "",
+        "| model | parameters | steps | seconds per step | validation perplexity |",
+        "|---|---|---|---|---|",
+    ]
+    for name, m in results["models"].items():
+        lines.append(
+            f"| {TITLES[name]} | {m['parameters']:,} | {m['steps']} | {m['seconds_per_step']:.3f} "
+            f"| {m['validation_perplexity']:.1f} |"
+        )
+    lines += [
+        "",
+        "| budget | model | reuse | steps | block evaluations | ms per text | entropy | 4-gram perplexity |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(results["samples"], key=lambda row: row["budget"]):
+        lines.append(
+            f"| {row['budget']} | {TITLES[row['model']]} | {row['reuse']} | {row['num_steps']} "
+            f"| {row['block_evaluations']} | {row['milliseconds_per_text']:.1f} | {row['entropy']:.2f} "
+            f"| {row['ngram_perplexity']:.1f} |"
+        )
+    held_out = results["held_out"]
+    lines.append(f"| | held-out text | | | | | {held_out['entropy']:.2f} | {held_out['ngram_perplexity']:.1f} |")
+    lines += [
+        "",
+        f"4-gram perplexity: under an {results['judge']}; it sees local fluency only. "
+        f"Each row: {results['arguments']['num_samples']} texts of {results['arguments']['length']} tokens.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def how_to_load(folder: Path) -> str:
+    """The three lines that use what was trained."""
+    return (
+        f"The picture of one text being written: {folder.parent / 'denoising.png'}\n"
+        "Use the model:\n\n"
+        "    from transformers import AutoModel, AutoTokenizer\n"
+        f"    model = AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True)\n"
+        f"    print(AutoTokenizer.from_pretrained({str(folder)!r}, trust_remote_code=True)"
+        ".batch_decode(model.generate(budget=96)))\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

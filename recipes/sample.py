@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write text with a trained model, from nothing or into the blanks of a prompt.
+
+python recipes/sample.py --model org/cofre-owt --budget 96 --num_samples 4
+python recipes/sample.py --model quickstart/fp_mdlm --prompt "The function returns <|mask|*20> of the list."
+"""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+
+import fpmgm  # noqa: F401  (registers the models)
+from fpmgm.trainers.arguments import parse_arguments
+
+
+@dataclass
+class SampleArguments:
+    """What to write; an option left out takes the model's own default (generation_config.json)."""
+
+    model: str = field(metadata={"help": "Folder or hub name."})
+    prompt: str | None = field(default=None, metadata={"help": "Text with <|mask|> or <|mask|*N> where to write."})
+    num_samples: int = field(default=1, metadata={"help": "Texts to write."})
+    length: int | None = field(default=None, metadata={"help": "Tokens of a text; null: the model's longest."})
+    budget: int | None = field(default=None, metadata={"help": "Block evaluations per text."})
+    num_steps: int | None = field(default=None, metadata={"help": "Denoising steps; null: from the budget."})
+    allocation: str | None = field(default=None, metadata={"help": "fixed, decreasing, increasing, cosine, ..."})
+    reuse: str | None = field(default=None, metadata={"help": "none, full or 3sr."})
+    temperature: float | None = field(default=None, metadata={"help": "0: most likely tokens."})
+    top_k: int | None = field(default=None, metadata={"help": "Draw among the k most likely tokens."})
+    top_p: float | None = field(default=None, metadata={"help": "Draw among tokens that hold this probability."})
+    seed: int = field(default=0, metadata={"help": "Text k uses the stream (seed, k)."})
+    output: str | None = field(default=None, metadata={"help": "A .jsonl to write to; null: the terminal."})
+    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Where to run."})
+
+
+def main(argv: list[str] | None = None) -> list[str]:
+    """Write texts and show or save them."""
+    (args,) = parse_arguments((SampleArguments,), __doc__, argv)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModel.from_pretrained(args.model).to(args.device)
+    names = ("budget", "num_steps", "allocation", "reuse", "temperature", "top_k", "top_p")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    out = model.generate(
+        input_ids=None if args.prompt is None else encode_prompt(tokenizer, args.prompt),
+        batch_size=args.num_samples,
+        length=args.length,
+        seed=args.seed,
+        progress_bar=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+    texts = tokenizer.batch_decode(out.sequences)
+    if args.output is not None:
+        Path(args.output).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    else:
+        for text in texts:
+            print(f"\n{text}")
+    print(f"\n{len(texts)} text(s), {out.num_steps} steps, {out.block_evaluations} block evaluations each")
+    return texts
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
+    """(1, L) ids of a prompt, `<|mask|*N>` standing for N blanks, between BOS and EOS."""
+    prompt = re.sub(r"<\|mask\|\*(\d+)>", lambda match: tokenizer.mask_token * int(match[1]), prompt)
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return torch.tensor([[bos, *ids, tokenizer.eos_token_id]])
+
+
+if __name__ == "__main__":
+    main()
