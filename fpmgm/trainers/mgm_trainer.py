@@ -247,7 +247,7 @@ class MGMTrainer(Trainer):
         if logs.get("residual_ratio", 0) >= 1 and logs["residual"] > GROWING_RESIDUAL:
             logger.warning_once(
                 "The residual does not fall over the solver's iterations (`residual_ratio` >= 1): F is no contraction "
-                "and its fixed point is not reached. Lower `learning_rate`, or train with `input_injection='diagonal'`."
+                "and its fixed point is not reached. Lower `learning_rate`, or use `input_injection='diagonal'`."
             )
 
     # --- checkpoints and export ---------------------------------------------------------------------------------
