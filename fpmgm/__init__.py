@@ -11,6 +11,7 @@ from .models.budget import BudgetPlan, plan_budget
 from .models.configuration_fpmdlm import FPMDLMConfig
 from .models.generation_mgm import GenerationStep, MGMGenerationConfig, MGMGenerationMixin, MGMGenerationOutput
 from .models.modeling_fpmdlm import FPMDLMForMaskedDiffusion, MGMOutput
+from .streamers import TextStreamer
 
 
 __version__ = "0.1.0.dev0"
@@ -28,6 +29,7 @@ __all__ = [
     "MGMGenerationMixin",
     "MGMGenerationOutput",
     "MGMOutput",
+    "TextStreamer",
     "load_mdlm",
     "plan_budget",
 ]

@@ -36,7 +36,6 @@ class FPMDLMConfig(PreTrainedConfig):
         time_conditioning (`bool`, defaults to `False`): Whether the blocks see the diffusion time.
         rope_theta (`float`, defaults to 10000): Base of the rotary position embedding.
         layer_norm_eps (`float`, defaults to 1e-5): Added to variances.
-        initializer_range (`float`, defaults to 0.02): Standard deviation of freshly drawn weights.
         tie_word_embeddings (`bool`, defaults to `False`): Whether the head shares the embedding's weight.
 
     Raises:
@@ -80,7 +79,6 @@ class FPMDLMConfig(PreTrainedConfig):
     time_conditioning: bool = False
     rope_theta: float = 10000.0
     layer_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | None = None

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from .budget import ALLOCATIONS, check_whole
+from .fixed_point import SOLVERS
 from .reuse import REUSES
 
 
@@ -35,14 +36,24 @@ class MGMGenerationConfig(GenerationConfig):
         gamma_masked (`list[float]`, defaults to [0.75, 0.9]): Share reused at masked positions, when nothing and when
             everything is visible (3sr).
         gamma_changed (`float`, defaults to 0.2): Share reused at tokens that the last step revealed (3sr).
+        gamma_remasked (`float`, defaults to 0.2): Share reused at tokens that were masked again or rewritten (3sr).
+        tolerance (`float`, *optional*): A sequence's solve stops when its relative residual is at most this. `None`:
+            every planned iteration is taken.
+        carry_over (`bool`, defaults to `False`): Give iterations that `tolerance` saved to the sequence's later steps.
+        solver (`str`, defaults to `"picard"`): `"picard"` or `"anderson"`; an iteration of either costs the same.
+        skip_idle_steps (`bool`, defaults to `False`): With reuse, also skip steps that reveal nothing in a sequence.
+            That is another procedure than the plain one: the solution is refined less often. Without reuse such steps
+            are always skipped, which changes nothing. What is not spent shows in `block_evaluations`.
 
         > Parameters that control the draw
 
         temperature (`float`, defaults to 1.0): Divides the logits; 0 takes the most likely token.
         top_k (`int`, *optional*): Draw among the k most likely tokens. `None`: all.
         top_p (`float`, *optional*): Draw among the most likely tokens that hold this probability. `None`: all.
-        order (`str`, *optional*): Which positions are revealed when. `None`: the model's default (`"ancestral"` for
-            text).
+        order (`str`, *optional*): Which positions are revealed when: `"ancestral"`, or `"confidence"`, where each
+            step keeps the most probable of its draws. `None`: the model's default (`"ancestral"` for text).
+        remask (`float`, *optional*): Mask a visible token again with at most this probability per step, in (0, 1]
+            (ReMDM's capped schedule; ancestral order only). `None`: what is revealed stays.
         final (`str`, defaults to `"sample"`): What happens to positions still masked after the last step: `"sample"`
             draws them at that step, `"argmax"` takes their most likely tokens, `"none"` leaves the mask id.
 
@@ -66,11 +77,17 @@ class MGMGenerationConfig(GenerationConfig):
         self.gamma_unchanged: float = kwargs.pop("gamma_unchanged", 1.0)
         self.gamma_masked: list[float] = list(kwargs.pop("gamma_masked", (0.75, 0.9)))
         self.gamma_changed: float = kwargs.pop("gamma_changed", 0.2)
+        self.gamma_remasked: float = kwargs.pop("gamma_remasked", 0.2)
+        self.tolerance: float | None = kwargs.pop("tolerance", None)
+        self.carry_over: bool = kwargs.pop("carry_over", False)
+        self.solver: str = kwargs.pop("solver", "picard")
+        self.skip_idle_steps: bool = kwargs.pop("skip_idle_steps", False)
 
         self.temperature: float = kwargs.pop("temperature", 1.0)
         self.top_k: int | None = kwargs.pop("top_k", None)
         self.top_p: float | None = kwargs.pop("top_p", None)
         self.order: str | None = kwargs.pop("order", None)
+        self.remask: float | None = kwargs.pop("remask", None)
         self.final: str = kwargs.pop("final", "sample")
 
         self.progress_bar: bool = kwargs.pop("progress_bar", False)
@@ -89,22 +106,8 @@ class MGMGenerationConfig(GenerationConfig):
 
     def validate(self, **unused: Any) -> None:
         """Raise a `ValueError` that names the first value that is not allowed."""
-        for name, unit in (("budget", "block evaluations"), ("num_steps", "denoising steps"), ("top_k", "tokens")):
-            if getattr(self, name) is not None:
-                check_whole(name, getattr(self, name), minimum=1, unit=unit)
-        if isinstance(self.allocation, str) and self.allocation not in ALLOCATIONS:
-            raise ValueError(f"`allocation`={self.allocation!r} must be one of {tuple(ALLOCATIONS)} or a list.")
-        for name, allowed in (("reuse", REUSES), ("final", FINALS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}`={getattr(self, name)!r} must be one of {allowed}.")
-        gammas = {"gamma_unchanged": [self.gamma_unchanged], "gamma_masked": self.gamma_masked}
-        for name, values in {**gammas, "gamma_changed": [self.gamma_changed]}.items():
-            if any(not 0 <= value <= 1 for value in values) or (name == "gamma_masked" and len(values) != 2):
-                raise ValueError(f"`{name}`={getattr(self, name)} must lie in [0, 1] (two values for `gamma_masked`).")
-        if not isinstance(self.temperature, Real) or not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"`temperature`={self.temperature!r} must be a number >= 0 (0: most likely token).")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"`top_p`={self.top_p} must lie in (0, 1]; `None` keeps all tokens.")
+        _check_computation(self)
+        _check_draw(self)
 
     def updated(self, **kwargs: Any) -> "MGMGenerationConfig":
         """A copy with `kwargs` set; a budget given here replaces saved iterations, and the other way round."""
@@ -131,6 +134,41 @@ class MGMGenerationConfig(GenerationConfig):
     def from_model_config(cls, model_config: Any) -> "MGMGenerationConfig":
         """The defaults: a model configuration holds no generation parameters."""
         return cls()
+
+
+def _check_computation(config: MGMGenerationConfig) -> None:
+    for name, unit in (("budget", "block evaluations"), ("num_steps", "denoising steps")):
+        if getattr(config, name) is not None:
+            check_whole(name, getattr(config, name), minimum=1, unit=unit)
+    if isinstance(config.allocation, str) and config.allocation not in ALLOCATIONS:
+        raise ValueError(f"`allocation`={config.allocation!r} must be one of {tuple(ALLOCATIONS)} or a list.")
+    for name, allowed in (("reuse", REUSES), ("solver", tuple(SOLVERS))):
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"`{name}`={getattr(config, name)!r} must be one of {allowed}.")
+    for name in ("gamma_unchanged", "gamma_changed", "gamma_remasked"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"`{name}`={getattr(config, name)} must lie in [0, 1].")
+    if len(config.gamma_masked) != 2 or any(not 0 <= value <= 1 for value in config.gamma_masked):
+        raise ValueError(f"`gamma_masked`={config.gamma_masked} must be two values in [0, 1].")
+    if config.tolerance is not None and not config.tolerance >= 0:
+        raise ValueError(f"`tolerance`={config.tolerance} must be at least 0; `None` takes every iteration.")
+    if config.carry_over and config.tolerance is None:
+        raise ValueError("`carry_over`=True has nothing to carry without `tolerance`: give one, such as 0.02.")
+
+
+def _check_draw(config: MGMGenerationConfig) -> None:
+    if config.final not in FINALS:
+        raise ValueError(f"`final`={config.final!r} must be one of {FINALS}.")
+    if not isinstance(config.temperature, Real) or not 0 <= config.temperature < float("inf"):
+        raise ValueError(f"`temperature`={config.temperature!r} must be a number >= 0 (0: most likely token).")
+    if config.top_k is not None:
+        check_whole("top_k", config.top_k, minimum=1, unit="tokens")
+    if config.top_p is not None and not 0 < config.top_p <= 1:
+        raise ValueError(f"`top_p`={config.top_p} must lie in (0, 1]; `None` keeps all tokens.")
+    if config.remask is not None and not 0 < config.remask <= 1:
+        raise ValueError(f"`remask`={config.remask} must lie in (0, 1]; `None` keeps what is revealed.")
+    if config.remask is not None and config.order not in (None, "ancestral"):
+        raise ValueError(f"`remask`={config.remask} needs `order`='ancestral', not {config.order!r}.")
 
 
 def unknown_arguments(names: dict[str, Any], config: MGMGenerationConfig) -> str:

@@ -13,8 +13,9 @@ from transformers.utils import ModelOutput, logging
 
 from .budget import BudgetPlan, check_whole, explicit_plan, plan_budget
 from .generation_config_mgm import MGMGenerationConfig
-from .reuse import REUSE_STATES, reuse_states, reuse_weights, visible_fraction
-from .sampling import REVEAL_ORDERS, draw_tokens, draw_uniforms, time_grid
+from .reuse import REUSE_STATES, Solution, reuse_states, reuse_weights, updated_solution, visible_fraction
+from .reveal import ORDERS
+from .sampling import time_grid
 
 
 @dataclass
@@ -30,7 +31,7 @@ class MGMGenerationOutput(ModelOutput):
         iterations_taken (`torch.LongTensor`): (T, B) iterations run.
         residuals (`torch.Tensor`): (T, max N, B) relative residual of each iteration; NaN where none was taken.
         reused (`list[dict[str, float]]`): Per step, the share of positions in each reuse state ("changed",
-            "unchanged", "masked"); an empty dict where nothing was reused.
+            "unchanged", "masked", "remasked"); an empty dict where nothing was reused.
     """
 
     sequences: torch.LongTensor | None = None
@@ -66,6 +67,79 @@ class GenerationStep:
     residuals: torch.Tensor | None
 
 
+class Ledger:
+    """What each sequence may spend at a step, what it has spent, and what was measured on the way.
+
+    Args:
+        plan ([`BudgetPlan`]): Planned iterations.
+        model_config: Configuration with the layer counts.
+        config ([`MGMGenerationConfig`]): Of the call.
+        batch_size (`int`): Sequences B.
+    """
+
+    def __init__(self, plan: BudgetPlan, model_config, config: MGMGenerationConfig, batch_size: int):
+        self.plan, self.config, self.batch_size = plan, config, batch_size
+        self.explicit = model_config.num_pre_layers + model_config.num_post_layers
+        self.shared = model_config.num_fixed_point_layers
+        self.saved: torch.Tensor | int = 0  # iterations that each sequence may take on top of its plan
+        self.residuals: list[torch.Tensor | None] = []  # per step (N, B), None where no iteration was taken
+        self.ran: list[bool] = []
+        self.reused: list[torch.Tensor | None] = []
+        self.finite: torch.Tensor | None = None
+
+    def iterations(self, step: int) -> int | torch.Tensor | None:
+        """The most iterations of this step, for all or for each sequence; `None` without fixed-point layers."""
+        return self.plan.iterations[step] + self.saved if self.shared else None
+
+    def skip(self) -> None:
+        """Book a step that did not run."""
+        self.ran.append(False)
+        self.residuals.append(None)
+        self.reused.append(None)
+
+    def add(self, residuals: torch.Tensor | None, logits: torch.Tensor) -> None:
+        """Book a step: its residuals (N, B), NaN where a sequence had stopped, and whether its logits are numbers."""
+        allowed = self.iterations(len(self.ran))
+        self.ran.append(True)
+        self.residuals.append(residuals)
+        if len(self.reused) < len(self.ran):
+            self.reused.append(None)
+        if self.config.carry_over:
+            self.saved = allowed - (~residuals.isnan()).sum(dim=0)
+        finite = logits.isfinite().all()
+        self.finite = finite if self.finite is None else self.finite & finite
+
+    def close(self, tokens: torch.Tensor) -> "torch.LongTensor | MGMGenerationOutput":
+        """What `generate` returns.
+
+        Raises:
+            `ValueError`: if some logits were not numbers.
+        """
+        if self.finite is not None and not self.finite:
+            raise ValueError(
+                "the model's weights give logits that are not finite, so no token can be drawn: check the checkpoint "
+                "with `all(p.isfinite().all() for p in model.parameters())`, and lower the learning rate it came from."
+            )
+        if not self.config.return_dict_in_generate:
+            return tokens
+        residuals = [torch.empty(0, self.batch_size) if r is None else r.cpu() for r in self.residuals]
+        table = torch.full((len(residuals), max(map(len, residuals)), self.batch_size), float("nan"))  # (T, N, B)
+        for row, values in zip(table, residuals, strict=True):
+            row[: len(values)] = values
+        taken = (~table.isnan()).sum(dim=1)  # (T, B)
+        cost = sum(self.ran) * self.explicit + taken.sum(dim=0) * self.shared  # (B,)
+        return MGMGenerationOutput(
+            sequences=tokens,
+            block_evaluations=int(cost.max()),
+            block_evaluations_per_sequence=cost,
+            num_steps=self.plan.num_steps,
+            iterations=self.plan.iterations,
+            iterations_taken=taken,
+            residuals=table,
+            reused=[{} if r is None else dict(zip(REUSE_STATES, r.tolist(), strict=True)) for r in self.reused],
+        )
+
+
 class MGMGenerationMixin:
     """Gives a masked generative model `generate` and a saved [`MGMGenerationConfig`]."""
 
@@ -84,6 +158,7 @@ class MGMGenerationMixin:
         seed: int | list[int] | None = None,
         generator: torch.Generator | None = None,
         callback: Callable[[GenerationStep], None] | None = None,
+        streamer=None,
         **kwargs: Any,
     ) -> torch.LongTensor | MGMGenerationOutput:
         """Reveal masked positions over a few denoising steps.
@@ -101,8 +176,10 @@ class MGMGenerationMixin:
             generator (`torch.Generator`, *optional*): Source of randomness instead of `seed`. `None`: PyTorch's
                 global generator.
             callback (`Callable`, *optional*): Called with a [`GenerationStep`] after each step.
+            streamer (*optional*): Its `put(tokens)` gets the (B, L) tokens on the CPU after each step, `end()` the end
+                ([`fpmgm.TextStreamer`] shows them in a terminal).
             kwargs: Any field of [`MGMGenerationConfig`] for this call: `budget`, `num_steps`, `iterations`,
-                `allocation`, `reuse`, `temperature`, `top_k`, `top_p`, `order`, `final`, …
+                `allocation`, `reuse`, `tolerance`, `temperature`, `top_k`, `top_p`, `order`, `remask`, `final`, …
 
         Returns:
             `torch.LongTensor` of shape (B, L), or [`MGMGenerationOutput`] with `return_dict_in_generate=True`.
@@ -114,81 +191,85 @@ class MGMGenerationMixin:
         config = (generation_config or self.generation_config).updated(**kwargs)
         plan = self._plan(config)
         tokens, attention_mask = self._start(input_ids, batch_size, length, attention_mask)
-        check_randomness(seed, generator, tokens.shape[0])
-        reveal_uniforms, token_uniforms = draw_uniforms(*tokens.shape, seed, generator)
-        wanted = tokens == self.config.mask_token_id
+        check_randomness(seed, generator, len(tokens))
+        wanted = (tokens == self.config.mask_token_id).cpu()
         if attention_mask is not None:
-            wanted &= attention_mask.bool()
-        reveal_step = self._reveal_order(config)(reveal_uniforms.to(tokens.device), plan.num_steps)
-        reveal_step = torch.where(wanted, reveal_step, plan.num_steps + 1)  # T + 1: not ours to write
+            wanted &= attention_mask.bool().cpu()
+        rule = self._order(config)(wanted, plan.num_steps, self.config.mask_token_id, config, seed, generator)
         was_training = self.training
         self.eval()
         try:
-            return self._denoise(
-                tokens, attention_mask, reveal_step, token_uniforms.to(tokens.device), plan, config, callback
-            )
+            return self._denoise(tokens, attention_mask, bool(wanted.all()), rule, plan, config, callback, streamer)
         finally:
             self.train(was_training)
 
-    def _denoise(self, tokens, attention_mask, reveal_step, token_uniforms, plan, config, callback):
+    def _denoise(self, tokens, attention_mask, all_masked, rule, plan, config, callback, streamer):
         """The loop over steps: start of the solver, denoiser, draw at the revealed positions."""
-        mask_token_id, times = self.config.mask_token_id, time_grid(plan.num_steps)
-        previous, state = tokens, None
-        finite = torch.ones((), dtype=torch.bool, device=tokens.device)
-        cost, residuals, reused = 0, [], []
+        (batch_size, length), times = tokens.shape, time_grid(plan.num_steps)
+        reusing = config.reuse != "none" and self.config.num_fixed_point_layers > 0
+        ledger, solution = Ledger(plan, self.config, config, batch_size), None
         for step in logging.tqdm(range(plan.num_steps), desc="denoising", disable=not config.progress_bar):
-            # 1. which share of the previous solution each position starts from
-            weights, shares = None, {}
-            if state is not None:
-                states = reuse_states(previous, tokens, mask_token_id)
-                visible = visible_fraction(tokens, mask_token_id, attention_mask)
-                weights = reuse_weights(
-                    states, visible, config.reuse, config.gamma_unchanged, config.gamma_masked, config.gamma_changed
-                )
-                shares = {name: (states == i).float().mean() for i, name in enumerate(REUSE_STATES)}
-            # 2. the denoiser, with logits at the positions that this step reveals
-            last = step == plan.num_steps - 1
-            left_over = reveal_step == plan.num_steps
-            revealed = (reveal_step == step) | (left_over & (last and config.final != "none"))
-            positions = revealed.flatten().nonzero().squeeze(1)  # (P,)
+            # 1. the positions whose logits the step needs; where there are none, and nothing is reused, it is idle
+            positions = rule.candidates(step, tokens)
+            if len(positions) == 0 and (not reusing or config.skip_idle_steps):
+                tokens, _ = rule.write(step, tokens, positions, None)
+                ledger.skip()
+                continue
+            # 2. the denoiser, started from the previous solution; while all is masked, every row is the same
+            shared = step == 0 and all_masked and batch_size > 1
+            columns, inverse = (positions % length).unique(return_inverse=True) if shared else (positions, None)
+            weights = None
+            if solution is not None:
+                weights = self._reuse_weights(solution, tokens, attention_mask, config, ledger)
             output = self(
-                tokens,
-                timesteps=times[step].float().expand(len(tokens)).to(tokens.device),
+                tokens[:1] if shared else tokens,
+                timesteps=times[step].float().to(tokens.device).expand(1 if shared else batch_size),
                 attention_mask=attention_mask,
-                num_iterations=plan.iterations[step] or None,
-                fixed_point_state=state,
+                num_iterations=ledger.iterations(step),
+                fixed_point_state=None if solution is None else solution.state,
                 reuse_weights=weights,
-                logits_positions=positions,
+                tolerance=config.tolerance,
+                solver=config.solver,
+                logits_positions=columns,
             )
+            logits, state, residuals = output.logits, output.fixed_point_state, output.residuals
+            if shared:
+                logits = logits[inverse.to(logits.device)]
+                state = None if state is None else state.expand(batch_size, -1, -1)
+                residuals = None if residuals is None else residuals.expand(-1, batch_size)
             # 3. the draw
-            logits, uniforms = output.logits, token_uniforms.flatten()[positions]
-            drawn = draw_tokens(logits, uniforms, mask_token_id, config.temperature, config.top_k, config.top_p)
-            if last and config.final == "argmax":
-                likeliest = draw_tokens(logits, uniforms, mask_token_id, temperature=0)
-                drawn = torch.where(left_over.flatten()[positions], likeliest, drawn)
-            finite = finite & logits.isfinite().all()
-            previous, tokens = tokens, tokens.flatten().index_copy(0, positions, drawn).view_as(tokens)
+            solved_for = tokens
+            tokens, revealed = rule.write(step, tokens, positions, logits)
             # 4. what the next step and the caller see
-            if config.reuse != "none":
-                state = output.fixed_point_state
-            cost += output.block_evaluations
-            residuals.append(output.residuals)
-            reused.append(shares)
+            if reusing:
+                busy = None
+                if config.skip_idle_steps:  # a sequence that revealed nothing keeps its solution
+                    busy = (torch.bincount(positions // length, minlength=batch_size) > 0).to(tokens.device)
+                solution = updated_solution(solution, Solution(solved_for, state, busy))
+            ledger.add(residuals, logits)
             if callback is not None:
-                callback(
-                    GenerationStep(
-                        step, plan.num_steps, times[step].item(), tokens, revealed,
-                        output.fixed_point_state, output.residuals,
-                    )
-                )  # fmt: skip
-        if not finite:
-            raise ValueError(
-                "the model's weights give logits that are not finite, so no token can be drawn: check the checkpoint "
-                "with `all(p.isfinite().all() for p in model.parameters())`, and lower the learning rate it came from."
-            )
-        if not config.return_dict_in_generate:
-            return tokens
-        return _output(tokens, plan, cost, residuals, reused)
+                time = times[step].item()
+                callback(GenerationStep(step, plan.num_steps, time, tokens, revealed, state, residuals))
+            if streamer is not None:
+                streamer.put(tokens.cpu())
+        if streamer is not None:
+            streamer.end()
+        return ledger.close(tokens)
+
+    def _reuse_weights(self, solution, tokens, attention_mask, config, ledger) -> torch.Tensor:
+        """γ of the next start, (B, L); the shares of the reuse states go to the ledger."""
+        states = reuse_states(solution.input_ids, tokens, self.config.mask_token_id)
+        ledger.reused.append(torch.stack([(states == i).float().mean() for i in range(len(REUSE_STATES))]))
+        weights = reuse_weights(
+            states,
+            visible_fraction(tokens, self.config.mask_token_id, attention_mask),
+            config.reuse,
+            config.gamma_unchanged,
+            config.gamma_masked,
+            config.gamma_changed,
+            config.gamma_remasked,
+        )
+        return weights if solution.rows is None else weights * solution.rows[:, None]
 
     def _plan(self, config: MGMGenerationConfig) -> BudgetPlan:
         if config.iterations is not None:
@@ -197,11 +278,11 @@ class MGMGenerationMixin:
             raise ValueError("`budget`=None and `iterations`=None: give a budget, or `num_steps` with `iterations`.")
         return plan_budget(self.config, config.budget, config.num_steps, config.allocation)
 
-    def _reveal_order(self, config: MGMGenerationConfig) -> Callable:
+    def _order(self, config: MGMGenerationConfig) -> Callable:
         order = config.order or self.default_order
-        if order not in REVEAL_ORDERS:
-            raise ValueError(f"`order`={order!r} must be one of {tuple(REVEAL_ORDERS)}.")
-        return REVEAL_ORDERS[order]
+        if order not in ORDERS:
+            raise ValueError(f"`order`={order!r} must be one of {tuple(ORDERS)}.")
+        return ORDERS[order]
 
     def _start(self, input_ids, batch_size, length, attention_mask) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The masked tokens to begin with and the attention mask, both (B, L) on the model's device."""
@@ -282,24 +363,6 @@ def check_randomness(seed: int | list[int] | None, generator: torch.Generator | 
         raise ValueError(f"`seed` lists {len(seed)} seeds for {batch_size} sequences: give one per sequence.")
     if any(isinstance(s, bool) or not isinstance(s, int) for s in (seed if isinstance(seed, list) else [seed or 0])):
         raise ValueError(f"`seed`={seed!r} must be a whole number or a list of them.")
-
-
-def _output(tokens, plan: BudgetPlan, cost: int, residuals: list, reused: list) -> MGMGenerationOutput:
-    taken = torch.tensor([[0 if r is None else len(r)] * len(tokens) for r in residuals])  # (T, B)
-    table = torch.full((plan.num_steps, int(taken.max()), len(tokens)), float("nan"))  # (T, N, B)
-    for step, values in enumerate(residuals):
-        if values is not None:
-            table[step, : len(values)] = values.cpu()
-    return MGMGenerationOutput(
-        sequences=tokens,
-        block_evaluations=cost,
-        block_evaluations_per_sequence=torch.full((len(tokens),), cost),
-        num_steps=plan.num_steps,
-        iterations=plan.iterations,
-        iterations_taken=taken,
-        residuals=table,
-        reused=[{name: share.item() for name, share in shares.items()} for shares in reused],
-    )
 
 
 __all__ = ["GenerationStep", "MGMGenerationConfig", "MGMGenerationMixin", "MGMGenerationOutput"]

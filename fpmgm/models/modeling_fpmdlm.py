@@ -13,6 +13,7 @@ P positions selected from B·L.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_fpmdlm import FPMDLMConfig
-from .fixed_point import FixedPointSolution, solve_fixed_point
+from .fixed_point import SOLVERS, FixedPointSolution, solve_adaptively, solve_fixed_point
 from .generation_mgm import MGMGenerationMixin
 from .noise import IGNORE_INDEX, sigma
 from .reuse import warm_start
@@ -41,11 +42,13 @@ class MGMOutput(ModelOutput):
     Args:
         loss (`torch.Tensor`, scalar): Weighted cross-entropy per real position, when `labels` are given.
         logits (`torch.Tensor`): (B, L, V), or (P, V) at `logits_positions`; raw, with the mask column.
-        last_hidden_state (`torch.Tensor`): (B, L, D) after the post-stack, before the final norm.
+        last_hidden_state (`torch.Tensor`): (B, L, D) after the post-stack, before the final norm; (P, D) at
+            `logits_positions`.
         fixed_point_state (`torch.Tensor`): (B, L, D) h*; `None` without fixed-point layers.
-        residuals (`torch.Tensor`): (N, B) relative residual of each iteration taken, float32.
+        residuals (`torch.Tensor`): (N, B) relative residual of each iteration taken, float32; NaN where a sequence
+            stopped earlier.
         masked_accuracy (`torch.Tensor`, scalar): Share of the positions with a label whose most likely token is right.
-        block_evaluations (`int`): Transformer blocks run per sequence.
+        block_evaluations (`int`): Transformer blocks run for the sequence that took most.
     """
 
     loss: torch.Tensor | None = None
@@ -107,6 +110,34 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, dropout, module.training)
     return (weights @ value).transpose(1, 2), weights
+
+
+class Selection(NamedTuple):
+    """P positions of a batch: `rows` and `columns` (P,); padded per row, `queries` (B, Q) columns and `slots` (P,)
+    indices into B·Q of those that count."""
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    queries: torch.Tensor
+    slots: torch.Tensor
+
+    def pick(self, x: torch.Tensor) -> torch.Tensor:
+        """(P, D) of `x` (B, L, D); of one vector for a sequence or for all, (B or 1, 1, D), each position's."""
+        if x.shape[1] > 1:
+            return x[self.rows, self.columns]
+        return x[self.rows, 0] if x.shape[0] > 1 else x[0]
+
+
+def select(positions: torch.Tensor, batch_size: int, length: int, device: torch.device) -> Selection:
+    """The selection of `positions`, ascending indices (P,) into B·L. With `positions` on the CPU, no device waits."""
+    positions = positions.cpu()
+    rows, columns = positions // length, positions % length
+    counts = torch.bincount(rows, minlength=batch_size)
+    slots = torch.arange(len(positions)) - (counts.cumsum(0) - counts)[rows]  # place within its row
+    queries = torch.zeros(batch_size, max(1, int(counts.max())), dtype=torch.long)
+    queries[rows, slots] = columns
+    slots = rows * queries.shape[1] + slots
+    return Selection(*(x.to(device, non_blocking=True) for x in (rows, columns, queries, slots)))
 
 
 # --- layers -----------------------------------------------------------------------------------------------------
@@ -184,13 +215,27 @@ class FPMDLMAttention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor, rotary: tuple, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        selection: Selection | None = None,
+    ) -> torch.Tensor:
+        """(B, L, D), or (P, D) with queries at the selected positions only (keys and values are everywhere)."""
         qkv = self.qkv_proj(x).unflatten(-1, (3, -1, self.head_size))  # (B, L, 3, H, K)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, H, L, K)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        query, key = rotate(query, rotary), rotate(key, rotary)
+        key, query_rotary = rotate(key, rotary), rotary
+        if selection is not None:
+            batch = torch.arange(len(x), device=x.device)[:, None]
+            query = query.transpose(1, 2)[batch, selection.queries].transpose(1, 2)  # (B, H, Q, K)
+            query_rotary = tuple(table[selection.queries][:, None] for table in rotary)  # (B, 1, Q, K)
+            attention_mask = None if attention_mask is None else attention_mask[:, :, :1]  # the same for every query
+        query = rotate(query, query_rotary)
         out, _ = attend(self, query, key, value, attention_mask, scaling=self.head_size**-0.5, dropout=0.0)
-        return self.o_proj(out.flatten(2))  # (B, L, D)
+        out = out.flatten(2)  # (B, L or Q, D)
+        return self.o_proj(out if selection is None else out.flatten(0, 1)[selection.slots])  # (B, L, D)
 
 
 class FPMDLMBlock(nn.Module):
@@ -213,9 +258,13 @@ class FPMDLMBlock(nn.Module):
         rotary: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         keep: tuple[torch.Tensor, torch.Tensor] | tuple[None, None] = (None, None),
+        selection: Selection | None = None,
     ) -> torch.Tensor:
+        """(B, L, D) → (B, L, D), or (P, D): the block's output at the selected positions, exactly."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        y = self.attention(modulate(self.norm1(x), shift1, scale1), rotary, attention_mask)
+        y = self.attention(modulate(self.norm1(x), shift1, scale1), rotary, attention_mask, selection)
+        if selection is not None:
+            x, gate1, shift2, scale2, gate2 = (selection.pick(z) for z in (x, gate1, shift2, scale2, gate2))
         x = x + gate1 * shared_dropout(y, self.dropout, self.training, keep[0])
         y = F.gelu(self.up_proj(modulate(self.norm2(x), shift2, scale2)), approximate="tanh")
         return x + gate2 * shared_dropout(self.down_proj(y), self.dropout, self.training, keep[1])
@@ -328,8 +377,11 @@ class FPMDLMPreTrainedModel(PreTrainedModel):
             init.constant_(module.decay_logit, module.initial_logit)
         elif isinstance(module, LayerNorm):
             init.ones_(module.weight)
-        else:
-            super()._init_weights(module)
+        elif isinstance(module, (nn.Linear, nn.Embedding)):  # MDLM's: uniform in ±1/√fan_in, whatever the width
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if getattr(module, "bias", None) is not None:
+                bound = module.in_features**-0.5
+                init.uniform_(module.bias, -bound, bound)
 
 
 class FPMDLMForMaskedDiffusion(MGMGenerationMixin, FPMDLMPreTrainedModel):
@@ -377,10 +429,12 @@ class FPMDLMForMaskedDiffusion(MGMGenerationMixin, FPMDLMPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         loss_weights: torch.Tensor | None = None,
-        num_iterations: int | None = None,
+        num_iterations: int | torch.LongTensor | None = None,
         num_no_grad_iterations: int = 0,
         fixed_point_state: torch.Tensor | None = None,
         reuse_weights: torch.Tensor | None = None,
+        tolerance: float | None = None,
+        solver: str = "picard",
         logits_positions: torch.LongTensor | None = None,
         output_logits: bool | None = None,
     ) -> MGMOutput:
@@ -393,41 +447,55 @@ class FPMDLMForMaskedDiffusion(MGMGenerationMixin, FPMDLMPreTrainedModel):
             attention_mask (`torch.Tensor`, *optional*): (B, L), 0 at padding. `None`: no padding.
             labels (`torch.LongTensor`, *optional*): (B, L) tokens to predict, -100 where no loss. `None`: no loss.
             loss_weights (`torch.Tensor`, *optional*): (B,) weight of a sequence's cross-entropy. `None`: 1.
-            num_iterations (`int`, *optional*): Iterations with gradient. `None`: `num_fixed_point_iterations`.
+            num_iterations (`int` or `torch.LongTensor`, *optional*): Iterations with gradient, or, without gradient,
+                (B,) the most of each sequence. `None`: `num_fixed_point_iterations`.
             num_no_grad_iterations (`int`, defaults to 0): Iterations without gradient before them.
             fixed_point_state (`torch.Tensor`, *optional*): (B, L, D) solution to start from. `None`: start from h_pre.
             reuse_weights (`torch.Tensor`, *optional*): (B, L) share γ of `fixed_point_state` in the start. `None`: 1.
-            logits_positions (`torch.LongTensor`, *optional*): (P,) indices into the flattened B·L positions: the
-                logits are (P, V), computed there only. `None`: everywhere.
+            tolerance (`float`, *optional*): A sequence stops iterating when its relative residual is at most this
+                (without gradient only). `None`: all iterations are taken.
+            solver (`str`, defaults to `"picard"`): `"picard"`, h ← F(h), or `"anderson"`, which also mixes earlier
+                iterates (without gradient only); an iteration of either is one evaluation of F.
+            logits_positions (`torch.LongTensor`, *optional*): (P,) ascending indices into the flattened B·L
+                positions: the logits are (P, V), and the last explicit block has queries there only. On the CPU they
+                cost no wait for the device. `None`: everywhere.
             output_logits (`bool`, *optional*): Whether to build logits. `None`: only without `labels`.
 
         Raises:
             `ValueError`: ids outside the vocabulary length, missing `timesteps`, fewer than one iteration.
         """
-        self._check_inputs(input_ids, timesteps, num_iterations, num_no_grad_iterations)
+        self._check_inputs(input_ids, timesteps, num_iterations, num_no_grad_iterations, solver)
         h = self.embed_tokens(input_ids)  # (B, L, D)
-        conditioning = self._conditioning(timesteps, h.device)  # (B or 1, C)
-        head_size = self.config.hidden_size // self.config.num_attention_heads
-        rotary = rotary_embedding(h.shape[1], head_size, self.config.rope_theta, h.device, h.dtype)
+        conditioning, rotary = self.conditioning(timesteps, h.device), self.rotary(h)
         bias = create_bidirectional_mask(config=self.config, inputs_embeds=h, attention_mask=attention_mask)
 
-        h = self._run(self.pre_layers, h, conditioning, rotary, bias)  # (B, L, D)
+        selection = None
+        if logits_positions is not None:
+            selection = select(logits_positions, *input_ids.shape, h.device)
+        pre, post = self.pre_layers, self.post_layers
+        explicit = self.fixed_point is None and not len(post)
+
+        h = self._run(pre, h, conditioning, rotary, bias, selection if explicit else None)  # (B, L, D)
         solution = None
         if self.fixed_point is not None:
             solution = self._solve(
                 h, conditioning, rotary, bias, attention_mask,
                 start=warm_start(h, fixed_point_state, reuse_weights),
-                num_iterations=num_iterations or self.config.num_fixed_point_iterations,
+                num_iterations=self.config.num_fixed_point_iterations if num_iterations is None else num_iterations,
                 num_no_grad_iterations=num_no_grad_iterations,
+                tolerance=tolerance,
+                solver=solver,
             )  # fmt: skip
             h = solution.state
-        h = self._run(self.post_layers, h, conditioning, rotary, bias)  # (B, L, D)
+        h = self._run(post, h, conditioning, rotary, bias, selection)  # (B, L, D) or (P, D)
+        if selection is not None and h.dim() == 3:  # no block after F
+            h = selection.pick(h)
 
         loss = accuracy = logits = None
-        if labels is not None:
-            loss, accuracy = self._loss(h, conditioning, labels, loss_weights, attention_mask)
         if output_logits or (output_logits is None and labels is None):
-            logits = self._logits(h, conditioning, logits_positions)
+            logits = self._logits(h, conditioning, selection.rows if selection else None)  # (B, L, V) or (P, V)
+        if labels is not None:
+            loss, accuracy = self._loss(h, conditioning, labels, selection, loss_weights, attention_mask)
         iterations = 0 if solution is None else len(solution.residuals)
         return MGMOutput(
             loss=loss,
@@ -436,34 +504,48 @@ class FPMDLMForMaskedDiffusion(MGMGenerationMixin, FPMDLMPreTrainedModel):
             fixed_point_state=None if solution is None else solution.state,
             residuals=None if solution is None else solution.residuals,
             masked_accuracy=accuracy,
-            block_evaluations=len(self.pre_layers)
-            + iterations * self.config.num_fixed_point_layers
-            + len(self.post_layers),
+            block_evaluations=len(pre) + iterations * self.config.num_fixed_point_layers + len(post),
         )
 
-    def _conditioning(self, timesteps: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    def conditioning(self, timesteps: torch.Tensor | None, device: torch.device) -> torch.Tensor:
         """(B, C), or (1, C) when time is not conditioned on: one constant vector for every sequence."""
         noise = sigma(timesteps) if self.config.time_conditioning else torch.zeros(1, device=device)
         return self.time_embedding(noise)
 
-    def _run(self, layers, h, conditioning, rotary, bias) -> torch.Tensor:
-        for layer in layers:
-            h = self._checkpointed(layer, h, layer.modulation(conditioning), rotary, bias)
+    def rotary(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of the positions of `h` (B, L, D), each (L, K)."""
+        head_size = self.config.hidden_size // self.config.num_attention_heads
+        return rotary_embedding(h.shape[1], head_size, self.config.rope_theta, h.device, h.dtype)
+
+    def _run(self, layers, h, conditioning, rotary, bias, selection: Selection | None = None) -> torch.Tensor:
+        """Explicit blocks; the last one gives the selected positions only, (P, D), where there is a selection."""
+        for i, layer in enumerate(layers):
+            last = selection if i == len(layers) - 1 else None
+            # Only a mask written out as a tensor has rows that can be left out; other kernels' masks do not.
+            pruned = last if bias is None or bias.dim() == 4 else None
+            h = self._checkpointed(layer, h, layer.modulation(conditioning), rotary, bias, (None, None), pruned)
+            h = last.pick(h) if last is not None and pruned is None else h
         return h
 
     def _solve(
-        self, h_pre, conditioning, rotary, bias, attention_mask, start, num_iterations, num_no_grad_iterations
-    ) -> FixedPointSolution:
+        self, h_pre, conditioning, rotary, bias, attention_mask, start,
+        num_iterations, num_no_grad_iterations, tolerance, solver,
+    ) -> FixedPointSolution:  # fmt: skip
         """h* of h ↦ F(h; u): what no iteration changes (u, modulations, dropout masks) is computed once."""
         stack = self.fixed_point
         constant = stack.constant(h_pre)
         modulations = [layer.modulation(conditioning) for layer in stack.layers]
         keeps = [self._dropout_masks(h_pre) for _ in stack.layers]
 
-        def step(h: torch.Tensor) -> torch.Tensor:
-            return self._checkpointed(stack, h, constant, modulations, rotary, bias, keeps)
+        def step(h: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+            if rows is None:
+                return self._checkpointed(stack, h, constant, modulations, rotary, bias, keeps)
+            part = [tuple(v[rows] if len(v) > 1 else v for v in vectors) for vectors in modulations]
+            return stack(h, constant[rows], part, rotary, None if bias is None else bias[rows], keeps)
 
-        return solve_fixed_point(step, start, num_iterations, num_no_grad_iterations, attention_mask)
+        if tolerance is None and solver == "picard" and not torch.is_tensor(num_iterations):
+            return solve_fixed_point(step, start, num_iterations, num_no_grad_iterations, attention_mask)
+        return solve_adaptively(step, start, num_iterations, tolerance, solver, attention_mask)
 
     def _dropout_masks(self, h: torch.Tensor) -> tuple:
         """The two masks of one block, kept over the iterations so that F stays one map."""
@@ -476,31 +558,36 @@ class FPMDLMForMaskedDiffusion(MGMGenerationMixin, FPMDLMPreTrainedModel):
             return self._gradient_checkpointing_func(module, *args)
         return module(*args)
 
-    def _logits(self, h: torch.Tensor, conditioning: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
-        """Final norm and head: (B, L, V), or (P, V) at `positions` of the flattened batch."""
+    def _logits(self, h: torch.Tensor, conditioning: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        """Final norm and head: (B, L, D) → (B, L, V), or (P, D) with the sequences `rows` (P,) → (P, V)."""
         shift, scale = self.final_modulation(conditioning)  # (B or 1, 1, D)
-        if positions is not None:
-            rows = positions // h.shape[1] if shift.shape[0] > 1 else torch.zeros_like(positions)
-            h, shift, scale = h.flatten(0, 1)[positions], shift[rows, 0], scale[rows, 0]  # (P, D)
+        if rows is not None:
+            shift, scale = (v[rows, 0] if len(v) > 1 else v[0] for v in (shift, scale))  # (P or 1, D)
         return self.lm_head(modulate(self.final_norm(h), shift, scale))
 
-    def _loss(self, h, conditioning, labels, loss_weights, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
+    def _loss(
+        self, h, conditioning, labels, selection, loss_weights, attention_mask
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Weighted cross-entropy summed over positions with a label, per real position; and the share guessed right.
 
         Only masked positions carry loss, so the head runs there only.
         """
-        positions = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)  # (P,)
-        labels = labels.flatten()[positions]
-        logits = self._logits(h, conditioning, positions)  # (P, V)
+        batch_size, length = labels.shape
+        if selection is None:
+            positions = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)  # (P,)
+            rows, labels, h = positions // length, labels.flatten()[positions], h.flatten(0, 1)[positions]
+        else:
+            rows, labels = selection.rows, labels[selection.rows, selection.columns]
+        logits = self._logits(h, conditioning, rows)  # (P, V)
         losses = masked_cross_entropy(logits, labels, self.config.mask_token_id)  # (P,)
         if loss_weights is not None:
-            losses = losses * loss_weights[positions // h.shape[1]]
-        real = h.shape[0] * h.shape[1] if attention_mask is None else attention_mask.sum()
+            losses = losses * loss_weights[rows]
+        real = batch_size * length if attention_mask is None else attention_mask.sum()
         with torch.no_grad():
-            accuracy = (logits.argmax(dim=-1) == labels).sum() / max(len(labels), 1)
+            accuracy = (logits.argmax(dim=-1) == labels).sum() / (labels != IGNORE_INDEX).sum().clamp(min=1)
         return losses.sum() / real, accuracy
 
-    def _check_inputs(self, input_ids, timesteps, num_iterations, num_no_grad_iterations) -> None:
+    def _check_inputs(self, input_ids, timesteps, num_iterations, num_no_grad_iterations, solver) -> None:
         longest = self.config.max_position_embeddings
         if input_ids.dim() != 2 or input_ids.shape[1] > longest:
             raise ValueError(
@@ -511,10 +598,13 @@ class FPMDLMForMaskedDiffusion(MGMGenerationMixin, FPMDLMPreTrainedModel):
             raise ValueError(
                 "`timesteps`=None, but the model has `time_conditioning`: give a (batch,) time in (0, 1]."
             )
-        if num_iterations is not None and num_iterations < (self.fixed_point is not None):
-            raise ValueError(f"`num_iterations`={num_iterations} must be at least 1: the solver needs one iteration.")
+        least = 1 if self.fixed_point is not None else 0
+        if isinstance(num_iterations, int) and num_iterations < least:
+            raise ValueError(f"`num_iterations`={num_iterations} must be at least {least}.")
         if num_no_grad_iterations < 0:
             raise ValueError(f"`num_no_grad_iterations`={num_no_grad_iterations} must be at least 0.")
+        if solver not in SOLVERS:
+            raise ValueError(f"`solver`={solver!r} must be one of {tuple(SOLVERS)}.")
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """Save weights, configurations and the model's code, so that both Auto classes load it anywhere."""

@@ -1,14 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reuse of the previous step's fixed point as the start of the next: none, full, three-state (Algorithm 1).
 
+Beyond the paper, a fourth state serves samplers that take tokens back: a position that was visible and is masked
+again, or holds another token.
+
 Pure functions of the two token states and the two hidden states. Shapes: B batch, L length, D hidden size.
 """
+
+from typing import NamedTuple
 
 import torch
 
 
 REUSES = ("none", "full", "3sr")
-REUSE_STATES = ("changed", "unchanged", "masked")  # what happened to a position since the previous step
+REUSE_STATES = ("changed", "unchanged", "masked", "remasked")  # what happened to a position since the previous step
+
+
+class Solution(NamedTuple):
+    """A step's fixed point: `state` (B, L, D), solved for the tokens `input_ids` (B, L); `rows` (B,) bool says which
+    sequences have one yet (`None`: all)."""
+
+    input_ids: torch.Tensor
+    state: torch.Tensor
+    rows: torch.Tensor | None = None
+
+
+def updated_solution(old: Solution | None, new: Solution) -> Solution:
+    """`new` in the sequences of `new.rows`, `old` in the others."""
+    if old is None or new.rows is None:
+        return new
+    busy = new.rows[:, None]
+    return Solution(
+        torch.where(busy, new.input_ids, old.input_ids),
+        torch.where(busy[:, :, None], new.state, old.state),
+        None if old.rows is None else old.rows | new.rows,
+    )
 
 
 def reuse_states(previous_ids: torch.Tensor, input_ids: torch.Tensor, mask_token_id: int) -> torch.Tensor:
@@ -18,10 +44,11 @@ def reuse_states(previous_ids: torch.Tensor, input_ids: torch.Tensor, mask_token
         previous_ids, input_ids (`torch.Tensor`): (B, L) token ids of the previous and of this step.
 
     Returns:
-        `torch.Tensor`: (B, L) int64: 0 changed (revealed or rewritten), 1 unchanged and visible, 2 still masked.
+        `torch.Tensor`: (B, L) int64: 0 revealed since, 1 unchanged and visible, 2 still masked, 3 masked again or
+        rewritten.
     """
-    unchanged = previous_ids == input_ids
-    return unchanged * (1 + (input_ids == mask_token_id).long())
+    unchanged, was_masked = previous_ids == input_ids, previous_ids == mask_token_id
+    return torch.where(unchanged, 1 + was_masked.long(), 3 * (~was_masked).long())
 
 
 def reuse_weights(
@@ -31,6 +58,7 @@ def reuse_weights(
     gamma_unchanged: float = 1.0,
     gamma_masked: tuple[float, float] = (0.75, 0.9),
     gamma_changed: float = 0.2,
+    gamma_remasked: float = 0.2,
 ) -> torch.Tensor:
     """The share γ of the previous solution in the next start, (B, L) (Algorithm 1, line 16).
 
@@ -38,14 +66,15 @@ def reuse_weights(
         states (`torch.Tensor`): (B, L) from [`reuse_states`].
         visible_fraction (`torch.Tensor`): (B,) share v of real positions that are not masked, the prompt included.
         reuse (`str`): `"full"` (γ = 1 everywhere) or `"3sr"`.
-        gamma_unchanged, gamma_changed (`float`): γ of unchanged visible and of changed positions.
+        gamma_unchanged, gamma_changed, gamma_remasked (`float`): γ of unchanged visible positions, of revealed ones,
+            and of those masked again or rewritten.
         gamma_masked (`tuple[float, float]`): γ of still masked positions at v = 0 and at v = 1, linear between.
     """
     if reuse == "full":
         return torch.ones_like(states, dtype=torch.float32)
     low, high = gamma_masked
-    masked = (low + (high - low) * visible_fraction)[:, None].expand(states.shape)
-    return torch.where(states == 1, gamma_unchanged, torch.where(states == 2, masked, gamma_changed))
+    fixed = torch.tensor([gamma_changed, gamma_unchanged, 0.0, gamma_remasked], device=states.device)
+    return torch.where(states == 2, (low + (high - low) * visible_fraction)[:, None], fixed[states])
 
 
 def visible_fraction(

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which positions are revealed at which step, and which token is drawn there.
 
-All random numbers of a call are drawn before its first step: two uniforms per position, one for the step at which it
-is revealed, one for its token. The reveal steps do not depend on the logits, so that a step computes its head at the
-positions that it reveals and nowhere else (exact, not an approximation).
+All random numbers of a call are drawn before its first step. In the ancestral order the reveal steps do not depend on
+the logits, so they are known beforehand, on the host: a step computes its head at the positions that it reveals and
+nowhere else (exact, not an approximation), and never asks the device how many there are.
 
 Shapes: B batch, L length, V vocabulary, P positions revealed at a step, T steps.
 """
+
+from typing import NamedTuple
 
 import torch
 
@@ -17,15 +19,28 @@ SMALLEST_TIME = 1e-5  # the time grid ends here
 CHUNK_ELEMENTS = 2**25  # logits drawn at once in float64: bounds the memory of a first step that reveals everything
 
 
-def time_grid(num_steps: int) -> torch.Tensor:
-    """T + 1 times from 1 to 1e-5 in equal steps, float64."""
-    return torch.linspace(1.0, SMALLEST_TIME, num_steps + 1, dtype=torch.float64)
+class RevealSchedule(NamedTuple):
+    """T lists of ascending indices into B·L, on the CPU: what each step reveals, and what it masks again after that.
+
+    `left_over` (P,) are the positions that the last step reveals only because nothing comes after it.
+    """
+
+    reveals: list[torch.Tensor]
+    remasks: list[torch.Tensor]
+    left_over: torch.Tensor
+
+
+# --- randomness --------------------------------------------------------------------------------------------------
 
 
 def draw_uniforms(
-    batch_size: int, length: int, seed: int | list[int] | None = None, generator: torch.Generator | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The uniforms of the reveal steps and of the tokens, each (B, L) float64.
+    count: int,
+    batch_size: int,
+    length: int,
+    seed: int | list[int] | None = None,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """(count, B, L) float64 uniforms.
 
     Args:
         seed (`int` or `list[int]`, *optional*): Row k uses the stream (seed, k), or (seed[k], 0) for a list, so that
@@ -34,12 +49,19 @@ def draw_uniforms(
     """
     if seed is None:
         device = "cpu" if generator is None else generator.device
-        both = torch.rand(2, batch_size, length, dtype=torch.float64, generator=generator, device=device)
-        return both[0], both[1]
+        shape = (count, batch_size, length)
+        return torch.rand(shape, dtype=torch.float64, generator=generator, device=device).cpu()
     keys = [(s, 0) for s in seed] if isinstance(seed, list) else [(seed, row) for row in range(batch_size)]
-    rows = [torch.rand(2, length, dtype=torch.float64, generator=stream_generator("generate", *key)) for key in keys]
-    both = torch.stack(rows, dim=1)
-    return both[0], both[1]
+    streams = [stream_generator("generate", *key) for key in keys]
+    return torch.stack([torch.rand(count, length, dtype=torch.float64, generator=s) for s in streams], dim=1)
+
+
+# --- which positions ---------------------------------------------------------------------------------------------
+
+
+def time_grid(num_steps: int) -> torch.Tensor:
+    """T + 1 times from 1 to 1e-5 in equal steps, float64."""
+    return torch.linspace(1.0, SMALLEST_TIME, num_steps + 1, dtype=torch.float64)
 
 
 def ancestral_reveal_steps(uniforms: torch.Tensor, num_steps: int) -> torch.Tensor:
@@ -49,11 +71,69 @@ def ancestral_reveal_steps(uniforms: torch.Tensor, num_steps: int) -> torch.Tens
     probability P(t_{i+1})/P(1): one uniform decides its step.
     """
     remaining = masked_probability(time_grid(num_steps)[1:]) / masked_probability(torch.tensor(1.0))
-    steps = torch.searchsorted(-remaining.to(uniforms.device), -uniforms.contiguous(), right=False)
-    return steps  # the first i with uniform >= P(t_{i+1}) / P(1)
+    return torch.searchsorted(-remaining, -uniforms.contiguous())  # the first i with uniform >= P(t_{i+1})/P(1)
 
 
-REVEAL_ORDERS = {"ancestral": ancestral_reveal_steps}
+def ancestral_schedule(uniforms: torch.Tensor, wanted: torch.Tensor, num_steps: int) -> RevealSchedule:
+    """Reveal each position of `wanted` (B, L) at the step that its uniform (B, L) decides; what is left at the last."""
+    steps = ancestral_reveal_steps(uniforms, num_steps).masked_fill(~wanted, num_steps + 1).flatten()
+    order = steps.argsort(stable=True)
+    *reveals, left_over, _ = order.split(torch.bincount(steps, minlength=num_steps + 2).tolist())
+    reveals[-1] = torch.cat([reveals[-1], left_over]).sort().values
+    return RevealSchedule(reveals, [order[:0]] * num_steps, left_over)
+
+
+def remasking_schedule(uniforms: torch.Tensor, wanted: torch.Tensor, num_steps: int, cap: float) -> RevealSchedule:
+    """As the ancestral order, but from t to s a visible token is masked again with probability σ (ReMDM, capped).
+
+    σ = min(cap, (1 − α_s)/α_t) and a masked position is revealed with probability (α_s − (1 − σ)α_t)/(1 − α_t), where
+    α is the probability of being visible: the marginals at every step are those of the ancestral sampler.
+
+    Args:
+        uniforms (`torch.Tensor`): (T, B, L).
+        wanted (`torch.Tensor`): (B, L) bool, what `generate` may write.
+        cap (`float`): Largest σ, in (0, 1].
+    """
+    visible_probability = 1 - masked_probability(time_grid(num_steps))
+    masked, reveals, remasks = wanted.clone(), [], []
+    for step in range(num_steps):
+        now, after = visible_probability[step], visible_probability[step + 1]
+        sigma = torch.clamp((1 - after) / now, max=cap)
+        revealed = masked & (uniforms[step] < (after - (1 - sigma) * now) / (1 - now))
+        remasked = wanted & ~masked & (uniforms[step] < sigma)
+        if step == num_steps - 1:
+            left_over, revealed, remasked = masked & ~revealed, masked, torch.zeros_like(masked)
+        masked = (masked & ~revealed) | remasked
+        reveals.append(revealed.flatten().nonzero().squeeze(1))
+        remasks.append(remasked.flatten().nonzero().squeeze(1))
+    return RevealSchedule(reveals, remasks, left_over.flatten().nonzero().squeeze(1))
+
+
+def confidence_counts(wanted: torch.Tensor, num_steps: int) -> torch.Tensor:
+    """(T, B) tokens that each step of the confidence order reveals in each row: equal shares, larger ones first.
+
+    Raises:
+        `ValueError`: if a row has fewer positions to write than there are steps.
+    """
+    counts = wanted.sum(dim=1)
+    if int(counts.min()) < num_steps:
+        raise ValueError(
+            f"`num_steps`={num_steps} exceeds the {int(counts.min())} masked positions of a row, but "
+            "`order`='confidence' reveals at least one at each step: give fewer steps or a smaller budget."
+        )
+    return counts // num_steps + (torch.arange(num_steps)[:, None] < counts % num_steps)
+
+
+def most_confident(probabilities: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Ascending indices into P of the `counts[b]` most probable draws of each row b; `probabilities`, `rows` (P,)."""
+    by_probability = probabilities.argsort(descending=True, stable=True)
+    order = by_probability[rows[by_probability].argsort(stable=True)]  # by row, then by falling probability
+    sizes = torch.bincount(rows, minlength=len(counts))
+    rank = torch.arange(len(rows), device=rows.device) - (sizes.cumsum(0) - sizes)[rows[order]]
+    return order[rank < counts.to(rows.device)[rows[order]]].sort().values
+
+
+# --- which token -------------------------------------------------------------------------------------------------
 
 
 def truncate(logits: torch.Tensor, top_k: int | None, top_p: float | None) -> torch.Tensor:
@@ -75,28 +155,38 @@ def draw_tokens(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-) -> torch.Tensor:
-    """Tokens (P,) drawn from softmax(logits / temperature) in float64 by the inverse of the distribution function.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw from softmax(logits / temperature) in float64 by the inverse of the distribution function.
 
     Args:
         logits (`torch.Tensor`): (P, V), any floating type.
         uniforms (`torch.Tensor`): (P,) in [0, 1), float64.
         mask_token_id (`int`): Never drawn.
         temperature, top_k, top_p: See [`MGMGenerationConfig`].
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: tokens (P,) and the probability that each had, (P,) float64.
     """
-    chunks = zip(*(x.split(max(1, CHUNK_ELEMENTS // logits.shape[-1])) for x in (logits, uniforms)), strict=True)
-    drawn = [_draw(*chunk, mask_token_id, temperature, top_k, top_p) for chunk in chunks]
-    return torch.cat(drawn) if drawn else torch.empty(0, dtype=torch.long, device=logits.device)
+    size = max(1, CHUNK_ELEMENTS // logits.shape[-1])
+    parts = [
+        _draw(chunk, chunk_uniforms, mask_token_id, temperature, top_k, top_p)
+        for chunk, chunk_uniforms in zip(logits.split(size), uniforms.split(size), strict=True)
+    ]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
-def _draw(logits, uniforms, mask_token_id, temperature, top_k, top_p) -> torch.Tensor:
-    logits = logits.to(torch.float64, copy=True)
+def _draw(logits, uniforms, mask_token_id, temperature, top_k, top_p) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = logits.to(torch.float64, copy=True)  # (P, V)
     logits[:, mask_token_id] = float("-inf")
+    if temperature > 0:
+        logits = truncate(logits / temperature if temperature != 1 else logits, top_k, top_p)
+    likeliest = logits.argmax(dim=-1, keepdim=True)  # (P, 1)
+    weights = logits.sub_(logits.gather(-1, likeliest)).exp_()
     if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = truncate(logits / temperature, top_k, top_p)
-    cumulative = (logits - logits.amax(dim=-1, keepdim=True)).exp().cumsum(dim=-1)  # (P, V)
-    total = cumulative[:, -1]
+        return likeliest.squeeze(1), 1 / weights.sum(dim=-1)
+    cumulative = weights.cumsum(dim=-1)
+    total = cumulative[:, -1:]
     # Strictly under the total, so that a token of probability 0 behind the last possible one is never reached.
-    target = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target[:, None], right=True).squeeze(1)
+    target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    tokens = torch.searchsorted(cumulative, target, right=True)  # (P, 1)
+    return tokens.squeeze(1), (weights.gather(-1, tokens) / total).squeeze(1)

@@ -1,0 +1,450 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What sampling costs: a plain procedure, this library, and the block evaluations alone, in one run.
+
+    python benchmarks/sampling_speed.py --length 256
+    python benchmarks/sampling_speed.py --device cuda --length 1024 --batch_sizes 1 8 64
+
+*plain* is MDLM's ancestral sampler from its public description: at every step the head and a float64 Gumbel draw at
+every position, for MDLM 12/0/0 and for FP 1/1/1. *ours* is `generate`. *floor* is the same P, G, injection, F and post
+calls at full length, without embedding, head, draw or reuse.
+
+Before anything is timed, plain and ours are shown to draw from the same distribution (a small vocabulary enumerated,
+chi-square), and ours to give the tokens of plain when plain draws by inverse CDF from the same uniforms in float64.
+
+A whole grid takes hours on a CPU. A configuration's time is the sum, over the steps of its plan, of the median time of
+a step with that many iterations; the configurations take turns, and a whole run at the smallest budget checks the sum.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm.auto import tqdm
+
+from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion, __version__, plan_budget
+from fpmgm.models.noise import masked_probability
+from fpmgm.models.reuse import reuse_states, reuse_weights, visible_fraction
+from fpmgm.models.sampling import draw_uniforms, time_grid
+
+
+ARCHITECTURES = {
+    "mdlm": {"num_pre_layers": 12, "num_fixed_point_layers": 0, "num_post_layers": 0},
+    "fp": {"num_pre_layers": 1, "num_fixed_point_layers": 1, "num_post_layers": 1},
+}
+RUNS = [("plain", "mdlm", "none"), ("ours", "mdlm", "none"), ("floor", "mdlm", "none"), ("plain", "fp", "none")]
+RUNS += [("plain", "fp", "3sr"), ("ours", "fp", "none"), ("ours", "fp", "3sr"), ("floor", "fp", "none")]
+
+
+class EnoughTimed(Exception):
+    """Ends a run whose remaining steps need not be timed."""
+
+
+# --- the plain procedure ------------------------------------------------------------------------------------------
+
+
+def gumbel_draw(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+    """Tokens (B, L) from float64 probabilities and V noise values at every position."""
+    logits = logits.double()
+    logits[..., mask_token_id] = float("-inf")
+    probabilities = logits.softmax(dim=-1)
+    noise = torch.rand_like(probabilities)
+    return (probabilities / (1e-10 - (noise + 1e-10).log())).argmax(dim=-1)
+
+
+@torch.no_grad()
+def plain(model, batch_size, length, plan, reuse, after_step=None, draw=gumbel_draw, reveals=None) -> torch.Tensor:
+    """MDLM's ancestral sampler; `reveals` (T, B, L) bool replaces its random reveals."""
+    mask, times, state, previous = model.config.mask_token_id, time_grid(plan.num_steps), None, None
+    tokens = torch.full((batch_size, length), mask, device=model.device)
+    for step in range(plan.num_steps):
+        weights = None
+        if state is not None:
+            weights = reuse_weights(reuse_states(previous, tokens, mask), visible_fraction(tokens, mask), reuse)
+        iterations = plan.iterations[step] or None
+        out = model(tokens, num_iterations=iterations, fixed_point_state=state, reuse_weights=weights)
+        drawn = draw(out.logits, mask)
+        now, after = masked_probability(times[step]), masked_probability(times[step + 1])
+        revealed = torch.rand(tokens.shape, device=tokens.device) < (now - after) / now
+        revealed = revealed if reveals is None else reveals[step]
+        if step == plan.num_steps - 1:
+            revealed = torch.ones_like(revealed)
+        previous, tokens = tokens, torch.where((tokens == mask) & revealed, drawn, tokens)
+        state = out.fixed_point_state if reuse != "none" else None
+        if after_step is not None:
+            after_step(step)
+    return tokens
+
+
+def ours(model, batch_size, length, plan, reuse, after_step=None) -> torch.Tensor:
+    """`generate`."""
+    return model.generate(
+        batch_size=batch_size,
+        length=length,
+        num_steps=plan.num_steps,
+        iterations=plan.iterations,
+        reuse=reuse,
+        seed=0,
+        callback=None if after_step is None else lambda step: after_step(step.step),
+    )
+
+
+@torch.no_grad()
+def floor(model, batch_size, length, plan, reuse, after_step=None) -> None:
+    """The block evaluations of a run, and nothing else."""
+    h0 = torch.randn(batch_size, length, model.config.hidden_size, device=model.device, dtype=model.dtype)
+    conditioning, rotary = model.conditioning(None, h0.device), model.rotary(h0)
+    for step in range(plan.num_steps):
+        h = h0
+        for layer in model.pre_layers:
+            h = layer(h, layer.modulation(conditioning), rotary)
+        if model.fixed_point is not None:
+            stack = model.fixed_point
+            constant, modulations = stack.constant(h), [layer.modulation(conditioning) for layer in stack.layers]
+            for _ in range(plan.iterations[step]):
+                h = stack(h, constant, modulations, rotary, None, [(None, None)] * len(stack.layers))
+        for layer in model.post_layers:
+            h = layer(h, layer.modulation(conditioning), rotary)
+        if after_step is not None:
+            after_step(step)
+
+
+PROCEDURES = {"plain": plain, "ours": ours, "floor": floor}
+
+
+# --- the checks ---------------------------------------------------------------------------------------------------
+
+
+def random_model(**config) -> FPMDLMForMaskedDiffusion:
+    """A model with random weights everywhere, so that no block is the identity."""
+    torch.manual_seed(0)
+    model = FPMDLMForMaskedDiffusion(FPMDLMConfig(dropout=0.0, **config)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model
+
+
+def check_same_tokens() -> int:
+    """Ours equals plain token by token when plain takes our uniforms; returns the number of tokens compared."""
+    compared = 0
+    for name, reuse in (("mdlm", "none"), ("fp", "none"), ("fp", "full"), ("fp", "3sr")):
+        sizes = {"vocab_size": 50, "mask_token_id": 49, "hidden_size": 32, "num_attention_heads": 4}
+        model = random_model(**sizes, intermediate_size=64, max_position_embeddings=24, **ARCHITECTURES[name]).double()
+        plan = plan_budget(model.config, 96)
+        reveal_uniforms, token_uniforms = draw_uniforms(2, 4, 24, seed=0)
+        bounds = masked_probability(time_grid(plan.num_steps)) / masked_probability(torch.tensor(1.0))
+        reveals = [(reveal_uniforms >= after) & (reveal_uniforms < now) for now, after in itertools.pairwise(bounds)]
+
+        def inverse_draw(logits, mask, uniforms=token_uniforms):
+            logits[..., mask] = float("-inf")
+            cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
+            return (cumulative <= uniforms[..., None]).sum(dim=-1).clamp(max=mask - 1)
+
+        expected = plain(model, 4, 24, plan, reuse, draw=inverse_draw, reveals=reveals)
+        got = ours(model, 4, 24, plan, reuse)
+        if not torch.equal(expected, got):
+            raise RuntimeError(f"{name}, reuse={reuse}: {(expected != got).sum()} tokens differ from the plain ones")
+        compared += got.numel()
+    return compared
+
+
+def check_same_distribution(samples: int = 20000) -> dict[str, float]:
+    """Chi-square of plain and of ours against the exact distribution over the sequences of 2 positions, 3 tokens."""
+    found = {}
+    for name in ARCHITECTURES:
+        sizes = {"vocab_size": 4, "mask_token_id": 3, "hidden_size": 16, "num_attention_heads": 2}
+        model = random_model(**sizes, intermediate_size=32, max_position_embeddings=2, **ARCHITECTURES[name]).double()
+        with torch.no_grad():
+            model.lm_head.weight.normal_(std=1.0)
+        plan = plan_budget(model.config, 24, num_steps=2)
+        exact = enumerate_two_steps(model, plan)
+        for procedure in ("plain", "ours"):
+            tokens = PROCEDURES[procedure](model, samples, 2, plan, "none")
+            counts = torch.bincount(tokens[:, 0] * 3 + tokens[:, 1], minlength=9)
+            chi_square = ((counts - samples * exact) ** 2 / (samples * exact)).sum().item()
+            if chi_square > 26.1:  # 8 degrees of freedom, p = 0.001
+                raise RuntimeError(f"{name}, {procedure}: chi-square {chi_square:.1f} exceeds 26.1")
+            found[f"{procedure} {name}"] = round(chi_square, 2)
+    return found
+
+
+@torch.no_grad()
+def enumerate_two_steps(model, plan) -> torch.Tensor:
+    """(9,) exact probabilities of the sequences of two positions after two steps without reuse."""
+
+    def probabilities(ids, step):
+        logits = model(torch.tensor([ids]), num_iterations=plan.iterations[step] or None).logits[0, :, :3]
+        return logits.softmax(dim=-1)
+
+    times = time_grid(2)
+    early = 1 - masked_probability(times[1]) / masked_probability(times[0])
+    first, second = probabilities([3, 3], 0), probabilities([3, 3], 1)
+    exact = early**2 * first[0][:, None] * first[1] + (1 - early) ** 2 * second[0][:, None] * second[1]
+    for token in range(3):
+        exact[token] += early * (1 - early) * first[0, token] * probabilities([token, 3], 1)[1]
+        exact[:, token] += early * (1 - early) * first[1, token] * probabilities([3, token], 1)[0]
+    return exact.flatten()
+
+
+# --- the measurement ----------------------------------------------------------------------------------------------
+
+
+def now(device: str) -> float:
+    """Seconds, after the device has finished."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def time_steps(run, model, batch_size, length, plan, reuse, steps, device) -> dict[int, list[float]]:
+    """Seconds of `steps` steps by their number of iterations; the first step, which is special, is left out."""
+    times, last = defaultdict(list), [None]
+
+    def after_step(step):
+        clock = now(device)
+        if last[0] is not None:
+            times[plan.iterations[step]].append(clock - last[0])
+        if step >= steps:
+            raise EnoughTimed
+        last[0] = now(device)
+
+    try:
+        run(model, batch_size, length, plan, reuse, after_step)
+    except EnoughTimed:
+        pass
+    return times
+
+
+def short_plan(plan, steps: int):
+    """A plan whose first step is dropped from timing and whose next ones run through the mix of its iterations."""
+    count = min(steps, plan.num_steps)
+    chosen = [plan.iterations[round(i * (plan.num_steps - 1) / max(count - 1, 1))] for i in range(count)]
+    return type(plan)(plan.num_steps, (chosen[:1] + chosen + plan.iterations)[: max(plan.num_steps, count + 1)], 0)
+
+
+def planned_seconds(times: dict[int, list[float]], plan) -> float:
+    """Sum over the plan's steps of the time of a step with that many iterations, from a line through the medians."""
+    medians = {n: statistics.median(values) for n, values in times.items()}
+    low, high = min(medians), max(medians)
+    slope = 0.0 if low == high else (medians[high] - medians[low]) / (high - low)
+    return sum(medians.get(n, medians[low] + slope * (n - low)) for n in plan.iterations)
+
+
+def measure(args) -> dict:
+    """Seconds of every configuration."""
+    models = {
+        name: random_model(max_position_embeddings=args.length, **ARCHITECTURES[name], **args.sizes)
+        .to(args.device, getattr(torch, args.dtype))
+        for name in ARCHITECTURES
+    }  # fmt: skip
+    rows = []
+    grid = [(b, budget) for b in args.batch_sizes for budget in (args.budgets if b == args.batch_sizes[0] else [96])]
+    if args.device == "cuda":
+        grid = list(itertools.product(args.batch_sizes, args.budgets))
+    for batch_size, budget in tqdm(grid, desc="configurations"):
+        plans = {name: plan_budget(model.config, budget) for name, model in models.items()}
+        times = {run: defaultdict(list) for run in RUNS}
+        for _ in range(args.repetitions):  # the configurations take turns
+            for run in RUNS:
+                procedure, name, reuse = run
+                plan = short_plan(plans[name], args.steps)
+                got = time_steps(
+                    PROCEDURES[procedure], models[name], batch_size, args.length, plan, reuse, args.steps, args.device
+                )
+                for iterations, values in got.items():
+                    times[run][iterations] += values
+        for run in RUNS:
+            procedure, name, reuse = run
+            rows.append({
+                "procedure": procedure, "model": name, "reuse": reuse, "batch_size": batch_size, "budget": budget,
+                "num_steps": plans[name].num_steps,
+                "block_evaluations": plans[name].block_evaluations,
+                "seconds": planned_seconds(times[run], plans[name]),
+                "step_seconds": {n: sorted(values) for n, values in sorted(times[run].items())},
+            })  # fmt: skip
+    return {"rows": rows, "whole_run": whole_run(args, models, rows)}
+
+
+def whole_run(args, models, rows) -> list[dict]:
+    """One whole run of each procedure at the smallest budget beside the sum of its steps."""
+    checks = []
+    for run in RUNS:
+        procedure, name, reuse = run
+        plan = plan_budget(models[name].config, min(args.budgets))
+        start = now(args.device)
+        PROCEDURES[procedure](models[name], args.batch_sizes[0], args.length, plan, reuse)
+        seconds = now(args.device) - start
+        planned = next(r["seconds"] for r in rows if (r["procedure"], r["model"], r["reuse"]) == run)
+        checks.append({"run": " ".join(run), "seconds": seconds, "sum_of_steps": planned, "ratio": seconds / planned})
+    return checks
+
+
+PEAK_SCRIPT = """
+import resource, sys, torch
+sys.path.insert(0, "benchmarks")
+from sampling_speed import ARCHITECTURES, PROCEDURES, plan_budget, random_model
+procedure, name, reuse, batch_size, length = *sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5])
+model = random_model(max_position_embeddings=length, **ARCHITECTURES[name])
+plan = plan_budget(model.config, 96)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def after_step(step):
+    if step == 1:
+        raise SystemExit(print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+PROCEDURES[procedure](model, batch_size, length, plan, reuse, after_step)
+"""
+
+
+def peak_memory(args) -> list[dict]:
+    """Peak memory of two steps above the process with its weights, each in a process of its own (MiB)."""
+    found = []
+    for procedure, name, reuse in (("plain", "mdlm", "none"), ("ours", "mdlm", "none"), ("ours", "fp", "3sr")):
+        if args.device == "cuda":
+            model = random_model(max_position_embeddings=args.length, **ARCHITECTURES[name]).to("cuda")
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            plan = plan_budget(model.config, 96)
+            PROCEDURES[procedure](model, args.batch_sizes[-1], args.length, plan, reuse)
+            before, peak = before / 2**20, torch.cuda.max_memory_allocated() / 2**20
+        else:
+            command = ["python3", "-c", PEAK_SCRIPT, procedure, name, reuse, args.batch_sizes[-1], args.length]
+            command[0] = os.sys.executable
+            done = subprocess.run(map(str, command), capture_output=True, text=True, check=True)
+            before, peak = (int(x) / 1024 for x in done.stdout.split())
+        found.append({
+            "run": f"{procedure} {name} {reuse}", "batch_size": args.batch_sizes[-1], "length": args.length,
+            "above_weights_mib": round(peak - before, 1), "total_mib": round(peak, 1),
+        })  # fmt: skip
+    return found
+
+
+# --- the report ---------------------------------------------------------------------------------------------------
+
+
+def ratios(rows: list[dict]) -> list[dict]:
+    """The ratios that matter at each batch size and budget."""
+    table = []
+    keys = sorted({(r["batch_size"], r["budget"]) for r in rows})
+    for batch_size, budget in keys:
+        t = {
+            (r["procedure"], r["model"], r["reuse"]): r["seconds"]
+            for r in rows
+            if (r["batch_size"], r["budget"]) == (batch_size, budget)
+        }
+        plain_mdlm = t["plain", "mdlm", "none"]
+        table.append({
+            "batch_size": batch_size,
+            "budget": budget,
+            "ours FP 3sr / plain MDLM": t["ours", "fp", "3sr"] / plain_mdlm,
+            "ours FP 3sr / its blocks": t["ours", "fp", "3sr"] / t["floor", "fp", "none"],
+            "ours MDLM / plain MDLM": t["ours", "mdlm", "none"] / plain_mdlm,
+            "ours MDLM / its blocks": t["ours", "mdlm", "none"] / t["floor", "mdlm", "none"],
+            "ours FP 3sr / ours FP none": t["ours", "fp", "3sr"] / t["ours", "fp", "none"],
+            "plain FP 3sr / plain MDLM": t["plain", "fp", "3sr"] / plain_mdlm,
+        })  # fmt: skip
+    return table
+
+
+def markdown(result: dict) -> str:
+    """The ratios as a table."""
+    columns = list(result["ratios"][0])
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in result["ratios"]:
+        lines.append("| " + " | ".join(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()) + " |")
+    return "\n".join(lines)
+
+
+def draw(result: dict, path: Path) -> None:
+    """Seconds per sequence against the budget, one line for each procedure."""
+    from matplotlib.figure import Figure
+
+    names = {
+        ("plain", "mdlm", "none"): ("MDLM, plain procedure", "#8d99ae", "--"),
+        ("plain", "fp", "3sr"): ("FP-MDLM 3sr, plain procedure", "#d08c60", "--"),
+        ("ours", "mdlm", "none"): ("MDLM, fpmgm", "#2b4570", "-"),
+        ("ours", "fp", "3sr"): ("FP-MDLM 3sr, fpmgm", "#c8553d", "-"),
+        ("floor", "fp", "none"): ("FP-MDLM, block evaluations alone", "#000000", ":"),
+    }
+    first = min(r["batch_size"] for r in result["rows"])
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot(xscale="log", yscale="log")
+    for run, (label, color, line) in names.items():
+        points = sorted(
+            (r["budget"], r["seconds"] / first)
+            for r in result["rows"]
+            if (r["procedure"], r["model"], r["reuse"]) == run and r["batch_size"] == first
+        )
+        axes.plot(*zip(*points, strict=True), line, color=color, marker="o", markersize=4, label=label)
+    budgets = sorted({r["budget"] for r in result["rows"]})
+    axes.set_xticks(budgets, [str(b) for b in budgets])
+    axes.minorticks_off()
+    machine, arguments = result["machine"], result["arguments"]
+    axes.set_xlabel("budget (block evaluations per sequence)")
+    axes.set_ylabel("seconds per sequence")
+    axes.set_title(f"{machine['device']}, L = {arguments['length']}, batch {first}, vocabulary 50,258", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=160)
+
+
+def commit() -> str:
+    """The commit measured, with a plus where the tree differs from it."""
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run(["git", "status", "--porcelain", "fpmgm"], capture_output=True, text=True).stdout.strip()
+    return head + ("+" if changed else "")
+
+
+def main() -> None:
+    """Check, measure, write JSON, table and picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", help="Type of the weights.")
+    parser.add_argument("--length", type=int, default=256, help="Tokens of a sequence.")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[96, 192, 384, 768])
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8], help="On a CPU, all but the first: 96.")
+    parser.add_argument("--steps", type=int, default=6, help="Steps timed of each configuration and repetition.")
+    parser.add_argument("--repetitions", type=int, default=3, help="Turns of each configuration.")
+    parser.add_argument("--hidden_size", type=int, default=768, help="768 is MDLM-small.")
+    parser.add_argument("--vocab_size", type=int, default=50258)
+    parser.add_argument("--output", default=None, help="JSON to write. Default: benchmarks/results/sampling_speed_*.")
+    args = parser.parse_args()
+    arguments = dict(vars(args))
+    args.sizes = {
+        "hidden_size": args.hidden_size, "intermediate_size": 4 * args.hidden_size,
+        "num_attention_heads": max(1, args.hidden_size // 64),
+        "vocab_size": args.vocab_size, "mask_token_id": args.vocab_size - 1,
+    }  # fmt: skip
+    result = {
+        "machine": {
+            "device": torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+            "processor": platform.processor() or platform.machine(),
+            "torch": torch.__version__, "transformers": transformers.__version__, "fpmgm": __version__,
+            "commit": commit(),
+        },
+        "arguments": arguments,
+        "tokens_equal_to_plain": check_same_tokens(),
+        "chi_square_8_degrees": check_same_distribution(),
+    }  # fmt: skip
+    result |= measure(args)
+    result["ratios"] = ratios(result["rows"])
+    result["peak_memory"] = peak_memory(args)
+    path = Path(args.output or f"benchmarks/results/sampling_speed_{args.device}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(result) + "\n")
+    draw(result, path.with_suffix(".png"))
+    print(markdown(result))
+    for row in result["peak_memory"] + result["whole_run"]:
+        print(row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Show a text while it is being revealed: in a terminal, or anywhere a function can put a string."""
+
+import shutil
+import sys
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+
+CLEAR_BELOW = "\x1b[J"
+
+
+class TextStreamer:
+    """Passed as `generate(streamer=...)`, shows the batch after each step; masked tokens appear as `░`.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Decodes the tokens; its mask token marks what is not yet written.
+        show (`Callable[[list[str]], None]`, *optional*): Receives the texts after each step, for a web demo. `None`:
+            rewrite them in place in the terminal.
+
+    Example:
+
+    ```python
+    >>> model.generate(budget=96, streamer=TextStreamer(tokenizer))  # doctest: +SKIP
+
+    ```
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[list[str]], None] | None = None):
+        self.tokenizer = tokenizer
+        self.show = show or self._rewrite
+        self._lines = 0
+
+    def put(self, tokens: torch.Tensor) -> None:
+        """Show the tokens (B, L) of a step."""
+        blank = self.tokenizer.mask_token
+        self.show([self.tokenizer.decode(row).replace(blank, "░") for row in tokens])
+
+    def end(self) -> None:
+        """After the last step, what is shown stays."""
+        self._lines = 0
+
+    def _rewrite(self, texts: list[str]) -> None:
+        text = "\n\n".join(texts)
+        width = shutil.get_terminal_size().columns
+        back = f"\x1b[{self._lines}F" if self._lines else ""
+        sys.stdout.write(f"{back}{CLEAR_BELOW}{text}\n")
+        sys.stdout.flush()
+        self._lines = sum(1 + max(len(line) - 1, 0) // width for line in text.split("\n"))
