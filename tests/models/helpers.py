@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several tests of the models share: a model for sampling, and the defaults that a docstring states."""
+
+import re
+
+import torch
+
+from fpmgm import FPMDLMForMaskedDiffusion
+from tests.testing_utils import tiny_model
+
+
+def lively_model(seed: int = 0, **overrides) -> FPMDLMForMaskedDiffusion:
+    """A float64 model with many likely tokens and a slow contraction, so that wrong reuse changes what is drawn."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return tiny_model(seed, scale=0.2, **{"input_injection": "diagonal", **overrides}).double()
+
+
+def documented_defaults(documented_class: type) -> dict[str, str]:
+    """Name → default as written, without quotes: "None" for *optional* entries that name no other."""
+    defaults = {}
+    for names, description in re.findall(
+        r"^ +([a-z]\w*(?:, \w+)*) \((`.+?)\):", documented_class.__doc__, re.MULTILINE
+    ):
+        names = names.split(", ")
+        stated = re.search(r"defaults? to (.+)", description)
+        if stated is None:
+            values = ["None" if "*optional*" in description else "missing"] * len(names)
+        elif " and " in stated[1]:
+            values = stated[1].split(" and ")
+        else:
+            values = [stated[1]] * len(names)
+        defaults.update({name: value.strip("`").strip('"') for name, value in zip(names, values, strict=True)})
+    return defaults

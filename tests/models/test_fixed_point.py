@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The solver on linear contractions, whose solutions, residuals and gradients are known in closed form."""
+
+import numpy as np
+import pytest
+import torch
+
+from fpmgm.models.fixed_point import relative_residual, solve_fixed_point
+
+
+def contraction(size: int = 5, factor: float = 0.4) -> torch.Tensor:
+    """A random matrix with every singular value at `factor`."""
+    return factor * torch.linalg.qr(torch.randn(size, size, dtype=torch.float64)).Q
+
+
+def test_iterations_approach_the_solution_of_the_linear_system():
+    matrix, b = contraction(), torch.randn(2, 3, 5, dtype=torch.float64)
+    start = torch.randn(2, 3, 5, dtype=torch.float64)
+    solution = torch.linalg.solve(torch.eye(5, dtype=torch.float64) - matrix, b[..., None]).squeeze(-1)
+
+    def step(h):
+        return h @ matrix.T + b
+
+    found = solve_fixed_point(step, start, num_iterations=45)
+    torch.testing.assert_close(found.state, solution, rtol=0, atol=1e-12)
+    assert found.residuals.shape == (45, 2)
+    # ‖hⁿ − h*‖ shrinks by exactly the factor 0.4 at each iteration: a scaled rotation.
+    for iterations in (1, 4):
+        error = solve_fixed_point(step, start, iterations).state - solution
+        torch.testing.assert_close(error.norm(), 0.4**iterations * (start - solution).norm(), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_residuals_follow_the_formula(padded):
+    matrix, b = contraction(), torch.randn(2, 4, 5, dtype=torch.float64)
+    mask = np.array([[1, 1, 1, 1], [0, 1, 1, 0]]) if padded else np.ones((2, 4))
+    state = torch.randn(2, 4, 5, dtype=torch.float64)
+    found = solve_fixed_point(
+        lambda h: h @ matrix.T + b, state, 2, num_no_grad_iterations=2,
+        attention_mask=torch.tensor(mask) if padded else None,
+    )  # fmt: skip
+    h, expected = state.numpy(), []
+    for _ in range(4):
+        new = h @ matrix.numpy().T + b.numpy()
+        change = (((new - h) ** 2).sum(-1) * mask).sum(-1)
+        expected.append(np.sqrt(change / ((h**2).sum(-1) * mask).sum(-1)))
+        h = new
+    np.testing.assert_allclose(found.residuals.numpy(), expected, rtol=1e-5)
+
+
+def test_residual_of_a_state_at_rest_is_zero_even_at_the_origin():
+    zero, ones = torch.zeros(1, 2, 3), torch.ones(1, 2, 3)
+    assert relative_residual(zero, zero).tolist() == [0.0]
+    assert relative_residual(ones, ones).tolist() == [0.0]
+    assert relative_residual(ones, zero).tolist() == [float("inf")]
+    assert relative_residual(ones.bfloat16(), 2 * ones.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("no_grad", "grad"), [(0, 1), (0, 4), (3, 1), (2, 3)])
+def test_gradient_is_that_of_the_last_iterations_with_a_detached_state(no_grad, grad):
+    matrix, b = contraction().requires_grad_(), torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    start = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 3, 5, dtype=torch.float64)
+    solution = solve_fixed_point(lambda h: torch.tanh(h @ matrix.T) + b, start, grad, no_grad)
+    found = torch.autograd.grad((solution.state * weight).sum(), (matrix, b, start), allow_unused=True)
+
+    h = start.detach()
+    for _ in range(no_grad):
+        h = (torch.tanh(h @ matrix.T) + b).detach()
+    for _ in range(grad):
+        h = torch.tanh(h @ matrix.T) + b
+    expected = torch.autograd.grad((h * weight).sum(), (matrix, b))
+    torch.testing.assert_close(solution.state, h, rtol=0, atol=1e-14)
+    for ours, theirs in zip(found[:2], expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    assert found[2] is None  # the start is detached
+
+
+def test_many_differentiated_iterations_give_the_implicit_gradient():
+    matrix, b = contraction(), torch.randn(1, 1, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, dtype=torch.float64)
+    # h* = (I − A)⁻¹ b, so d(w·h*)/db = (I − A)⁻ᵀ w.
+    implicit = torch.linalg.solve((torch.eye(5, dtype=torch.float64) - matrix).T, weight)
+    errors = []
+    for grad in (1, 3, 40):
+        state = solve_fixed_point(lambda h: h @ matrix.T + b, torch.zeros_like(b), grad, 50 - grad).state
+        gradient = torch.autograd.grad((state * weight).sum(), b)[0].flatten()
+        errors.append(float((gradient - implicit).norm() / implicit.norm()))
+    # The Neumann series after n terms misses exactly (Aᵀ)ⁿ of the whole.
+    assert errors == pytest.approx([0.4, 0.4**3, 0], abs=1e-12)
+
+
+@pytest.mark.parametrize("outer", [True, False])
+def test_only_the_differentiated_iterations_build_a_graph(outer):
+    weight, grad_modes, built = torch.tensor(0.5, requires_grad=True), [], []
+
+    def step(h):
+        new = weight * h + 1
+        grad_modes.append(torch.is_grad_enabled())
+        built.append(new.requires_grad)
+        return new
+
+    with torch.set_grad_enabled(outer):
+        solution = solve_fixed_point(step, torch.ones(1, 1, 1, requires_grad=True), 2, num_no_grad_iterations=3)
+        assert torch.is_grad_enabled() == outer
+    assert grad_modes == built == [False] * 3 + [outer] * 2
+    assert solution.state.requires_grad == outer and not solution.residuals.requires_grad

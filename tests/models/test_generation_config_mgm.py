@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parameters of `generate`: where defaults come from, that they survive saving, that each changes something."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from fpmgm import FPMDLMForMaskedDiffusion, MGMGenerationConfig
+from tests.models.helpers import documented_defaults, lively_model
+from tests.testing_utils import tiny_model
+
+
+def test_defaults_come_from_the_models_generation_config():
+    model, rows = lively_model(), {"batch_size": 4, "seed": 1}
+    saved = {"budget": 30, "num_steps": 4, "reuse": "full", "temperature": 0.7, "top_k": 4}
+    plain = model.generate(**rows, **saved)
+    model.generation_config = MGMGenerationConfig(**saved)
+    assert torch.equal(model.generate(**rows), plain)
+    assert torch.equal(model.generate(**rows, temperature=0.7, top_k=4), plain)
+    assert not torch.equal(model.generate(**rows, temperature=2.0, top_k=None), plain)
+    given = model.generate(generation_config=MGMGenerationConfig(budget=12, return_dict_in_generate=True))
+    assert given.block_evaluations == 12
+    assert model.generation_config.to_dict() == MGMGenerationConfig(**saved).to_dict()  # no call changed it
+
+
+def test_a_budget_in_the_call_replaces_saved_iterations_and_the_other_way_round():
+    model = tiny_model()
+    model.generation_config = MGMGenerationConfig(num_steps=4, iterations=2, return_dict_in_generate=True)
+    assert model.generate().iterations == [2] * 4
+    assert model.generate(budget=30).block_evaluations == 30
+    model.generation_config = MGMGenerationConfig(budget=30, return_dict_in_generate=True)
+    assert model.generate(iterations=[1, 5]).iterations == [1, 5]
+    with pytest.raises(ValueError, match="`budget`=12 and `iterations`"):
+        MGMGenerationConfig(budget=12, iterations=[4, 4])  # would spend more than the budget
+
+
+def test_defaults_and_tokens_survive_saving_and_loading(tmp_path):
+    model, rows = tiny_model(), {"batch_size": 3, "seed": 1}
+    saved = {"budget": 20, "allocation": "cosine", "reuse": "full", "gamma_masked": [0.1, 0.2], "top_p": 0.9}
+    model.generation_config = MGMGenerationConfig(**saved)
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "generation_config.json").read_text())
+    assert saved.items() <= written.items()
+    assert written["temperature"] == 1.0 and written["final"] == "sample"  # every default can be read there
+
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert type(loaded) is FPMDLMForMaskedDiffusion
+    assert type(loaded.generation_config) is MGMGenerationConfig
+    for name, value in saved.items():
+        assert getattr(loaded.generation_config, name) == value
+    ids = torch.tensor([[1, 2, 10, 10, 4]])
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert torch.equal(loaded.generate(**rows), model.generate(**rows))
+    assert not torch.equal(loaded.generate(**rows), loaded.generate(**rows, top_p=None, temperature=2.0))
+    (tmp_path / "generation_config.json").unlink()  # as in a checkpoint from elsewhere
+    assert AutoModel.from_pretrained(tmp_path).generation_config.to_dict() == MGMGenerationConfig().to_dict()
+
+
+EFFECTIVE_VALUES = {
+    "budget": 33,
+    "num_steps": 3,
+    "iterations": [1, 1, 1],
+    "allocation": "increasing",
+    "reuse": "full",
+    "gamma_unchanged": 0.3,
+    "gamma_masked": [0.0, 0.4],
+    "gamma_changed": 0.9,
+    "temperature": 0.5,
+    "top_k": 2,
+    "top_p": 0.5,
+}
+# Tested by name above, or (progress_bar, token ids) without influence on the tokens.
+OTHER_FIELDS = {"order", "final", "progress_bar", "return_dict_in_generate"} | {
+    f"{kind}_token_id" for kind in ("bos", "eos", "pad")
+}
+
+
+@pytest.mark.parametrize("name", EFFECTIVE_VALUES)
+def test_every_parameter_changes_the_tokens(name):
+    model, call = lively_model(), {"batch_size": 20, "seed": 0, "budget": 24}
+    changed = {**call, name: EFFECTIVE_VALUES[name]}
+    if name == "iterations":
+        del changed["budget"]
+    assert not torch.equal(model.generate(**call), model.generate(**changed))
+
+
+def test_the_generation_docstring_states_every_field_and_its_default():
+    defaults = {k: v for k, v in vars(MGMGenerationConfig()).items() if not k.startswith("_")}
+    del defaults["transformers_version"]
+    assert set(defaults) == set(EFFECTIVE_VALUES) | OTHER_FIELDS
+    assert documented_defaults(MGMGenerationConfig) == {name: str(value) for name, value in defaults.items()}

@@ -1,0 +1,450 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FP-MDLM's forward, loss, gradients, dropout and initialisation, against an independent implementation."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM
+
+from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion
+from fpmgm.models.modeling_fpmdlm import FPMDLMBlock
+from tests.models.reference_mdlm import reference_forward
+from tests.testing_utils import tiny_config, tiny_model
+
+
+MASK = 10  # of tiny_config
+VOCABULARY = 11
+INJECTIONS = ("mlp", "linear", "diagonal")
+
+
+def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def corrupted(batch_size: int = 3, length: int = 7) -> dict:
+    """Masked ids with their labels and weights; the last row ends in padding."""
+    clean = torch.randint(MASK, (batch_size, length), generator=torch.Generator().manual_seed(1))
+    masked = torch.rand(batch_size, length, generator=torch.Generator().manual_seed(2)) < 0.5
+    attention_mask = torch.ones(batch_size, length, dtype=torch.long)
+    attention_mask[-1, -3:] = 0
+    masked &= attention_mask.bool()
+    return {
+        "input_ids": clean.masked_fill(masked, MASK),
+        "labels": clean.masked_fill(~masked, -100),
+        "loss_weights": torch.linspace(0.5, 2.0, batch_size),
+        "attention_mask": attention_mask,
+    }
+
+
+def reference(model, input_ids, **kwargs):
+    return reference_forward(model.config, model.state_dict(), input_ids, **kwargs)
+
+
+def reference_loss(logits, labels, loss_weights, attention_mask):
+    """Σ weight · −log p over positions with a label, p without the mask id, per real position; one by one."""
+    total = 0.0
+    for row, position in (labels != -100).nonzero().tolist():
+        allowed = torch.cat([logits[row, position, :MASK], logits[row, position, MASK + 1 :]])
+        total = total + loss_weights[row] * (allowed.logsumexp(0) - logits[row, position, labels[row, position]])
+    return total / attention_mask.sum()
+
+
+def count_calls(model, module_class) -> list:
+    """A list that grows by one at each call of a module of this class (before it runs: recomputing may stop early)."""
+    calls = []
+    for module in model.modules():
+        if isinstance(module, module_class):
+            module.register_forward_pre_hook(lambda module, args: calls.append(module))
+    return calls
+
+
+# --- the forward pass ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        *({"input_injection": kind} for kind in INJECTIONS),
+        {"num_pre_layers": 3, "num_fixed_point_layers": 0, "num_post_layers": 0},
+        {"num_pre_layers": 0, "num_post_layers": 0},
+        {"num_pre_layers": 2, "num_fixed_point_layers": 3, "num_post_layers": 2, "time_conditioning": True},
+        {"num_attention_heads": 4, "rope_theta": 100.0, "layer_norm_eps": 0.1},
+    ],
+    ids=str,
+)
+def test_forward_equals_the_reference_in_float64(overrides):
+    model = tiny_model(**overrides).double()
+    input_ids, mask = random_ids(3, 7), corrupted()["attention_mask"]
+    timesteps = torch.tensor([1.0, 0.4, 0.001], dtype=torch.float64)
+    output = model(input_ids, timesteps=timesteps, attention_mask=mask, num_iterations=4)
+    expected = reference(model, input_ids, timesteps=timesteps, attention_mask=mask, iterations=4)
+
+    real = mask.bool()
+    torch.testing.assert_close(output.logits[real], expected.logits[real], rtol=0, atol=1e-10)
+    torch.testing.assert_close(output.last_hidden_state[real], expected.hidden[real], rtol=0, atol=1e-10)
+    if expected.state is None:
+        assert output.fixed_point_state is None and output.residuals is None
+    else:
+        torch.testing.assert_close(output.fixed_point_state[real], expected.state[real], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("injection", INJECTIONS)
+def test_float32_forward_is_close_to_the_float64_reference(injection, implementation):
+    model = tiny_model(input_injection=injection)
+    model.set_attn_implementation(implementation)
+    batch = corrupted()
+    output = model(batch["input_ids"], attention_mask=batch["attention_mask"])
+    expected = reference(model.double(), batch["input_ids"], attention_mask=batch["attention_mask"])
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(output.logits[real].double(), expected.logits[real], rtol=0, atol=2e-5)
+
+
+def test_bfloat16_forward_runs_and_stays_close():
+    model = tiny_model(scale=0.1)
+    batch = corrupted()
+    full = model(**batch, output_logits=True)
+    half = model.bfloat16()(**batch, output_logits=True)
+    assert half.logits.dtype == torch.bfloat16 and half.residuals.dtype == torch.float32
+    assert (half.logits - full.logits).norm() < 0.03 * full.logits.norm()
+    assert half.loss.item() == pytest.approx(full.loss.item(), rel=0.02)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing_at_real_positions(side, implementation):
+    model = tiny_model(max_position_embeddings=16)
+    model.set_attn_implementation(implementation)
+    ids = random_ids(1, 5)
+    alone = model(ids)
+    for amount, content in ((1, 3), (3, MASK), (9, 0)):
+        padding = torch.full((1, amount), content)
+        parts, real = [ids, padding], [torch.ones(1, 5), torch.zeros(1, amount)]
+        if side == "left":
+            parts, real = parts[::-1], real[::-1]
+        mask = torch.cat(real, dim=1)
+        # Beside a row without padding, so that the mask differs between rows.
+        padded = model(
+            torch.cat([torch.cat(parts, dim=1), random_ids(1, 5 + amount, seed=3)]),
+            attention_mask=torch.cat([mask, torch.ones_like(mask)]),
+        )
+        real_rows = mask[0].bool()
+        torch.testing.assert_close(padded.logits[0][real_rows], alone.logits[0], rtol=0, atol=2e-5)
+        torch.testing.assert_close(padded.residuals[:, 0], alone.residuals[:, 0], rtol=1e-4, atol=1e-6)
+
+
+def test_logits_are_computed_at_the_positions_asked_for():
+    model = tiny_model(time_conditioning=True)  # each row has a final norm of its own
+    ids, timesteps = random_ids(3, 7), torch.tensor([0.9, 0.5, 0.1])
+    heads = []
+    model.lm_head.register_forward_hook(lambda module, args, output: heads.append(output))
+    full = model(ids, timesteps=timesteps)
+    positions = torch.tensor([20, 3, 8, 3])
+    some = model(ids, timesteps=timesteps, logits_positions=positions)
+    torch.testing.assert_close(some.logits, full.logits.flatten(0, 1)[positions])
+    assert heads[-1].shape == (4, VOCABULARY)
+    nothing = model(ids, timesteps=timesteps, logits_positions=torch.empty(0, dtype=torch.long))
+    assert nothing.logits.shape == (0, VOCABULARY)
+
+
+def test_logits_are_built_only_where_they_are_wanted():
+    model, batch = tiny_model(), corrupted()
+    assert model(batch["input_ids"]).logits.shape == (3, 7, VOCABULARY)
+    assert model(batch["input_ids"], output_logits=False).logits is None
+    heads = []
+    model.lm_head.register_forward_hook(lambda module, args, output: heads.append(output))
+    assert model(**batch).logits is None
+    labelled = int((batch["labels"] != -100).sum())
+    assert [head.shape for head in heads] == [(labelled, VOCABULARY)]  # the loss needs no other position
+    both = model(**batch, output_logits=True)
+    torch.testing.assert_close(both.logits, model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits)
+
+
+def test_head_of_the_last_hidden_state_gives_the_logits():
+    model = tiny_model()
+    output = model(random_ids(2, 5))
+    handle = model.final_norm.register_forward_pre_hook(lambda module, args: (output.last_hidden_state,))
+    again = model(random_ids(2, 5, seed=9))  # other tokens, but the head sees the first call's hidden state
+    handle.remove()
+    torch.testing.assert_close(again.logits, output.logits)
+    assert not torch.allclose(model(random_ids(2, 5, seed=9)).logits, output.logits)
+
+
+def test_timesteps_matter_with_time_conditioning_only():
+    ids = random_ids(1, 6)
+    conditioned, blind = tiny_model(time_conditioning=True), tiny_model()
+    early, late = torch.tensor([0.9]), torch.tensor([0.2])
+    difference = conditioned(ids, timesteps=early).logits - conditioned(ids, timesteps=late).logits
+    assert difference.abs().max() > 0.01
+    assert torch.equal(blind(ids, timesteps=early).logits, blind(ids).logits)
+
+
+# --- the solver inside the model -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [(1, 1, 1), (2, 3, 1), (0, 2, 0), (3, 0, 1)])
+@pytest.mark.parametrize(("no_grad", "grad"), [(0, 1), (2, 3)])
+def test_block_evaluations_count_the_blocks_that_ran(layers, no_grad, grad):
+    names = ("num_pre_layers", "num_fixed_point_layers", "num_post_layers")
+    model = tiny_model(**dict(zip(names, layers, strict=True)))
+    calls = count_calls(model, FPMDLMBlock)
+    output = model(random_ids(2, 4), num_iterations=grad, num_no_grad_iterations=no_grad)
+    assert output.block_evaluations == len(calls) == layers[0] + (no_grad + grad) * layers[1] + layers[2]
+
+
+def test_residuals_are_relative_changes_over_real_positions():
+    model, batch = tiny_model().double(), corrupted()
+    call = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    output = model(**call, num_iterations=3, num_no_grad_iterations=2)
+    states = reference(model, **call, iterations=5).states
+    real = batch["attention_mask"].bool()
+    expected = [
+        [float((new[row][real[row]] - old[row][real[row]]).norm() / old[row][real[row]].norm()) for row in range(3)]
+        for old, new in itertools.pairwise(states)
+    ]
+    torch.testing.assert_close(output.residuals, torch.tensor(expected), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("share", [None, 0.0, 1.0, "random"])
+def test_warm_start_begins_at_the_given_mixture(share):
+    model, ids = tiny_model().double(), random_ids(2, 6)
+    previous = torch.randn(2, 6, 16, dtype=torch.float64)
+    if share == "random":
+        weights = torch.rand(2, 6, dtype=torch.float64)
+    else:
+        weights = None if share is None else torch.full((2, 6), share, dtype=torch.float64)
+    output = model(ids, fixed_point_state=previous, reuse_weights=weights, num_iterations=2)
+    expected = reference(
+        model,
+        ids,
+        iterations=2,
+        previous_state=previous,
+        previous_share=1.0 if weights is None else weights[..., None],
+    )
+    torch.testing.assert_close(output.fixed_point_state, expected.state, rtol=1e-5, atol=1e-5)
+    cold = reference(model, ids, iterations=2).state
+    assert torch.allclose(expected.state, cold, atol=1e-3) == (share == 0.0)
+
+
+# --- loss and gradients ----------------------------------------------------------------------------------------------
+
+
+def test_loss_is_the_weighted_cross_entropy_per_real_position():
+    model, batch = tiny_model(), corrupted()
+    with torch.no_grad():
+        model.lm_head.bias[MASK] += 5  # a model that would like to answer "mask"
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits.double()
+    labels, weights = batch["labels"], batch["loss_weights"]
+    padded = reference_loss(logits, labels, weights, batch["attention_mask"])
+    assert model(**batch).loss.item() == pytest.approx(padded.item(), rel=1e-5)
+
+    del batch["attention_mask"]  # every position counts
+    logits = model(batch["input_ids"]).logits.double()
+    full = reference_loss(logits, labels, weights, torch.ones(3, 7))
+    assert model(**batch).loss.item() == pytest.approx(full.item(), rel=1e-5)
+
+    del batch["loss_weights"]
+    unweighted = reference_loss(logits, labels, torch.ones(3), torch.ones(3, 7))
+    assert model(**batch).loss.item() == pytest.approx(unweighted.item(), rel=1e-5)
+
+
+def test_loss_without_any_masked_position_is_zero_and_differentiable():
+    model = tiny_model()
+    output = model(random_ids(2, 4), labels=torch.full((2, 4), -100))
+    output.loss.backward()
+    assert output.loss.item() == 0 and output.masked_accuracy.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_masked_accuracy_never_guesses_the_mask(dtype):
+    model, batch = tiny_model(), corrupted()
+    with torch.no_grad():
+        model.lm_head.bias[MASK] += 100
+    model = model.to(dtype)
+    output = model(**batch, output_logits=True)
+    labelled = batch["labels"] != -100
+    guesses = output.logits[labelled][:, :MASK].argmax(dim=-1)
+    batch["labels"][labelled] = torch.where(torch.arange(len(guesses)) % 3 > 0, guesses, (guesses + 1) % MASK)
+    right = (torch.arange(len(guesses)) % 3 > 0).float().mean()
+    assert model(**batch).masked_accuracy.item() == pytest.approx(right.item())
+
+
+@pytest.mark.parametrize("injection", INJECTIONS)
+@pytest.mark.parametrize(("no_grad", "grad"), [(0, 1), (0, 3), (3, 2)])
+def test_gradients_equal_the_written_out_sjfb(injection, no_grad, grad):
+    model = tiny_model(input_injection=injection, num_fixed_point_layers=2, num_pre_layers=2).double()
+    batch = corrupted()
+    output = model(**batch, num_iterations=grad, num_no_grad_iterations=no_grad)
+    output.loss.backward()
+
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in model.state_dict().items()}
+    expected = reference_forward(
+        model.config, leaves, batch["input_ids"], attention_mask=batch["attention_mask"],
+        iterations=grad, no_grad_iterations=no_grad,
+    )  # fmt: skip
+    loss = reference_loss(expected.logits, batch["labels"], batch["loss_weights"].double(), batch["attention_mask"])
+    gradients = dict(zip(leaves, torch.autograd.grad(loss, leaves.values()), strict=True))
+    assert output.loss.item() == pytest.approx(loss.item(), abs=1e-10)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, gradients[name], rtol=0, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    assert gradients["pre_layers.0.up_proj.weight"].abs().max() > 1e-6  # P learns, through u
+
+
+def train_gradients(model, batch, **kwargs) -> tuple[dict, list]:
+    model.train()
+    model.zero_grad()
+    blocks = count_calls(model, FPMDLMBlock)
+    torch.manual_seed(7)
+    model(**batch, **kwargs).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}, blocks
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradient_checkpointing_recomputes_solver_iterations_and_keeps_the_gradients(dropout):
+    batch, iterations = corrupted(), {"num_iterations": 3, "num_no_grad_iterations": 2}
+    model = tiny_model(dropout=dropout)
+    plain, run_once = train_gradients(copy.deepcopy(model), batch, **iterations)
+    model.activation_checkpointing_enable()
+    checkpointed, run_again = train_gradients(model, batch, **iterations)
+    for name in plain:
+        torch.testing.assert_close(checkpointed[name], plain[name], rtol=0, atol=1e-6)
+    assert len(run_once) == 1 + 5 + 1
+    # Recomputed in the backward pass: P, H and the three iterations with gradient.
+    assert len(run_again) == len(run_once) + 1 + 3 + 1
+
+
+# --- dropout ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["pre_layers", "fixed_point.layers", "post_layers"])
+def test_dropout_drops_and_rescales_single_channels(place):
+    layers = {"num_pre_layers": 0, "num_fixed_point_layers": 0, "num_post_layers": 0}
+    name = "num_fixed_point_layers" if place.startswith("fixed") else f"num_{place}"
+    p = 0.25
+    model = tiny_model(**{**layers, name: 1}, dropout=p, num_fixed_point_iterations=1)
+    modulation = model.get_submodule(place)[0].modulation
+    ids = random_ids(1, 2).expand(2000, 2)
+    with torch.no_grad():
+        modulation.weight[32:48], modulation.bias[32:48] = 0, 0  # no attention, so that one dropout acts alone
+        kept = model(ids).last_hidden_state
+        weight, bias = modulation.weight[80:].clone(), modulation.bias[80:].clone()
+        modulation.weight[80:], modulation.bias[80:] = 0, 0
+        dropped = model(ids).last_hidden_state
+        modulation.weight[80:], modulation.bias[80:] = weight, bias
+        actual = model.train()(ids).last_hidden_state
+    scaled = dropped + (kept - dropped) / (1 - p)
+    is_dropped, is_scaled = ((actual - end).abs() < 1e-5 for end in (dropped, scaled))
+    assert (is_dropped | is_scaled).all()
+    share = (~is_scaled).double().mean().item()
+    assert abs(share - p) < 5 * (p * (1 - p) / actual.numel()) ** 0.5
+    assert (is_scaled[0] != is_scaled[1]).any()  # sequences draw their own masks
+
+
+def test_dropout_masks_are_shared_by_the_iterations_of_a_call():
+    model = tiny_model(scale=0.15, input_injection="diagonal", dropout=0.4)
+    ids = random_ids(2, 6)
+    evaluated = model(ids, num_iterations=60)
+    model.train()
+    trained = model(ids, num_iterations=50, num_no_grad_iterations=10)
+    again = model(ids, num_iterations=60)
+    assert evaluated.residuals[-1].max() < 1e-5
+    assert trained.residuals[-1].max() < 1e-5  # one fixed map: masks drawn anew would keep it moving
+    assert (trained.fixed_point_state - evaluated.fixed_point_state).abs().max() > 0.01  # and it is another map
+    assert (trained.fixed_point_state - again.fixed_point_state).abs().max() > 0.01  # new masks at each call
+
+
+# --- initialisation --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "count"),
+    [
+        ({}, 104_659_794),
+        ({"num_pre_layers": 12, "num_fixed_point_layers": 0, "num_post_layers": 0}, 169_627_218),
+    ],
+)
+def test_default_sizes_have_the_papers_parameter_counts(overrides, count):
+    with torch.device("meta"):
+        model = FPMDLMForMaskedDiffusion(FPMDLMConfig(**overrides))
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+@pytest.mark.parametrize(
+    ("injection", "start", "share"),
+    [*((kind, "contraction", 0.5) for kind in INJECTIONS), ("mlp", "identity", 1.0), ("linear", "identity", 1.0)],
+)
+def test_a_fresh_model_is_exactly_its_stated_start(injection, start, share):
+    model = FPMDLMForMaskedDiffusion(tiny_config(input_injection=injection, injection_init=start)).double()
+    ids = random_ids(2, 6)
+    state = 10 * torch.randn(2, 6, 16, dtype=torch.float64)
+    output = model(ids, fixed_point_state=state, num_iterations=3)
+    u = model.embed_tokens(ids)  # blocks and G start as the identity
+    torch.testing.assert_close(output.fixed_point_state, u + share**3 * (state - u), rtol=0, atol=1e-12)
+    assert torch.equal(output.last_hidden_state, output.fixed_point_state)
+    assert not output.logits.any()
+
+
+def test_fresh_weights_have_the_configured_spread():
+    model = FPMDLMForMaskedDiffusion(tiny_config(hidden_size=64, vocab_size=500, initializer_range=0.07))
+    block = model.pre_layers[0]
+    for weight in (model.embed_tokens.weight, block.attention.qkv_proj.weight, block.up_proj.weight):
+        assert weight.std().item() == pytest.approx(0.07, rel=0.1)
+    assert not block.up_proj.bias.any()
+
+
+@pytest.mark.parametrize("overrides", [{"input_injection": k} for k in INJECTIONS] + [{"tie_word_embeddings": True}])
+def test_saving_and_loading_keeps_every_weight(tmp_path, overrides):
+    model = tiny_model(**overrides)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert type(loaded) is FPMDLMForMaskedDiffusion and not loaded.training
+    saved = model.state_dict()
+    assert loaded.state_dict().keys() == saved.keys()
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, saved[name]), name
+    assert torch.equal(loaded(random_ids(2, 5)).logits, model(random_ids(2, 5)).logits)
+
+
+def test_from_pretrained_takes_configuration_fields(tmp_path):
+    tiny_model(dropout=0.2).save_pretrained(tmp_path)
+    model = FPMDLMForMaskedDiffusion.from_pretrained(tmp_path, dropout=0.4, num_fixed_point_iterations=3)
+    assert model.config.dropout == model.pre_layers[0].dropout == 0.4
+    assert len(model(random_ids(1, 3)).residuals) == 3
+
+
+@pytest.mark.parametrize("injection", INJECTIONS)
+def test_weights_that_a_checkpoint_lacks_start_as_in_a_fresh_model(tmp_path, injection):
+    tiny_model(num_fixed_point_layers=0).save_pretrained(tmp_path)
+    config = tiny_config(input_injection=injection)
+    model, fresh = FPMDLMForMaskedDiffusion.from_pretrained(tmp_path, config=config), FPMDLMForMaskedDiffusion(config)
+    for part in ("input_proj", "injection", "layers.0.modulation", "layers.0.norm1"):
+        expected = fresh.fixed_point.get_submodule(part).state_dict()
+        for name, value in model.fixed_point.get_submodule(part).state_dict().items():
+            assert torch.equal(value, expected[name]), (part, name)
+
+
+# --- bad calls ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        ({"input_ids": torch.zeros(1, 9, dtype=torch.long)}, "input_ids"),
+        ({"input_ids": torch.zeros(4, dtype=torch.long)}, "input_ids"),
+        ({"num_iterations": 0}, "num_iterations"),
+        ({"num_no_grad_iterations": -1}, "num_no_grad_iterations"),
+        ({"timesteps": None}, "timesteps"),
+    ],
+    ids=["too long", "one dimension", "no iteration", "negative", "no time"],
+)
+def test_bad_calls_name_the_argument(call, named):
+    model = tiny_model(time_conditioning=True)
+    good = {"input_ids": random_ids(1, 4), "timesteps": torch.tensor([0.5])}
+    model(**good)
+    with pytest.raises(ValueError, match=f"`{named}`"):
+        model(**{**good, **call})

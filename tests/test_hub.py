@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pushing to a hub and loading, where fpmgm is not installed, what was pushed or saved."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+from .hub_server import HubServer
+
+
+PUSH = """
+import json, sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoTokenizer
+
+from fpmgm import FPMDLMForMaskedDiffusion, MGMGenerationConfig
+from fpmgm.data import train_tokenizer
+from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
+from tests.testing_utils import tiny_model
+
+folder = Path(sys.argv[1])
+texts = ["the cat sat on the mat, and the other cat sat on the other mat"] * 4
+tokenizer = train_tokenizer(texts, 270)
+model = tiny_model(vocab_size=270, mask_token_id=269)
+model.generation_config = MGMGenerationConfig(budget=18, allocation="fixed", reuse="full", temperature=0.5, top_k=7)
+
+model.push_to_hub("tester/tiny")
+tokenizer.push_to_hub("tester/tiny")
+model.save_pretrained(folder / "local")
+tokenizer.save_pretrained(folder / "local")
+assert type(AutoModel.from_pretrained("tester/tiny")) is FPMDLMForMaskedDiffusion
+
+ids = torch.arange(16).view(2, 8) * 17 % 270
+written = {
+    "ids": ids,
+    "logits": model(ids).logits.detach(),
+    "with_arguments": model.generate(batch_size=3, budget=24, temperature=1.0, top_k=None, reuse="3sr", seed=5),
+    "with_its_own_configuration": model.generate(batch_size=3, seed=6),
+}
+save_file(written, folder / "written.safetensors")
+words = "the other cat – 😀"
+(folder / "tokens.json").write_text(json.dumps([words, tokenizer(words)["input_ids"]]))
+
+rows = Dataset.from_dict({"input_ids": [tokenizer(text)["input_ids"][:8] for text in texts]})
+arguments = MGMTrainingConfig(
+    output_dir=str(folder / "run"), hub_model_id="tester/trained", max_steps=3, learning_rate=1e-2, warmup_steps=0,
+    per_device_train_batch_size=2, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
+    data_description="cats and mats",
+)
+trainer = MGMTrainer(
+    model=model, args=arguments, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
+)
+trainer.train()
+trainer.save_metrics("eval", trainer.evaluate())
+trainer.push_to_hub()
+save_file(trainer.ema.shadow, folder / "average.safetensors")
+"""
+
+LOAD = """
+import json, sys
+from pathlib import Path
+
+
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "fpmgm":
+            raise ImportError(f"{name} is not installed")
+
+
+sys.meta_path.insert(0, NotInstalled())
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
+
+folder = Path(sys.argv[1])
+ids = load_file(folder / "written.safetensors")["ids"]
+words, _ = json.loads((folder / "tokens.json").read_text())
+remote = {"trust_remote_code": True}
+tensors, facts = {}, {}
+
+
+def record(name, model):
+    tensors[f"{name}/logits"] = model(ids).logits.detach()
+    tensors[f"{name}/with_arguments"] = model.generate(
+        batch_size=3, budget=24, temperature=1.0, top_k=None, reuse="3sr", seed=5
+    )
+    tensors[f"{name}/with_its_own_configuration"] = model.generate(batch_size=3, seed=6)
+    configuration = model.generation_config
+    facts[name] = {
+        "class": type(configuration).__name__,
+        "module": type(model).__module__,
+        **{key: getattr(configuration, key) for key in ("budget", "allocation", "reuse", "temperature", "top_k")},
+    }
+
+
+for source, place in {"hub": "tester/tiny", "local": str(folder / "local")}.items():
+    for auto in (AutoModel, AutoModelForMaskedLM):
+        model = auto.from_pretrained(place, **remote)
+        record(f"{source} {auto.__name__}", model)
+    model.save_pretrained(folder / f"again_{source}")
+    record(f"{source} again", AutoModel.from_pretrained(folder / f"again_{source}", **remote))
+    facts[f"{source} tokens"] = AutoTokenizer.from_pretrained(place, **remote)(words)["input_ids"]
+
+trained = AutoModelForMaskedLM.from_pretrained("tester/trained", **remote)
+tensors |= {f"trained/{name}": tensor.clone() for name, tensor in trained.state_dict().items()}
+facts["trained tokens"] = AutoTokenizer.from_pretrained("tester/trained", **remote)(words)["input_ids"]
+assert not [name for name in sys.modules if name.split(".")[0] == "fpmgm"]
+save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "loaded.safetensors")
+(folder / "facts.json").write_text(json.dumps(facts))
+"""
+
+KINDS = [f"{source} {how}" for source in ("hub", "local") for how in ("AutoModel", "AutoModelForMaskedLM", "again")]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """The server after the push, and the folder with what was written before it and read after it."""
+    folder = tmp_path_factory.mktemp("hub")
+    with HubServer() as server:
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")},
+            **{"HF_ENDPOINT": server.url, "HF_TOKEN": "dummy", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"},
+            **{"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
+        }
+        root = str(Path(__file__).parents[1])
+        for name, script, options, own in (
+            ("push", PUSH, [], {"PYTHONPATH": root}),
+            ("load", LOAD, ["-I"], {}),  # -I: neither this folder nor PYTHONPATH
+        ):
+            done = subprocess.run(
+                [sys.executable, *options, "-c", script, str(folder)],
+                cwd=folder,
+                env={**environment, "HF_HOME": str(folder / f"home-{name}"), **own},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+            assert done.returncode == 0, f"{name}: {done.stderr[-4000:]}"
+        yield server, folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_works_the_same_where_fpmgm_is_not_installed(hub, kind):
+    _, folder = hub
+    written, loaded = load_file(folder / "written.safetensors"), load_file(folder / "loaded.safetensors")
+    torch.testing.assert_close(loaded[f"{kind}/logits"], written["logits"], rtol=0, atol=0)
+    for name in ("with_arguments", "with_its_own_configuration"):
+        assert torch.equal(loaded[f"{kind}/{name}"], written[name])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_generation_configuration_keeps_its_class_and_values(hub, kind):
+    facts = json.loads((hub[1] / "facts.json").read_text())[kind]
+    assert facts.pop("module").startswith("transformers_modules.")
+    assert facts == {
+        "class": "MGMGenerationConfig", "budget": 18, "allocation": "fixed", "reuse": "full", "temperature": 0.5,
+        "top_k": 7,
+    }  # fmt: skip
+
+
+def test_the_tokenizer_travels_along(hub):
+    facts = json.loads((hub[1] / "facts.json").read_text())
+    _, expected = json.loads((hub[1] / "tokens.json").read_text())
+    assert [facts[f"{name} tokens"] for name in ("hub", "local", "trained")] == [expected] * 3
+
+
+def test_the_trainer_pushes_the_average_and_its_card(hub):
+    server, folder = hub
+    average, loaded = load_file(folder / "average.safetensors"), load_file(folder / "loaded.safetensors")
+    for name, tensor in average.items():
+        torch.testing.assert_close(loaded[f"trained/{name}"], tensor, rtol=0, atol=0)
+    files = server.repositories["tester/trained"]
+    card = ModelCard(files["README.md"].decode())
+    assert "cats and mats" in card.text
+    assert 'from_pretrained("tester/trained"' in card.text
+    loss = json.loads(files["eval_results.json"])["eval_loss"]
+    assert f"| eval_loss | {loss} |" in card.text
+    assert "fpmgm" in card.data.tags
+
+
+def test_no_code_but_the_models_folder_is_pushed(hub):
+    server, _ = hub
+    code = {name for name in server.repositories["tester/tiny"] if name.endswith(".py")}
+    models = {path.name for path in (Path(__file__).parents[1] / "fpmgm/models").glob("*.py")}
+    assert "modeling_fpmdlm.py" in code
+    assert code <= models
+    assert code == {name for name in server.repositories["tester/trained"] if name.endswith(".py")}

@@ -1,0 +1,539 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base trainer against formulas written out here and against the uninterrupted, unsplit run."""
+
+import dataclasses
+import json
+import logging
+import math
+import re
+import sys
+import time
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForMaskedLM,
+    BertConfig,
+    BertForMaskedLM,
+    HfArgumentParser,
+    TrainerCallback,
+    TrainingArguments,
+    dynamic_module_utils,
+)
+
+from fpmgm import FPMDLMForMaskedDiffusion
+from fpmgm.models.noise import antithetic_times, mask_uniforms, stream_generator
+from fpmgm.trainers import MGMTrainingConfig
+
+from ..testing_utils import tiny_config
+from .training_utils import (
+    LENGTH,
+    MASK,
+    VOCABULARY,
+    RecordWeights,
+    make_trainer,
+    record_calls,
+    token_rows,
+    training_model,
+    weights,
+)
+
+
+def assert_equal(actual: dict, expected: dict) -> None:
+    assert actual.keys() == expected.keys()
+    assert [name for name in actual if not torch.equal(actual[name], expected[name])] == []
+
+
+def assert_close(actual: dict, expected: dict, tolerance: float = 1e-6) -> None:
+    assert actual.keys() == expected.keys()
+    worst = {name: (actual[name].double() - expected[name].double()).abs().max().item() for name in actual}
+    assert {name: x for name, x in worst.items() if not x <= tolerance} == {}
+
+
+def is_finite(state: dict) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in state.values())
+
+
+class CallOnce(TrainerCallback):
+    """Runs `function(model)` just before optimizer step `step`."""
+
+    def __init__(self, step, function):
+        self.step, self.function = step, function
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step + 1 == self.step:
+            self.function(model)
+
+
+# --- the training step -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("injection", ["mlp", "linear", "diagonal"])
+def test_every_parameter_learns_from_a_fresh_start(tmp_path, injection):
+    # A fresh model is the identity under a zero head: the first step moves the head alone, the second what lies
+    # between it and the zero gates, the third what lies behind those.
+    config = tiny_config(
+        vocab_size=VOCABULARY, mask_token_id=MASK, max_position_embeddings=LENGTH, input_injection=injection
+    )
+    model = FPMDLMForMaskedDiffusion(config)
+    before = weights(model)
+    make_trainer(tmp_path, model, max_steps=3).train()
+    assert [name for name, old in before.items() if torch.equal(old, model.get_parameter(name))] == []
+
+
+def test_draws_of_iterations_are_uniform_over_the_ranges_and_depend_on_seed_and_step_alone(tmp_path):
+    def draws(trainer, steps):
+        for trainer.state.global_step in steps:
+            torch.rand(3)  # other users of the global generator must not matter
+            yield trainer.draw_iterations()
+
+    first = list(draws(make_trainer(tmp_path), range(2000)))
+    counts = [first.count((no_grad, grad)) for no_grad in range(0, 5) for grad in range(3, 7)]
+    assert sum(counts) == 2000
+    assert all(60 < count < 140 for count in counts)  # 100 expected, standard deviation 9.7
+    other = make_trainer(tmp_path, per_device_train_batch_size=2, train_dataset=token_rows(7))
+    assert list(draws(other, reversed(range(50)))) == first[:50][::-1]
+    assert list(draws(make_trainer(tmp_path, seed=43), range(50))) != first[:50]
+
+
+def test_the_model_runs_the_drawn_iterations_in_every_micro_batch(tmp_path):
+    model = training_model(no_grad_iterations=[1, 3], grad_iterations=[2, 5])
+    calls = record_calls(model)
+    trainer = make_trainer(tmp_path, model, max_steps=6, gradient_accumulation_steps=2)
+    trainer.train()
+    seen = [(kwargs["num_no_grad_iterations"], kwargs["num_iterations"]) for kwargs, _ in calls]
+    assert len(seen) == 12
+    assert seen[::2] == seen[1::2]
+    assert len(set(seen[::2])) > 1
+    assert all(1 <= no_grad <= 3 and 2 <= grad <= 5 for no_grad, grad in seen)
+    assert [len(output.residuals) for _, output in calls] == [no_grad + grad for no_grad, grad in seen]
+
+
+def test_times_are_antithetic_over_the_whole_optimizer_step(tmp_path):
+    model = training_model()
+    calls = record_calls(model)
+    # 15 rows: the epoch's last step has one micro-batch of 3 rows, which share a grid of 3
+    make_trainer(tmp_path, model, gradient_accumulation_steps=3, max_steps=4, train_dataset=token_rows(15)).train()
+    times = [kwargs["timesteps"] for kwargs, _ in calls]
+    assert [len(t) for t in times] == [4, 4, 4, 3, 4, 4, 4, 3]
+    steps = [torch.cat(times[:3]), times[3], torch.cat(times[4:7]), times[7]]
+    shifts = set()
+    for t in steps:
+        grid = (t.double() - 1e-3) / (1 - 1e-3) * len(t)  # the inverse of t = 1e-3 + (1 - 1e-3)u, times n
+        assert sorted(grid.floor().tolist()) == list(range(len(t)))
+        fractions = grid % 1
+        assert fractions.max() - fractions.min() < 1e-4  # equally spaced
+        shifts.add(round(fractions[0].item(), 3))
+    assert len(shifts) == 4
+
+
+def test_the_model_sees_masks_labels_and_weights_of_its_times(tmp_path):
+    model, data = training_model(), token_rows(64)
+    data = data.add_column("text", ["not for the model"] * 64)
+    calls = record_calls(model)
+    make_trainer(tmp_path, model, max_steps=4, per_device_train_batch_size=16, train_dataset=data).train()
+    original = {tuple(ids) for ids in data["input_ids"]}
+    masked_share, expected_share = 0.0, 0.0
+    for kwargs, _ in calls:
+        assert "text" not in kwargs
+        masked, t = kwargs["input_ids"] == MASK, kwargs["timesteps"]
+        assert torch.equal(masked, kwargs["labels"] != -100)
+        clean = torch.where(masked, kwargs["labels"], kwargs["input_ids"])
+        assert {tuple(ids) for ids in clean.tolist()} <= original
+        torch.testing.assert_close(kwargs["loss_weights"], 1 / t)
+        masked_share += masked.float().mean().item() / len(calls)
+        expected_share += (0.999 * t).mean().item() / len(calls)
+    assert abs(masked_share - expected_share) < 0.05  # 1,024 positions: standard deviation 0.013
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_the_split_into_micro_batches_does_not_change_the_weights(tmp_path, ragged):
+    # Plain gradient descent without clipping: Adam and clipping would hide a wrong scale of the loss.
+    arguments = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "train_dataset": token_rows(24, ragged)}
+    results = []
+    for batch, accumulation in ((8, 1), (2, 4)):
+        trainer = make_trainer(
+            tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, **arguments
+        )
+        trainer.train()
+        results.append((weights(trainer.model), [x["loss"] for x in trainer.state.log_history if "loss" in x]))
+    assert_close(results[1][0], results[0][0])
+    assert results[1][1] == pytest.approx(results[0][1], rel=1e-5)
+    moved = max((results[0][0][name] - old).abs().max().item() for name, old in weights(training_model()).items())
+    assert moved > 1e-2
+
+
+def test_activation_checkpointing_recomputes_and_gives_the_same_weights(tmp_path):
+    results, calls = [], []
+    for checkpointing in (False, True):
+        model, blocks = training_model(dropout=0.1), []
+        # before the call: recomputation leaves a block as soon as it has what the backward pass needs
+        model.pre_layers[0].register_forward_pre_hook(lambda *_, blocks=blocks: blocks.append(1))
+        make_trainer(tmp_path, model, activation_checkpointing=checkpointing).train()
+        results.append(weights(model))
+        calls.append(len(blocks))
+    assert calls == [3, 6]
+    assert_close(results[1], results[0])
+
+
+# --- interruption ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_resumed_run_equals_an_uninterrupted_one_that_evaluated_in_between(tmp_path, streaming):
+    data = token_rows(20 if not streaming else 48)  # 20: the sixth step lies in the second epoch
+    arguments = {
+        "train_dataset": data.to_iterable_dataset() if streaming else data,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": 5,
+    }
+    straight = make_trainer(
+        tmp_path / "straight", training_model(dropout=0.1), max_steps=6, eval_strategy="steps", eval_steps=2,
+        eval_dataset=token_rows(5), **arguments,
+    )  # fmt: skip
+    straight.train()
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    make_trainer(tmp_path / "parts", training_model(dropout=0.1), **saving, **arguments).train()
+    resumed = make_trainer(tmp_path / "parts", training_model(seed=1, dropout=0.1), max_steps=6, **arguments)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "parts/checkpoint-3"))
+    assert_equal(weights(resumed.model), weights(straight.model))
+    assert_equal(resumed.ema.shadow, straight.ema.shadow)
+    losses = [x["loss"] for x in straight.state.log_history if "loss" in x]
+    assert [x["loss"] for x in resumed.state.log_history if "loss" in x] == losses
+
+
+def test_a_stream_that_ends_begins_again(tmp_path):
+    model = training_model()
+    calls = record_calls(model)
+    trainer = make_trainer(tmp_path, model, max_steps=5, train_dataset=token_rows(12).to_iterable_dataset())
+    trainer.train()
+    assert trainer.state.global_step == len(calls) == 5
+
+
+# --- the average of the weights --------------------------------------------------------------------------------------
+
+
+def test_ema_follows_its_formula_and_is_what_is_saved_evaluated_and_exported(tmp_path):
+    record, decay = RecordWeights(), 0.3  # (1 + n)/(10 + n) passes 0.3 at the third step
+    trainer = make_trainer(
+        tmp_path, max_steps=4, ema_decay=decay, callbacks=[record], save_strategy="steps", save_steps=4,
+        eval_dataset=token_rows(8),
+    )  # fmt: skip
+    trainer.train()
+    expected = {name: w.double() for name, w in record.history[0].items()}
+    for n, current in enumerate(record.history[1:], start=1):
+        d = min(decay, (1 + n) / (10 + n))
+        expected = {name: d * old + (1 - d) * current[name].double() for name, old in expected.items()}
+    assert_close(trainer.ema.shadow, expected)
+    assert_close(load_file(tmp_path / "checkpoint-4/ema.safetensors"), expected)
+    raw = record.history[-1]
+    assert_equal(load_file(tmp_path / "checkpoint-4/model.safetensors"), raw)
+    assert max((raw[name] - x).abs().max().item() for name, x in expected.items()) > 1e-3
+
+    seen = []
+    trainer.model.register_forward_pre_hook(lambda module, _: seen.append(weights(module)))
+    trainer.evaluate()
+    assert_close(seen[0], expected)
+    assert_equal(weights(trainer.model), raw)
+
+    trainer.save_model(str(tmp_path / "export"))
+    assert_close(weights(AutoModelForMaskedLM.from_pretrained(tmp_path / "export")), expected)
+    assert_equal(weights(trainer.model), raw)
+
+
+def test_without_ema_the_raw_weights_are_evaluated_and_exported(tmp_path):
+    trainer = make_trainer(tmp_path, ema_decay=None, save_strategy="steps", save_steps=3, eval_dataset=token_rows(4))
+    trainer.train()
+    raw = weights(trainer.model)
+    trainer.save_model(str(tmp_path / "export"))
+    assert_equal(weights(AutoModelForMaskedLM.from_pretrained(tmp_path / "export")), raw)
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert not (tmp_path / "checkpoint-3/ema.safetensors").exists()
+
+
+def test_the_best_checkpoint_is_loaded_with_its_average(tmp_path):
+    # A rate that ruins the model, so that the best average is not the last.
+    trainer = make_trainer(
+        tmp_path, max_steps=4, learning_rate=0.3, ema_decay=0.5, eval_dataset=token_rows(8), eval_strategy="steps",
+        eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
+    )  # fmt: skip
+    trainer.train()
+    losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+    best = 1 + losses.index(min(losses))
+    assert best < 4
+    assert_equal(weights(trainer.model), load_file(tmp_path / f"checkpoint-{best}/model.safetensors"))
+    assert trainer.evaluate()["eval_loss"] == losses[best - 1]
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def hand_written_elbo(model, rows: list[list[int]], batch_size: int, seed: int) -> float:
+    """Σ of −log p(token)/t over masked positions, per real token, under the noise that the trainer documents."""
+    total = 0.0
+    for batch, start in enumerate(range(0, len(rows), batch_size)):
+        part, key = rows[start : start + batch_size], (seed, "eval", batch)
+        shift = torch.rand((), generator=stream_generator(*key, "shift")).item()
+        times = antithetic_times(shift, torch.arange(len(part)), len(part))
+        for j, (ids, t) in enumerate(zip(part, times.tolist(), strict=True)):
+            ids = torch.tensor(ids)
+            masked = mask_uniforms(len(ids), (*key, j))[0] < 0.999 * t
+            logits = model(ids.masked_fill(masked, MASK)[None]).logits[0].double()
+            logits[:, MASK] = float("-inf")
+            picked = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+            total -= picked[masked].sum().item() / t
+    return total / sum(len(ids) for ids in rows)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_evaluation_is_the_elbo_per_token_under_fixed_noise(tmp_path, ragged):
+    data, batch_size = token_rows(10, ragged, seed=1), 4  # a short last batch
+    trainer = make_trainer(tmp_path, eval_dataset=data, per_device_eval_batch_size=batch_size, seed=7)
+    first = trainer.evaluate()
+    state = torch.get_rng_state()
+    torch.rand(5)
+    trainer.model.train()
+    again = trainer.evaluate()
+    torch.set_rng_state(state)
+    assert again["eval_loss"] == first["eval_loss"]
+    assert first["eval_perplexity"] == pytest.approx(math.exp(first["eval_loss"]), rel=1e-6)
+    with torch.no_grad():
+        expected = hand_written_elbo(trainer.model.eval(), data["input_ids"], batch_size, seed=7)
+    assert first["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluation_leaves_the_global_random_stream_alone(tmp_path):
+    trainer = make_trainer(tmp_path, training_model(dropout=0.5), eval_dataset=token_rows(8))
+    state = torch.get_rng_state()
+    trainer.evaluate()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- logs ------------------------------------------------------------------------------------------------------------
+
+
+def test_logs_hold_the_means_of_what_the_model_reported(tmp_path):
+    model, pause, predictions = training_model(), 0.05, []
+    calls = record_calls(model)
+    model.lm_head.register_forward_hook(lambda module, args, logits: predictions.append(logits[:, :MASK].argmax(-1)))
+    model.register_forward_hook(lambda *_: time.sleep(pause))
+    trainer = make_trainer(tmp_path, model, max_steps=4, gradient_accumulation_steps=2, logging_steps=2)
+    start = time.perf_counter()
+    trainer.train()
+    elapsed = time.perf_counter() - start
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(lines) == 2
+    right = [
+        (kwargs["labels"][kwargs["labels"] != -100] == guesses).float().mean().item()
+        for (kwargs, _), guesses in zip(calls, predictions, strict=True)
+    ]
+    assert any(right)
+    for i, line in enumerate(lines):
+        group = slice(4 * i, 4 * i + 4)  # micro-batches of the two steps
+        outputs = [output for _, output in calls[group]]
+        mean = {
+            "masked_accuracy": sum(right[group]) / 4,
+            "residual": sum(output.residuals[-1].mean().item() for output in outputs) / 4,
+            "iterations": sum(len(output.residuals) for output in outputs) / 4,
+            "state_norm": sum(output.fixed_point_state.square().mean().sqrt().item() for output in outputs) / 4,
+            "loss": sum(output.loss.item() for output in outputs) / 4,
+        }
+        assert {name: line[name] for name in mean} == pytest.approx(mean, rel=1e-5)
+        tokens = 2 * 2 * 4 * LENGTH
+        assert tokens / elapsed < line["tokens_per_second"] < tokens / (4 * pause)
+
+
+def test_an_explicit_model_trains_and_logs_no_solver(tmp_path):
+    trainer = make_trainer(tmp_path, training_model(num_pre_layers=2, num_fixed_point_layers=0, num_post_layers=0))
+    trainer.train()
+    line = trainer.state.log_history[0]
+    assert {"masked_accuracy", "tokens_per_second"} <= line.keys()
+    assert not {"residual", "residual_ratio", "iterations", "state_norm"} & line.keys()
+
+
+@pytest.mark.parametrize(("expansion", "warnings"), [(1.5, 1), (0.5, 0)])
+def test_a_residual_that_grows_over_the_iterations_warns_once(tmp_path, caplog, expansion, warnings):
+    # F(h) = λh + (1.01 − λ)u, started at h = u: one percent off its fixed point, from which λ > 1 leads away.
+    config = tiny_config(
+        vocab_size=VOCABULARY, mask_token_id=MASK, max_position_embeddings=LENGTH, input_injection="linear"
+    )
+    model = FPMDLMForMaskedDiffusion(config)
+    with torch.no_grad():
+        model.fixed_point.injection.state_proj.weight.copy_(expansion * torch.eye(16))
+        model.fixed_point.injection.input_proj.weight.copy_((1.01 - expansion) * torch.eye(16))
+    logging.Logger.warning_once.cache_clear()  # transformers remembers what it has said
+    trainer = make_trainer(tmp_path, model, learning_rate=1e-9)
+    with caplog.at_level("WARNING"):
+        trainer.train()
+    assert sum("residual does not fall" in record.getMessage() for record in caplog.records) == warnings
+    ratio = trainer.state.log_history[0]["residual_ratio"]
+    assert (ratio > 1) == bool(warnings)
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_step(tmp_path, value):
+    broken = {}
+
+    def poison(model):
+        broken["hook"] = model.lm_head.register_forward_hook(lambda module, args, output: output * value)
+
+    record = RecordWeights()
+    trainer = make_trainer(tmp_path, max_steps=4, callbacks=[record, CallOnce(3, poison)])
+    with pytest.raises(FloatingPointError, match=r"step 3\b.*checkpoint-2"):
+        trainer.train()
+    folder = tmp_path / "checkpoint-2"
+    saved = weights(AutoModelForMaskedLM.from_pretrained(folder))
+    assert is_finite(saved)
+    assert_equal(saved, record.history[2])
+    assert is_finite(load_file(folder / "ema.safetensors"))
+
+    whole, resumed = make_trainer(tmp_path / "whole", max_steps=4), make_trainer(tmp_path, max_steps=4)
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(folder))
+    assert_equal(weights(resumed.model), weights(whole.model))
+
+
+def test_a_first_loss_that_is_not_finite_says_that_nothing_was_saved(tmp_path):
+    model = training_model()
+    model.lm_head.register_forward_hook(lambda module, args, output: output * float("nan"))
+    with pytest.raises(FloatingPointError, match=r"step 1\b.*No step"):
+        make_trainer(tmp_path, model).train()
+    assert list(tmp_path.glob("checkpoint-*")) == []
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(tmp_path):
+    # A loss can be finite where its gradient overflows; clipping then turns every gradient into NaN.
+    def poison(model):
+        model.lm_head.weight.register_hook(lambda gradient: gradient * float("inf"))
+
+    trainer = make_trainer(tmp_path, max_steps=5, save_strategy="steps", save_steps=1, callbacks=[CallOnce(3, poison)])
+    with pytest.raises(FloatingPointError):
+        trainer.train()
+    folders = sorted(tmp_path.glob("checkpoint-*"))
+    assert folders
+    files = [folder / name for folder in folders for name in ("model.safetensors", "ema.safetensors")]
+    assert [str(path.relative_to(tmp_path)) for path in files if not is_finite(load_file(path))] == []
+
+
+def test_models_that_cannot_be_trained_are_refused(tmp_path):
+    bert = BertForMaskedLM(
+        BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    )
+    with pytest.raises(ValueError, match="`model_type`='bert'"):
+        make_trainer(tmp_path, bert)
+    model = training_model()
+    with torch.no_grad():
+        model.post_layers[0].up_proj.bias[3] = float("nan")
+    with pytest.raises(ValueError, match=r"post_layers\.0\.up_proj\.bias"):
+        make_trainer(tmp_path, model)
+
+
+@pytest.mark.parametrize("decay", [1.5, 1.0, 0.0, -0.1])
+def test_a_decay_outside_the_unit_interval_is_refused(tmp_path, decay):
+    with pytest.raises(ValueError, match=rf"`ema_decay`={re.escape(str(decay))}"):
+        MGMTrainingConfig(output_dir=str(tmp_path), use_cpu=True, ema_decay=decay)
+
+
+def test_a_checkpoint_without_its_average_is_refused(tmp_path):
+    make_trainer(tmp_path, ema_decay=None, save_strategy="steps", save_steps=3).train()
+    with pytest.raises(ValueError, match=r"ema\.safetensors"):
+        make_trainer(tmp_path, max_steps=6).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+# --- the configuration -----------------------------------------------------------------------------------------------
+
+
+def test_the_configuration_is_parsed_from_the_command_line_and_from_a_dict(tmp_path):
+    parser = HfArgumentParser(MGMTrainingConfig)
+    line = ["--output_dir", str(tmp_path), "--use_cpu", "--ema_decay", "0.99", "--data_description", "novels"]
+    (args,) = parser.parse_args_into_dataclasses([*line, "--lr_scheduler_type", "cosine"])
+    assert (args.ema_decay, args.data_description, args.lr_scheduler_type) == (0.99, "novels", "cosine")
+    assert args.learning_rate == 2e-4
+    (args,) = parser.parse_dict({"output_dir": str(tmp_path), "use_cpu": True, "ema_decay": None})
+    assert args.ema_decay is None
+
+
+def test_the_docstring_lists_exactly_the_defaults_that_differ(tmp_path):
+    theirs = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    ours = {field.name: field.default for field in dataclasses.fields(MGMTrainingConfig)}
+    different = {name: ours[name] for name, default in theirs.items() if str(ours[name]) != str(default)}
+    note = MGMTrainingConfig.__doc__.split("Defaults that differ")[1].split("Args:")[0]
+    documented = {name: json.loads(value.lower().replace("_", "") if value[0] != '"' else value)
+                  for name, value in re.findall(r"`(\w+)=([^`]+)`", note)}  # fmt: skip
+    assert documented == different
+
+
+# --- what is written beside the weights ------------------------------------------------------------------------------
+
+
+def test_every_number_of_the_card_comes_from_the_model_the_run_or_a_file(tmp_path):
+    trainer = make_trainer(
+        tmp_path, learning_rate=3e-3, ema_decay=0.97, data_description="random rows", eval_dataset=token_rows(8)
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    assert "None recorded" in (tmp_path / "README.md").read_text()
+    trainer.save_metrics("eval", trainer.evaluate())
+    trainer.create_model_card()
+
+    card, config = ModelCard.load(tmp_path / "README.md"), trainer.model.config
+    results = json.loads((tmp_path / "eval_results.json").read_text())
+    assert card.data.library_name == "transformers"
+    assert "random rows" in card.text
+    rows = dict(re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|$", card.text, flags=re.MULTILINE))
+    assert {name: float(rows[name]) for name in results} == results
+    assert {"eval_loss", "eval_perplexity"} <= results.keys()
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    assert f"{parameters:,} parameters" in card.text
+    known = [
+        parameters, config.num_pre_layers, config.num_fixed_point_layers, config.num_post_layers, config.hidden_size,
+        config.num_attention_heads, config.max_position_embeddings, config.vocab_size,
+        trainer.state.global_step, 3e-3, 0.97, *results.values(),
+    ]  # fmt: skip
+    # neither the folder's name, nor the version, nor the example's own numbers
+    prose = re.sub(r"^## Use$.*?(?=^## Results$)", "", card.text.replace(tmp_path.name, ""), flags=re.S | re.M)
+    prose = re.sub(r"written by \[fpmgm\]\S+ \S+", "", prose)
+    numbers = [float(x.replace(",", "")) for x in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?:e-?\d+)?", prose)]
+    assert len(numbers) > 10
+    assert [x for x in numbers if x not in known] == []
+
+
+def test_a_model_loaded_as_remote_code_trains_as_ours_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    ours = training_model()
+    ours.save_pretrained(tmp_path / "saved")
+    remote_class = dynamic_module_utils.get_class_from_dynamic_module(
+        "modeling_fpmdlm.FPMDLMForMaskedDiffusion", str(tmp_path / "saved")
+    )
+    remote = remote_class.from_pretrained(tmp_path / "saved")
+    assert not isinstance(remote, FPMDLMForMaskedDiffusion)
+    for model in (ours, remote):
+        make_trainer(tmp_path, model).train()
+    assert_equal(weights(remote), weights(ours))
+
+
+def test_lora_adapters_train_through_the_trainer_and_are_saved(tmp_path):
+    base = training_model()
+    model = get_peft_model(base, LoraConfig(target_modules=["qkv_proj", "o_proj"]))
+    before = weights(model)
+    trainer = make_trainer(tmp_path, model, max_steps=2, eval_dataset=token_rows(4))
+    trainer.train()
+    changed = {name for name, old in before.items() if not torch.equal(old, model.get_parameter(name))}
+    assert changed == {name for name in before if "lora_" in name}
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+
+    trainer.save_model(str(tmp_path / "adapter"))
+    ids = torch.randint(0, VOCABULARY, (2, LENGTH))
+    loaded = PeftModel.from_pretrained(training_model(), tmp_path / "adapter").eval()
+    with torch.no_grad(), trainer.ema.applied():
+        torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits)

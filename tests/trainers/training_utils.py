@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny model, data and trainer that the trainers' tests share."""
+
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import TrainerCallback
+
+from fpmgm import FPMDLMForMaskedDiffusion
+from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
+
+from ..testing_utils import tiny_model
+
+
+LENGTH, VOCABULARY, MASK = 16, 20, 19
+
+
+def training_model(seed: int = 0, scale: float = 0.1, **overrides) -> FPMDLMForMaskedDiffusion:
+    """A model for sequences of up to 16 tokens; weights small enough for the solver to stay tame in float32."""
+    sizes = {"vocab_size": VOCABULARY, "mask_token_id": MASK, "max_position_embeddings": LENGTH}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # for what a fresh model draws: two calls give equal weights
+        return tiny_model(seed, scale, **{**sizes, **overrides})
+
+
+def token_rows(count: int, ragged: bool = False, seed: int = 0) -> Dataset:
+    """Random rows, of 16 tokens or of 5 to 16."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [int(torch.randint(5, LENGTH + 1, (), generator=generator)) if ragged else LENGTH for _ in range(count)]
+    return Dataset.from_dict(
+        {"input_ids": [torch.randint(0, MASK, (n,), generator=generator).tolist() for n in lengths]}
+    )
+
+
+def make_trainer(folder: Path | str, model: nn.Module | None = None, **arguments) -> MGMTrainer:
+    """A trainer that logs every step and saves nothing; `arguments` of the trainer and of its configuration mixed."""
+    of_trainer = {
+        name: arguments.pop(name)
+        for name in ("train_dataset", "eval_dataset", "callbacks", "processing_class")
+        if name in arguments
+    }
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return MGMTrainer(
+        model=training_model() if model is None else model,
+        args=MGMTrainingConfig(output_dir=str(folder), **{**defaults, **arguments}),
+        **{"train_dataset": token_rows(24), **of_trainer},
+    )
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the parameters."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def record_calls(model: nn.Module) -> list[tuple[dict, object]]:
+    """A list that grows by (keyword arguments, output) with each training call of `model`."""
+    calls = []
+
+    def hook(module, args, kwargs, output):
+        if module.training:
+            calls.append((kwargs, output))
+
+    model.register_forward_hook(hook, with_kwargs=True)
+    return calls
+
+
+class RecordWeights(TrainerCallback):
+    """Keeps the weights before training and after each optimizer step."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.history = [weights(model)]
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.history.append(weights(model))
