@@ -16,6 +16,7 @@ a step with that many iterations; the configurations take turns, and a whole run
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -140,7 +141,7 @@ def check_same_tokens() -> int:
         sizes = {"vocab_size": 50, "mask_token_id": 49, "hidden_size": 32, "num_attention_heads": 4}
         model = random_model(**sizes, intermediate_size=64, max_position_embeddings=24, **ARCHITECTURES[name]).double()
         plan = plan_budget(model.config, 96)
-        reveal_uniforms, token_uniforms = draw_uniforms(2, 4, 24, seed=0)
+        reveal_uniforms, token_uniforms = draw_uniforms(2, torch.ones(4, 24, dtype=torch.bool), seed=0)
         bounds = masked_probability(time_grid(plan.num_steps)) / masked_probability(torch.tensor(1.0))
         reveals = [(reveal_uniforms >= after) & (reveal_uniforms < now) for now, after in itertools.pairwise(bounds)]
 
@@ -217,10 +218,8 @@ def time_steps(run, model, batch_size, length, plan, reuse, steps, device) -> di
             raise EnoughTimed
         last[0] = now(device)
 
-    try:
+    with contextlib.suppress(EnoughTimed):
         run(model, batch_size, length, plan, reuse, after_step)
-    except EnoughTimed:
-        pass
     return times
 
 
@@ -424,7 +423,8 @@ def main() -> None:
     }  # fmt: skip
     result = {
         "machine": {
-            "device": torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+            "device": torch.cuda.get_device_name() if args.device == "cuda" else "CPU",
+            "threads": torch.get_num_threads(),
             "processor": platform.processor() or platform.machine(),
             "torch": torch.__version__, "transformers": transformers.__version__, "fpmgm": __version__,
             "commit": commit(),

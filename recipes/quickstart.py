@@ -150,7 +150,6 @@ def train(name, architecture, args, tokenizer, train_blocks, eval_blocks) -> tup
     trainer.save_metrics("train", trained)
     trainer.save_metrics("eval", metrics)
     trainer.save_model()
-    trainer.create_model_card()
     measured = {
         "parameters": model.num_parameters(),
         "steps": args.max_steps,

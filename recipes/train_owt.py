@@ -70,10 +70,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     trainer.save_metrics("train", trainer.train(resume_from_checkpoint=last).metrics)
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)
-    trainer.save_model()
-    trainer.create_model_card()
-    if args.push_to_hub:
-        trainer.push_to_hub()
+    trainer.save_model()  # and pushes, with --push_to_hub
     return metrics
 
 

@@ -33,10 +33,14 @@ def tiny_config(**overrides) -> FPMDLMConfig:
 
 
 def tiny_model(seed: int = 0, scale: float = 0.3, **overrides) -> FPMDLMForMaskedDiffusion:
-    """A model whose every weight is drawn at random (a fresh one is the identity under a zero head), in evaluation."""
-    model = FPMDLMForMaskedDiffusion(tiny_config(**overrides))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    """A model whose every weight is drawn at random (a fresh one is the identity under a zero head), in evaluation.
+
+    The same seed gives the same weights, and the global generator is left alone.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = FPMDLMForMaskedDiffusion(tiny_config(**overrides))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(scale * torch.randn(parameter.shape))
     return model.eval()

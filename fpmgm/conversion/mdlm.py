@@ -180,6 +180,11 @@ class _Inert:
         pass
 
 
+def _dict(*args) -> dict:
+    """Stands for `defaultdict`, whose default is code."""
+    return {}
+
+
 def _lightning_state(path: Path, use_ema: bool) -> dict[str, torch.Tensor]:
     """The backbone's tensors of a Lightning checkpoint; its EMA lists them in the order of the parameters."""
     if not path.is_file():
@@ -187,8 +192,17 @@ def _lightning_state(path: Path, use_ema: bool) -> dict[str, torch.Tensor]:
     # Lightning pickles the training configuration beside the tensors. Its classes become inert stand-ins, so that
     # the restricted unpickler accepts the file without importing or running anything.
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    with torch.serialization.safe_globals([(type("Inert", (_Inert,), {}), name) for name in names]):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    stand_ins = [
+        (_dict if name == "collections.defaultdict" else type("Inert", (_Inert,), {}), name) for name in names
+    ]
+    with torch.serialization.safe_globals(stand_ins):
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except torch.serialization.pickle.UnpicklingError as error:
+            raise ValueError(
+                f"`path_or_repo`={str(path)!r} holds objects that cannot be read as data ({names}). Where it was "
+                "trained, save `{'state_dict': ..., 'ema': ...}` alone and load that."
+            ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"`path_or_repo`={str(path)!r} is not a Lightning checkpoint: it has no `state_dict`.")
     prefix = "backbone."

@@ -52,12 +52,12 @@ def plan_budget(
     >>> from fpmgm import FPMDLMConfig, plan_budget
     >>> plan = plan_budget(FPMDLMConfig(), budget=96)
     >>> plan.num_steps, plan.iterations[0], plan.iterations[-1], plan.block_evaluations
-    (16, 6, 3, 96)
+    (16, 6, 2, 96)
 
     ```
     """
     budget = check_whole("budget", budget, minimum=1, unit="block evaluations")
-    if isinstance(allocation, str) and allocation not in ALLOCATIONS:
+    if not isinstance(allocation, (list, tuple)) and allocation not in ALLOCATIONS:
         raise ValueError(f"`allocation`={allocation!r} must be one of {tuple(ALLOCATIONS)} or a list of iterations.")
     explicit, shared = config.num_pre_layers + config.num_post_layers, config.num_fixed_point_layers
     if not isinstance(allocation, str):

@@ -37,6 +37,7 @@ class FPMDLMConfig(PreTrainedConfig):
         rope_theta (`float`, defaults to 10000): Base of the rotary position embedding.
         layer_norm_eps (`float`, defaults to 1e-5): Added to variances.
         tie_word_embeddings (`bool`, defaults to `False`): Whether the head shares the embedding's weight.
+        bos_token_id, eos_token_id, pad_token_id (`int`, *optional*): The tokenizer's; the model does not read them.
 
     Raises:
         `ValueError`: names the field, its value, what is allowed and what to do.

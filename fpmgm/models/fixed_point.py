@@ -24,7 +24,9 @@ class FixedPointSolution(NamedTuple):
 def relative_residual(
     new: torch.Tensor, old: torch.Tensor, attention_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """‖F(h) − h‖ / ‖h‖ of each sequence over real positions and channels (Appendix F.12); 0/0 is 0.
+    """‖F(h) − h‖ / ‖h‖ of each sequence over real positions and channels (Appendix F.12).
+
+    0/0 is 0, and a state that has left the numbers has residual ∞.
 
     Args:
         new, old (`torch.Tensor`): (B, L, D) F(h) and h.
@@ -38,7 +40,7 @@ def relative_residual(
         real = attention_mask[:, :, None].to(change.dtype)
         change, size = change * real, size * real
     change, size = change.flatten(1).norm(dim=1), size.flatten(1).norm(dim=1)
-    return torch.where(change == 0, 0.0, change / size)
+    return torch.where(change == 0, 0.0, change / size).nan_to_num(nan=float("inf"), posinf=float("inf"))
 
 
 def solve_fixed_point(

@@ -69,7 +69,8 @@ class MGMGenerationConfig(GenerationConfig):
 
     def __init__(self, **kwargs):
         # Not super().__init__(): the fields of left-to-right generation have no meaning here.
-        self.budget: int | None = kwargs.pop("budget", 96)
+        check_one_cost(kwargs.get("budget"), kwargs.get("iterations"))
+        self.budget: int | None = kwargs.pop("budget", 96 if kwargs.get("iterations") is None else None)
         self.num_steps: int | None = kwargs.pop("num_steps", None)
         self.iterations: int | list[int] | None = kwargs.pop("iterations", None)
         self.allocation: str | list[int] = kwargs.pop("allocation", "decreasing")
@@ -111,11 +112,7 @@ class MGMGenerationConfig(GenerationConfig):
 
     def updated(self, **kwargs: Any) -> "MGMGenerationConfig":
         """A copy with `kwargs` set; a budget given here replaces saved iterations, and the other way round."""
-        if kwargs.get("budget") is not None and kwargs.get("iterations") is not None:
-            raise ValueError(
-                f"`budget`={kwargs['budget']} and `iterations`={kwargs['iterations']} exclude each other: "
-                "give a budget, or `num_steps` with `iterations`."
-            )
+        check_one_cost(kwargs.get("budget"), kwargs.get("iterations"))
         values = {name: value for name, value in self.to_dict().items() if not name.startswith("_")}
         unknown = {name: value for name, value in kwargs.items() if name not in values}
         if unknown:
@@ -140,7 +137,7 @@ def _check_computation(config: MGMGenerationConfig) -> None:
     for name, unit in (("budget", "block evaluations"), ("num_steps", "denoising steps")):
         if getattr(config, name) is not None:
             check_whole(name, getattr(config, name), minimum=1, unit=unit)
-    if isinstance(config.allocation, str) and config.allocation not in ALLOCATIONS:
+    if not isinstance(config.allocation, (list, tuple)) and config.allocation not in ALLOCATIONS:
         raise ValueError(f"`allocation`={config.allocation!r} must be one of {tuple(ALLOCATIONS)} or a list.")
     for name, allowed in (("reuse", REUSES), ("solver", tuple(SOLVERS))):
         if getattr(config, name) not in allowed:
@@ -169,6 +166,15 @@ def _check_draw(config: MGMGenerationConfig) -> None:
         raise ValueError(f"`remask`={config.remask} must lie in (0, 1]; `None` keeps what is revealed.")
     if config.remask is not None and config.order not in (None, "ancestral"):
         raise ValueError(f"`remask`={config.remask} needs `order`='ancestral', not {config.order!r}.")
+
+
+def check_one_cost(budget: int | None, iterations: int | list[int] | None) -> None:
+    """Raise a `ValueError` if both a budget and iterations are given."""
+    if budget is not None and iterations is not None:
+        raise ValueError(
+            f"`budget`={budget} and `iterations`={iterations} exclude each other: give a budget, or `num_steps` with "
+            "`iterations`."
+        )
 
 
 def unknown_arguments(names: dict[str, Any], config: MGMGenerationConfig) -> str:

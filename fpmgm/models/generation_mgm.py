@@ -6,6 +6,7 @@ Shapes: B batch, L length, D hidden size, V vocabulary, T denoising steps, P pos
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -192,10 +193,10 @@ class MGMGenerationMixin:
         plan = self._plan(config)
         tokens, attention_mask = self._start(input_ids, batch_size, length, attention_mask)
         check_randomness(seed, generator, len(tokens))
-        wanted = (tokens == self.config.mask_token_id).cpu()
-        if attention_mask is not None:
-            wanted &= attention_mask.bool().cpu()
-        rule = self._order(config)(wanted, plan.num_steps, self.config.mask_token_id, config, seed, generator)
+        real = torch.ones_like(tokens) if attention_mask is None else attention_mask
+        real = real.bool().cpu()
+        wanted = (tokens == self.config.mask_token_id).cpu() & real
+        rule = self._order(config)(wanted, real, plan.num_steps, self.config.mask_token_id, config, seed, generator)
         was_training = self.training
         self.eval()
         try:
@@ -318,8 +319,8 @@ class MGMGenerationMixin:
     ) -> None:
         """Called by `from_pretrained`: load `generation_config.json` into our class, not transformers' own."""
         names = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+        kwargs = {name: value for name, value in kwargs.items() if name in names}  # others configure the model
         kwargs.update(zip(names, args, strict=False))
-        kwargs.pop("trust_remote_code", None)
         if generation_config is not None:
             self.generation_config = self.generation_config.updated(**generation_config.to_dict())
             return
@@ -361,7 +362,8 @@ def check_randomness(seed: int | list[int] | None, generator: torch.Generator | 
         raise ValueError(f"`seed`={seed} and `generator` exclude each other: give one of them.")
     if isinstance(seed, list) and len(seed) != batch_size:
         raise ValueError(f"`seed` lists {len(seed)} seeds for {batch_size} sequences: give one per sequence.")
-    if any(isinstance(s, bool) or not isinstance(s, int) for s in (seed if isinstance(seed, list) else [seed or 0])):
+    seeds = [] if seed is None else seed if isinstance(seed, list) else [seed]
+    if any(isinstance(s, bool) or not isinstance(s, Integral) for s in seeds):
         raise ValueError(f"`seed`={seed!r} must be a whole number or a list of them.")
 
 

@@ -6,14 +6,12 @@
 Without fixed-point layers it is MDLM. The blocks are MDLM's: rotary self-attention and MLP under an adaptive layer
 norm whose vectors come from the diffusion time, or are constants when time is not conditioned on.
 
-Shapes: B batch, L length, D hidden size, C conditioning size, H heads, K head size, V vocabulary, N iterations,
-P positions selected from B·L.
+Shapes: B batch, L length, D hidden size, C conditioning size, V vocabulary, N iterations, P selected positions.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -21,18 +19,17 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from .block_fpmdlm import FPMDLMBlock, LayerNorm, Modulation, TimestepEmbedding, modulate, rotary_embedding, wide
 from .configuration_fpmdlm import FPMDLMConfig
 from .fixed_point import SOLVERS, FixedPointSolution, solve_adaptively, solve_fixed_point
 from .generation_mgm import MGMGenerationMixin
+from .injection import INJECTION_STARTS, INJECTIONS, IdentityLinear, ZeroLinear, initialize
 from .noise import IGNORE_INDEX, sigma
 from .reuse import warm_start
-
-
-TIMESTEP_FREQUENCIES = 256
+from .selection import Selection, select
 
 
 @dataclass
@@ -60,270 +57,15 @@ class MGMOutput(ModelOutput):
     block_evaluations: int | None = None
 
 
-# --- pure functions ---------------------------------------------------------------------------------------------
-
-
-def rotary_embedding(length: int, head_size: int, theta: float, device, dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of position × frequency, each (L, K), halves repeated (the rotate-half convention)."""
-    frequencies = theta ** -(torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
-    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequencies  # (L, K/2)
-    angles = torch.cat([angles, angles], dim=-1)  # (L, K)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotary position embedding of queries or keys `x` (B, H, L, K)."""
-    cos, sin = rotary
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-
-def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x(1 + scale) + shift."""
-    return x * (1 + scale) + shift
-
-
-def shared_dropout(x: torch.Tensor, p: float, training: bool, keep: torch.Tensor | None = None) -> torch.Tensor:
-    """Dropout of `x` with probability `p`; `keep` (same shape, bool) is a mask drawn beforehand. `None`: draw one."""
-    if keep is None:
-        return F.dropout(x, p, training)
-    return x * keep / (1 - p)
-
-
 def masked_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, mask_token_id: int) -> torch.Tensor:
-    """−log p(label) at masked positions, (P,) float32, with no probability on the mask id (the SUBS parameterisation).
+    """−log p(label) at masked positions, (P,), with no probability on the mask id (the SUBS parameterisation).
 
     Args:
-        logits (`torch.Tensor`): (P, V).
+        logits (`torch.Tensor`): (P, V); the mask column is overwritten with −∞.
         labels (`torch.Tensor`): (P,).
     """
-    logits = logits.float()
     logits[:, mask_token_id] = float("-inf")
-    return F.cross_entropy(logits, labels, reduction="none")
-
-
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention written out: `query`, `key`, `value` (B, H, L, K), additive mask → output (B, L, H, K), weights."""
-    scores = query @ key.transpose(2, 3) * scaling  # (B, H, L, L)
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights, dropout, module.training)
-    return (weights @ value).transpose(1, 2), weights
-
-
-class Selection(NamedTuple):
-    """P positions of a batch: `rows` and `columns` (P,); padded per row, `queries` (B, Q) columns and `slots` (P,)
-    indices into B·Q of those that count."""
-
-    rows: torch.Tensor
-    columns: torch.Tensor
-    queries: torch.Tensor
-    slots: torch.Tensor
-
-    def pick(self, x: torch.Tensor) -> torch.Tensor:
-        """(P, D) of `x` (B, L, D); of one vector for a sequence or for all, (B or 1, 1, D), each position's."""
-        if x.shape[1] > 1:
-            return x[self.rows, self.columns]
-        return x[self.rows, 0] if x.shape[0] > 1 else x[0]
-
-
-def select(positions: torch.Tensor, batch_size: int, length: int, device: torch.device) -> Selection:
-    """The selection of `positions`, ascending indices (P,) into B·L. With `positions` on the CPU, no device waits."""
-    positions = positions.cpu()
-    rows, columns = positions // length, positions % length
-    counts = torch.bincount(rows, minlength=batch_size)
-    slots = torch.arange(len(positions)) - (counts.cumsum(0) - counts)[rows]  # place within its row
-    queries = torch.zeros(batch_size, max(1, int(counts.max())), dtype=torch.long)
-    queries[rows, slots] = columns
-    slots = rows * queries.shape[1] + slots
-    return Selection(*(x.to(device, non_blocking=True) for x in (rows, columns, queries, slots)))
-
-
-# --- layers -----------------------------------------------------------------------------------------------------
-
-
-class LayerNorm(nn.Module):
-    """Layer norm in float32 with a weight and no bias."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x.float(), x.shape[-1:], self.weight.float(), None, self.eps).to(x.dtype)
-
-
-class TimestepEmbedding(nn.Module):
-    """The conditioning vector of a noise level: sinusoids of σ, then an MLP."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(TIMESTEP_FREQUENCIES, size), nn.SiLU(), nn.Linear(size, size))
-
-    def forward(self, noise: torch.Tensor) -> torch.Tensor:
-        half = TIMESTEP_FREQUENCIES // 2
-        frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=noise.device) / half)
-        angles = noise.float()[:, None] * frequencies
-        features = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)
-        return F.silu(self.mlp(features.to(self.mlp[0].weight.dtype)))  # (B, C)
-
-
-class ZeroLinear(nn.Linear):
-    """A linear map that starts at 0."""
-
-
-class IdentityLinear(nn.Linear):
-    """A linear map that starts as blocks of multiples of the identity.
-
-    Args:
-        size (`int`): Width of a block.
-        blocks (`list[list[float]]`): Multiple of the identity in each block, in rows and columns.
-        bias (`bool`, defaults to `True`): Whether there is a bias, 0 at the start.
-    """
-
-    def __init__(self, size: int, blocks: list[list[float]], bias: bool = True):
-        super().__init__(size * len(blocks[0]), size * len(blocks), bias=bias)
-        self.size, self.blocks = size, blocks
-
-    def initial_weight(self) -> torch.Tensor:
-        """The weight at the start, (size · rows, size · columns)."""
-        return torch.kron(torch.tensor(self.blocks), torch.eye(self.size))
-
-
-class Modulation(ZeroLinear):
-    """Shifts, scales and gates of an adaptive layer norm from the conditioning vector; all 0 at the start."""
-
-    def __init__(self, conditioning_size: int, hidden_size: int, vectors: int):
-        super().__init__(conditioning_size, vectors * hidden_size)
-        self.vectors = vectors
-
-    def forward(self, conditioning: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return super().forward(conditioning)[:, None].chunk(self.vectors, dim=-1)  # each (B, 1, D)
-
-
-class FPMDLMAttention(nn.Module):
-    """Bidirectional rotary self-attention through Hugging Face's attention interface (SDPA by default)."""
-
-    is_causal = False
-
-    def __init__(self, config: FPMDLMConfig):
-        super().__init__()
-        self.config = config
-        self.head_size = config.hidden_size // config.num_attention_heads
-        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None,
-        selection: Selection | None = None,
-    ) -> torch.Tensor:
-        """(B, L, D), or (P, D) with queries at the selected positions only (keys and values are everywhere)."""
-        qkv = self.qkv_proj(x).unflatten(-1, (3, -1, self.head_size))  # (B, L, 3, H, K)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, H, L, K)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        key, query_rotary = rotate(key, rotary), rotary
-        if selection is not None:
-            batch = torch.arange(len(x), device=x.device)[:, None]
-            query = query.transpose(1, 2)[batch, selection.queries].transpose(1, 2)  # (B, H, Q, K)
-            query_rotary = tuple(table[selection.queries][:, None] for table in rotary)  # (B, 1, Q, K)
-            attention_mask = None if attention_mask is None else attention_mask[:, :, :1]  # the same for every query
-        query = rotate(query, query_rotary)
-        out, _ = attend(self, query, key, value, attention_mask, scaling=self.head_size**-0.5, dropout=0.0)
-        out = out.flatten(2)  # (B, L or Q, D)
-        return self.o_proj(out if selection is None else out.flatten(0, 1)[selection.slots])  # (B, L, D)
-
-
-class FPMDLMBlock(nn.Module):
-    """MDLM's block: gated attention and gated MLP, each after an adaptive layer norm."""
-
-    def __init__(self, config: FPMDLMConfig):
-        super().__init__()
-        self.dropout = config.dropout
-        self.modulation = Modulation(config.conditioning_size, config.hidden_size, 6)
-        self.norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.attention = FPMDLMAttention(config)
-        self.norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        modulation: tuple[torch.Tensor, ...],
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        keep: tuple[torch.Tensor, torch.Tensor] | tuple[None, None] = (None, None),
-        selection: Selection | None = None,
-    ) -> torch.Tensor:
-        """(B, L, D) → (B, L, D), or (P, D): the block's output at the selected positions, exactly."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        y = self.attention(modulate(self.norm1(x), shift1, scale1), rotary, attention_mask, selection)
-        if selection is not None:
-            x, gate1, shift2, scale2, gate2 = (selection.pick(z) for z in (x, gate1, shift2, scale2, gate2))
-        x = x + gate1 * shared_dropout(y, self.dropout, self.training, keep[0])
-        y = F.gelu(self.up_proj(modulate(self.norm2(x), shift2, scale2)), approximate="tanh")
-        return x + gate2 * shared_dropout(self.down_proj(y), self.dropout, self.training, keep[1])
-
-
-class MLPInjection(nn.Module):
-    """z = W₂ GELU(W₁ [h; u] + b₁) + b₂, with W₁ = [Wₕ Wᵤ] held as two matrices: Wᵤu + b₁ is constant over iterations.
-
-    GELU(x) − GELU(−x) = x exactly, so rows in pairs of opposite sign make z = ah + bu exact at the start.
-    """
-
-    def __init__(self, size: int, a: float, b: float):
-        super().__init__()
-        self.state_proj = IdentityLinear(size, [[a], [-a]], bias=False)
-        self.input_proj = IdentityLinear(size, [[b], [-b]])
-        self.out_proj = IdentityLinear(size, [[1.0, -1.0]])
-
-    def constant(self, u: torch.Tensor) -> torch.Tensor:
-        """The part that depends on the input alone: once per call."""
-        return self.input_proj(u)
-
-    def forward(self, h: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
-        return self.out_proj(F.gelu(self.state_proj(h) + constant, approximate="tanh"))
-
-
-class LinearInjection(nn.Module):
-    """z = Wₕh + Wᵤu + b, at the start z = ah + bu."""
-
-    def __init__(self, size: int, a: float, b: float):
-        super().__init__()
-        self.state_proj = IdentityLinear(size, [[a]], bias=False)
-        self.input_proj = IdentityLinear(size, [[b]])
-
-    def constant(self, u: torch.Tensor) -> torch.Tensor:
-        """The part that depends on the input alone: once per call."""
-        return self.input_proj(u)
-
-    def forward(self, h: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
-        return self.state_proj(h) + constant
-
-
-class DiagonalInjection(nn.Module):
-    """z = a⊙h + (1 − a)⊙u with a = sigmoid(α) in (0, 1) per channel: a contraction for any weights."""
-
-    def __init__(self, size: int, a: float, b: float):
-        super().__init__()
-        self.initial_logit = math.log(a / b)
-        self.decay_logit = nn.Parameter(torch.empty(size))
-
-    def constant(self, u: torch.Tensor) -> torch.Tensor:
-        """The part that depends on the input alone: once per call."""
-        return (1 - self.decay_logit.sigmoid()) * u
-
-    def forward(self, h: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
-        return torch.addcmul(constant, self.decay_logit.sigmoid(), h)
-
-
-INJECTIONS = {"mlp": MLPInjection, "linear": LinearInjection, "diagonal": DiagonalInjection}
-INJECTION_STARTS = {"contraction": (0.5, 0.5), "identity": (1.0, 0.0)}  # (a, b) of z = ah + bu
+    return F.cross_entropy(logits.to(wide(logits.dtype)), labels, reduction="none")
 
 
 class FixedPointStack(nn.Module):
@@ -347,9 +89,6 @@ class FixedPointStack(nn.Module):
         return h
 
 
-# --- model ------------------------------------------------------------------------------------------------------
-
-
 class FPMDLMPreTrainedModel(PreTrainedModel):
     """Initialisation and what Hugging Face needs to know of the architecture."""
 
@@ -365,17 +104,9 @@ class FPMDLMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Each kind of start is a module with parameters of its own: transformers skips containers of saved classes.
-        if isinstance(module, ZeroLinear):  # modulations, so that every block starts as the identity, and the head
-            init.zeros_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, IdentityLinear):
-            init.copy_(module.weight, module.initial_weight())
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, DiagonalInjection):
-            init.constant_(module.decay_logit, module.initial_logit)
-        elif isinstance(module, LayerNorm):
+        if initialize(module):  # the modulations and the head at 0, the injection as z = ah + bu
+            return
+        if isinstance(module, LayerNorm):
             init.ones_(module.weight)
         elif isinstance(module, (nn.Linear, nn.Embedding)):  # MDLM's: uniform in ±1/√fan_in, whatever the width
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
@@ -456,7 +187,7 @@ class FPMDLMForMaskedDiffusion(MGMGenerationMixin, FPMDLMPreTrainedModel):
                 (without gradient only). `None`: all iterations are taken.
             solver (`str`, defaults to `"picard"`): `"picard"`, h ← F(h), or `"anderson"`, which also mixes earlier
                 iterates (without gradient only); an iteration of either is one evaluation of F.
-            logits_positions (`torch.LongTensor`, *optional*): (P,) ascending indices into the flattened B·L
+            logits_positions (`torch.LongTensor`, *optional*): (P,) indices into the flattened B·L
                 positions: the logits are (P, V), and the last explicit block has queries there only. On the CPU they
                 cost no wait for the device. `None`: everywhere.
             output_logits (`bool`, *optional*): Whether to build logits. `None`: only without `labels`.

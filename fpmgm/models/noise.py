@@ -58,6 +58,17 @@ def antithetic_times(shift: float, indices: torch.Tensor, total: int) -> torch.T
     return (MINIMUM_TIME + (1 - MINIMUM_TIME) * uniform).float()
 
 
+def sequential_times(shift: float, indices: torch.Tensor) -> torch.Tensor:
+    """t_j = (shift + jφ) mod 1 with the golden ratio φ, mapped to [1e-3, 1]: spread evenly however many there are.
+
+    Args:
+        shift (`float`): Uniform in [0, 1).
+        indices (`torch.Tensor`): (B,) places j of the sequences in the data.
+    """
+    golden = (5**0.5 - 1) / 2
+    return (MINIMUM_TIME + (1 - MINIMUM_TIME) * ((shift + indices.double() * golden) % 1)).float()
+
+
 def mask_uniforms(length: int, *keys: tuple) -> torch.Tensor:
     """(B, L) uniforms, row k from the stream `keys[k]`: a position is masked where its uniform is under P(masked)."""
     return torch.stack([torch.rand(length, generator=stream_generator(*key)) for key in keys])

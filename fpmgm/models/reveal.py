@@ -95,22 +95,38 @@ class ConfidenceReveal:
         return written.view_as(tokens), _mark(positions, tokens)
 
 
-def ancestral(wanted, num_steps, mask_token_id, config, seed, generator) -> ScheduledReveal:
+def ancestral(
+    wanted: torch.Tensor,
+    real: torch.Tensor,
+    num_steps: int,
+    mask_token_id: int,
+    config: MGMGenerationConfig,
+    seed: int | list[int] | None,
+    generator: torch.Generator | None,
+) -> ScheduledReveal:
     """The ancestral order: each masked position is revealed with probability (P_t − P_s)/P_t."""
     if config.remask is None:
-        uniforms = draw_uniforms(2, *wanted.shape, seed, generator)
+        uniforms = draw_uniforms(2, real, seed, generator)
         schedule, draws = ancestral_schedule(uniforms[0], wanted, num_steps), uniforms[1:]
     else:
-        uniforms = draw_uniforms(2 * num_steps, *wanted.shape, seed, generator)
+        uniforms = draw_uniforms(2 * num_steps, real, seed, generator)
         schedule = remasking_schedule(uniforms[:num_steps], wanted, num_steps, config.remask)
         draws = uniforms[num_steps:]
     return ScheduledReveal(schedule, draws.flatten(1), mask_token_id, config)
 
 
-def confidence(wanted, num_steps, mask_token_id, config, seed, generator) -> ConfidenceReveal:
+def confidence(
+    wanted: torch.Tensor,
+    real: torch.Tensor,
+    num_steps: int,
+    mask_token_id: int,
+    config: MGMGenerationConfig,
+    seed: int | list[int] | None,
+    generator: torch.Generator | None,
+) -> ConfidenceReveal:
     """The confidence order: equal shares of the positions at each step, the most probable draws first."""
     counts = confidence_counts(wanted, num_steps)
-    uniforms = draw_uniforms(num_steps, *wanted.shape, seed, generator)
+    uniforms = draw_uniforms(num_steps, real, seed, generator)
     return ConfidenceReveal(counts, uniforms.flatten(1), wanted, mask_token_id, config)
 
 

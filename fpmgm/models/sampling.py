@@ -35,25 +35,28 @@ class RevealSchedule(NamedTuple):
 
 def draw_uniforms(
     count: int,
-    batch_size: int,
-    length: int,
+    real: torch.Tensor,
     seed: int | list[int] | None = None,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """(count, B, L) float64 uniforms.
 
     Args:
+        real (`torch.Tensor`): (B, L) bool, false at padding, which takes no numbers from a row's stream: a prompt
+            draws the same padded or not.
         seed (`int` or `list[int]`, *optional*): Row k uses the stream (seed, k), or (seed[k], 0) for a list, so that
             a row does not depend on the others. `None`: one stream for the batch.
         generator (`torch.Generator`, *optional*): Source of that stream. `None`: PyTorch's global generator.
     """
     if seed is None:
         device = "cpu" if generator is None else generator.device
-        shape = (count, batch_size, length)
-        return torch.rand(shape, dtype=torch.float64, generator=generator, device=device).cpu()
-    keys = [(s, 0) for s in seed] if isinstance(seed, list) else [(seed, row) for row in range(batch_size)]
-    streams = [stream_generator("generate", *key) for key in keys]
-    return torch.stack([torch.rand(count, length, dtype=torch.float64, generator=s) for s in streams], dim=1)
+        return torch.rand((count, *real.shape), dtype=torch.float64, generator=generator, device=device).cpu()
+    uniforms = torch.zeros(count, *real.shape, dtype=torch.float64)
+    keys = [(int(s), 0) for s in seed] if isinstance(seed, list) else [(int(seed), row) for row in range(len(real))]
+    for row, key in enumerate(keys):
+        stream = stream_generator("generate", *key)
+        uniforms[:, row, real[row]] = torch.rand(count, int(real[row].sum()), dtype=torch.float64, generator=stream)
+    return uniforms
 
 
 # --- which positions ---------------------------------------------------------------------------------------------
@@ -70,12 +73,12 @@ def ancestral_reveal_steps(uniforms: torch.Tensor, num_steps: int) -> torch.Tens
     A position masked at t stays masked at s < t with probability P_s/P_t, so it is masked after step i with
     probability P(t_{i+1})/P(1): one uniform decides its step.
     """
-    remaining = masked_probability(time_grid(num_steps)[1:]) / masked_probability(torch.tensor(1.0))
+    remaining = masked_probability(time_grid(num_steps)[1:]) / masked_probability(time_grid(num_steps)[0])
     return torch.searchsorted(-remaining, -uniforms.contiguous())  # the first i with uniform >= P(t_{i+1})/P(1)
 
 
 def ancestral_schedule(uniforms: torch.Tensor, wanted: torch.Tensor, num_steps: int) -> RevealSchedule:
-    """Reveal each position of `wanted` (B, L) at the step that its uniform (B, L) decides; what is left at the last."""
+    """Reveal each position of `wanted` (B, L) at the step that its uniform (B, L) decides, the rest at the last."""
     steps = ancestral_reveal_steps(uniforms, num_steps).masked_fill(~wanted, num_steps + 1).flatten()
     order = steps.argsort(stable=True)
     *reveals, left_over, _ = order.split(torch.bincount(steps, minlength=num_steps + 2).tolist())
@@ -84,7 +87,7 @@ def ancestral_schedule(uniforms: torch.Tensor, wanted: torch.Tensor, num_steps: 
 
 
 def remasking_schedule(uniforms: torch.Tensor, wanted: torch.Tensor, num_steps: int, cap: float) -> RevealSchedule:
-    """As the ancestral order, but from t to s a visible token is masked again with probability σ (ReMDM, capped).
+    """The ancestral order, but from t to s a visible token is masked again with probability σ (ReMDM).
 
     σ = min(cap, (1 − α_s)/α_t) and a masked position is revealed with probability (α_s − (1 − σ)α_t)/(1 − α_t), where
     α is the probability of being visible: the marginals at every step are those of the ancestral sampler.
@@ -189,4 +192,5 @@ def _draw(logits, uniforms, mask_token_id, temperature, top_k, top_p) -> tuple[t
     # Strictly under the total, so that a token of probability 0 behind the last possible one is never reached.
     target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     tokens = torch.searchsorted(cumulative, target, right=True)  # (P, 1)
+    tokens = tokens.clamp(max=logits.shape[-1] - 1)  # beyond the end where logits are no numbers, which is reported
     return tokens.squeeze(1), (weights.gather(-1, tokens) / total).squeeze(1)

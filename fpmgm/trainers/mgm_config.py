@@ -18,7 +18,7 @@ class MGMTrainingConfig(TrainingArguments):
 
     Args:
         ema_decay (`float`, *optional*, defaults to 0.9999): Decay of the average of the weights that is evaluated and
-            exported. `None`: no average.
+            exported. `None` or 0: no average.
         data_description (`str`, *optional*): What the model is trained on, for its card. `None`: not said.
 
     Raises:
@@ -37,13 +37,15 @@ class MGMTrainingConfig(TrainingArguments):
 
     ema_decay: float | None = field(
         default=0.9999,
-        metadata={"help": "Decay of the average of the weights that is evaluated and exported; null: no average."},
+        metadata={"help": "Decay of the average of the weights that is evaluated and exported; 0: no average."},
     )
     data_description: str | None = field(
         default=None, metadata={"help": "What the model is trained on, for its card; null: not said."}
     )
 
     def __post_init__(self):
+        if self.ema_decay == 0:
+            self.ema_decay = None
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"`ema_decay`={self.ema_decay} must lie in (0, 1); use None to switch the average off.")
+            raise ValueError(f"`ema_decay`={self.ema_decay} must lie in (0, 1); use 0 to switch the average off.")
         super().__post_init__()

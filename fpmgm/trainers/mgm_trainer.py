@@ -10,6 +10,7 @@ Shapes: B batch of one micro-batch, L length.
 import math
 import time
 from collections import defaultdict
+from collections.abc import Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,13 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ..models.noise import (
+    IGNORE_INDEX,
     antithetic_times,
     loss_weight,
     mask_tokens,
     mask_uniforms,
     masked_probability,
+    sequential_times,
     stream_generator,
 )
 from .collator import stack_and_pad
@@ -65,7 +68,8 @@ class MGMTrainer(Trainer):
 
     Raises:
         `ValueError`: if the model is of another architecture or holds weights that are not finite.
-        `FloatingPointError`: when the loss is not finite, after saving a checkpoint of the last good step.
+        `FloatingPointError`: when the loss or its gradient is not finite, after saving a checkpoint of the last good
+            step.
 
     Example:
 
@@ -125,7 +129,7 @@ class MGMTrainer(Trainer):
         batch, micro_batch = self._global_batch, self._micro_batch
         self._micro_batch += 1
         # 1. corrupt, with the noise of these sequences' places in the global batch
-        corrupted = self.corrupt(inputs, batch, micro_batch)
+        corrupted = self.corrupt(inputs, *self.noise(batch, micro_batch, *inputs["input_ids"].shape))
         # 2. the solver's iterations, the same for every sequence of the step (SJFB)
         no_grad, grad = self.draw_iterations()
         # 3. forward
@@ -136,14 +140,22 @@ class MGMTrainer(Trainer):
         loss = output.loss * share
         return (loss, output) if return_outputs else loss
 
-    def corrupt(self, inputs: dict[str, torch.Tensor], batch: GlobalBatch, micro_batch: int) -> dict:
-        """The model's arguments for a masked copy of `inputs`: antithetic times, one uniform per token."""
-        input_ids = inputs["input_ids"]  # (B, L)
-        places = batch.offsets[micro_batch] + torch.arange(len(input_ids))
+    def noise(self, batch: GlobalBatch, micro_batch: int, size: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Times (B,) and uniforms (B, L) of a micro-batch: one time in each n-th of the interval, over all ranks."""
+        places = batch.offsets[micro_batch] + torch.arange(size)
         shift = torch.rand((), generator=stream_generator(*batch.key, "shift")).item()
-        t = antithetic_times(shift, places, batch.total)  # (B,)
-        uniforms = mask_uniforms(input_ids.shape[1], *((*batch.key, j) for j in places.tolist()))
-        masked = (uniforms < masked_probability(t)[:, None]).to(input_ids.device)  # (B, L)
+        uniforms = self._uniforms(batch.key, places, length)
+        return antithetic_times(shift, places, batch.total), uniforms
+
+    def _uniforms(self, key: tuple, places: torch.Tensor, length: int) -> torch.Tensor:
+        """(B, L): a sequence's stream is as long as the model's longest, so that padding does not change it."""
+        longest = max(length, self.model.config.max_position_embeddings)
+        return mask_uniforms(longest, *((*key, j) for j in places.tolist()))[:, :length]
+
+    def corrupt(self, inputs: dict[str, torch.Tensor], t: torch.Tensor, uniforms: torch.Tensor) -> dict:
+        """The model's arguments for a copy of `inputs` masked at times `t` (B,) where `uniforms` (B, L) are small."""
+        input_ids = inputs["input_ids"]  # (B, L)
+        masked = (uniforms < masked_probability(t)[:, None]).to(input_ids.device)
         if "attention_mask" in inputs:
             masked &= inputs["attention_mask"].bool()
         t = t.to(input_ids.device)
@@ -159,24 +171,25 @@ class MGMTrainer(Trainer):
         ranges = (config.no_grad_iterations, config.grad_iterations)
         return tuple(int(torch.randint(low, high + 1, (), generator=generator)) for low, high in ranges)
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        """As in `Trainer`, but a loss that is not finite ends the run before the optimizer sees its gradient."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        bad = (~loss.isfinite()).float()
-        if self.accelerator.num_processes > 1:
-            bad = self.accelerator.reduce(bad)
-        if bad.item():
-            self._stop_on_bad_loss(model)
-        return loss
+    def _get_grad_norm(self, model, grad_norm=None):
+        """As in `Trainer`, but a gradient that is not finite ends the run before the optimizer sees it.
 
-    def _stop_on_bad_loss(self, model) -> None:
+        A loss that is not finite on any rank shows here on all of them.
+        """
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        scaled = getattr(self.accelerator, "scaler", None) is not None  # float16 skips such steps by itself
+        if not scaled and not math.isfinite(grad_norm):
+            self._stop_on_bad_gradient(model)
+        return grad_norm
+
+    def _stop_on_bad_gradient(self, model) -> None:
         step, folder = self.state.global_step, None
         if step > 0:
             folder = Path(self.args.output_dir) / f"checkpoint-{step}"
             self._save_checkpoint(model, trial=None)
             self.callback_handler.on_save(self.args, self.state, self.control)
         raise FloatingPointError(
-            f"the loss is not finite at step {step + 1}. "
+            f"the loss or its gradient is not finite at step {step + 1}. "
             + (f"The weights before it are saved in {folder}. " if folder else "No step was completed. ")
             + "Lower `learning_rate`, keep `max_grad_norm` at 1, or use `input_injection='diagonal'`, whose fixed "
             "point is stable for any weights."
@@ -197,24 +210,37 @@ class MGMTrainer(Trainer):
     # --- evaluation ---------------------------------------------------------------------------------------------
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The loss of a batch under noise of its own: the same at every evaluation of a run."""
+        """The loss of a batch under noise that belongs to its rows, however they are split into batches and ranks."""
         inputs = self._prepare_inputs(inputs)
-        batch = self._place([inputs], (self.args.seed, "eval", self._eval_batch))
+        size, length = inputs["input_ids"].shape
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        rows = (self._eval_batch * ranks + rank) * self.args.eval_batch_size + torch.arange(size)
         self._eval_batch += 1
+        key = (self.args.seed, "eval")
+        shift = torch.rand((), generator=stream_generator(*key, "shift")).item()
+        uniforms = self._uniforms(key, rows, length)
+        corrupted = self.corrupt(inputs, sequential_times(shift, rows), uniforms)
+        repeated = rows >= self._eval_rows  # accelerate fills the last batch with rows that were evaluated already
+        corrupted["labels"][repeated] = IGNORE_INDEX
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = model(**self.corrupt(inputs, batch, 0)).loss
-        return loss.detach(), None, None
+            loss = model(**corrupted).loss.detach()
+        real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+        self._eval_totals += torch.stack([loss.double() * real.sum(), real[~repeated].sum().double()])
+        return loss, None, None
 
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """Evaluate the EMA weights and add the perplexity (an upper bound: exp of the negative ELBO per token)."""
-        start = time.perf_counter()
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
+        """Evaluate the EMA weights: the negative ELBO per real token, and its exponential, the perplexity's bound."""
+        start, dataset = time.perf_counter(), dataloader.dataset
         self._eval_batch = 0
+        self._eval_rows = len(dataset) if isinstance(dataset, Sized) else math.inf
+        self._eval_totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         # Loading data draws from the global generator too, which belongs to training.
         with torch.random.fork_rng(devices=_current_device()), self._averaged():
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        loss = output.metrics.get(f"{metric_key_prefix}_loss")
-        if loss is not None:
-            output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(loss, 700))
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, positions = self.accelerator.reduce(self._eval_totals).tolist()
+        if positions > 0:
+            output.metrics[f"{metric_key_prefix}_loss"] = total / positions
+            output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(total / positions, 700))
         self._clock += time.perf_counter() - start
         return output
 
@@ -244,10 +270,12 @@ class MGMTrainer(Trainer):
         self._metrics["state_norm"].append(output.fixed_point_state.float().square().mean().sqrt())
 
     def _warn_if_growing(self, logs: dict[str, float]) -> None:
-        if logs.get("residual_ratio", 0) >= 1 and logs["residual"] > GROWING_RESIDUAL:
+        residual, ratio = logs.get("residual", 0), logs.get("residual_ratio", 0)
+        if residual > 1 or (ratio >= 1 and residual > GROWING_RESIDUAL):
             logger.warning_once(
-                "The residual does not fall over the solver's iterations (`residual_ratio` >= 1): F is no contraction "
-                "and its fixed point is not reached. Lower `learning_rate`, or use `input_injection='diagonal'`."
+                "The residual does not fall over the solver's iterations (see `residual` and `residual_ratio` in the "
+                "log): F is no contraction and its fixed point is not reached. Lower `learning_rate`, or use "
+                "`input_injection='diagonal'`."
             )
 
     # --- checkpoints and export ---------------------------------------------------------------------------------
@@ -257,8 +285,13 @@ class MGMTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Export the EMA weights; a checkpoint (an internal call) holds the raw weights, with the EMA beside them."""
-        with nullcontext() if _internal_call else self._averaged():
+        if _internal_call:
             super().save_model(output_dir, _internal_call)
+            return
+        with self._averaged():
+            super().save_model(output_dir)
+        if self.is_world_process_zero():
+            write_model_card(output_dir or self.args.output_dir, self.model, self.args, self.state.global_step)
 
     def push_to_hub(self, *args, **kwargs):
         """Export the EMA weights and their card to the hub."""

@@ -111,7 +111,6 @@ FIELD_EFFECTS = {
     "time_conditioning": (changes_logits, True),
     "rope_theta": (changes_logits, 50.0),
     "layer_norm_eps": (changes_logits, 0.1),
-    "initializer_range": (changes_fresh_weights, 0.3),
     "tie_word_embeddings": (changes_shapes, True),
     "bos_token_id": (is_kept_for_the_tokenizer, 3),
     "eos_token_id": (is_kept_for_the_tokenizer, 3),

@@ -67,19 +67,28 @@ EFFECTIVE_VALUES = {
     "gamma_unchanged": 0.3,
     "gamma_masked": [0.0, 0.4],
     "gamma_changed": 0.9,
+    "gamma_remasked": 0.9,
+    "tolerance": 0.1,
+    "carry_over": True,
+    "solver": "anderson",
+    "skip_idle_steps": True,
+    "remask": 0.5,
+    "order": "confidence",
     "temperature": 0.5,
     "top_k": 2,
     "top_p": 0.5,
 }
+# What a parameter needs beside it to have anything to act on.
+NEEDED = {"gamma_remasked": {"remask": 0.5}, "carry_over": {"tolerance": 0.03}, "skip_idle_steps": {"num_steps": 8}}
 # Tested by name above, or (progress_bar, token ids) without influence on the tokens.
-OTHER_FIELDS = {"order", "final", "progress_bar", "return_dict_in_generate"} | {
+OTHER_FIELDS = {"final", "progress_bar", "return_dict_in_generate"} | {
     f"{kind}_token_id" for kind in ("bos", "eos", "pad")
 }
 
 
 @pytest.mark.parametrize("name", EFFECTIVE_VALUES)
 def test_every_parameter_changes_the_tokens(name):
-    model, call = lively_model(), {"batch_size": 20, "seed": 0, "budget": 24}
+    model, call = lively_model(), {"batch_size": 20, "seed": 0, "budget": 24, **NEEDED.get(name, {})}
     changed = {**call, name: EFFECTIVE_VALUES[name]}
     if name == "iterations":
         del changed["budget"]

@@ -16,8 +16,8 @@ M = 9  # the mask id
         (4, 4, "unchanged", 1.0),
         (M, M, "masked", 0.75 + 0.15 * 0.5),
         (M, 4, "changed", 0.2),  # revealed by the last step
-        (3, 4, "changed", 0.2),  # rewritten
-        (4, M, "changed", 0.2),  # masked again
+        (3, 4, "remasked", 0.2),  # rewritten
+        (4, M, "remasked", 0.2),  # masked again
     ],
 )
 def test_each_case_of_algorithm_1(previous, now, state, gamma):
@@ -37,11 +37,12 @@ def test_three_state_weights_position_by_position():
         gamma_unchanged=0.95,
         gamma_masked=(0.3, 0.7),
         gamma_changed=0.1,
+        gamma_remasked=0.05,
     )
     for row in range(4):
         for i in range(30):
             if previous[row, i] != now[row, i]:
-                expected = 0.1
+                expected = 0.1 if previous[row, i] == M else 0.05
             elif now[row, i] == M:
                 expected = 0.3 + 0.4 * visible[row].item()
             else:

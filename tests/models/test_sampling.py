@@ -16,13 +16,23 @@ GRID = 20_000
 LAST = 1 - 2**-53  # the largest float64 that a uniform can be
 
 
+def draws(*args, **kwargs):
+    """The tokens of `draw_tokens`."""
+    return draw_tokens(*args, **kwargs)[0]
+
+
+def uniform_pair(batch_size, length, **kwargs):
+    """Two uniforms for each position of a batch without padding."""
+    return draw_uniforms(2, torch.ones(batch_size, length, dtype=torch.bool), **kwargs)
+
+
 def grid(size: int = GRID) -> torch.Tensor:
     return (torch.arange(size, dtype=torch.float64) + 0.5) / size
 
 
 def shares(logits: torch.Tensor, mask_token_id: int, **kwargs) -> torch.Tensor:
     """The share of a fine grid of uniforms that is mapped to each token."""
-    drawn = draw_tokens(logits.expand(GRID, -1), grid(), mask_token_id, **kwargs)
+    drawn = draws(logits.expand(GRID, -1), grid(), mask_token_id, **kwargs)
     return drawn.bincount(minlength=logits.shape[-1]) / GRID
 
 
@@ -47,7 +57,7 @@ def test_impossible_tokens_are_never_drawn(uniform, mask_token_id):
         logits = torch.full((1, 5), -2000.0)
         logits[:, list(possible)] = torch.randn(2)
         logits[:, mask_token_id] = 50.0
-        drawn = draw_tokens(logits, torch.tensor([uniform], dtype=torch.float64), mask_token_id).item()
+        drawn = draws(logits, torch.tensor([uniform], dtype=torch.float64), mask_token_id).item()
         assert drawn in set(possible) - {mask_token_id}
 
 
@@ -55,9 +65,9 @@ def test_draw_is_in_double_precision():
     # The rare token owns the last 1e-10 of the unit interval, which float32 cannot tell from 1.
     logits = torch.tensor([[0.0, math.log(1e-10), 5.0]]).repeat(2, 1)
     uniforms = torch.tensor([1 - 2e-10, 1 - 5e-11], dtype=torch.float64)
-    assert draw_tokens(logits, uniforms, 2).tolist() == [0, 1]
+    assert draws(logits, uniforms, 2).tolist() == [0, 1]
     half = torch.randn(50, 8).bfloat16()
-    assert torch.equal(draw_tokens(half, grid(50), 7), draw_tokens(half.double(), grid(50), 7))
+    assert torch.equal(draws(half, grid(50), 7), draws(half.double(), grid(50), 7))
 
 
 def test_temperature_zero_takes_the_likeliest_token_but_the_mask():
@@ -65,17 +75,17 @@ def test_temperature_zero_takes_the_likeliest_token_but_the_mask():
     logits[:50, 2] = 10
     allowed = logits.clone()
     allowed[:, 2] = -1e9
-    assert torch.equal(draw_tokens(logits, grid(100), 2, temperature=0), allowed.argmax(dim=1))
+    assert torch.equal(draws(logits, grid(100), 2, temperature=0), allowed.argmax(dim=1))
     assert logits[:50, 2].eq(10).all()  # the caller's logits are left alone
 
 
 def test_draw_does_not_depend_on_the_chunks(monkeypatch):
     logits, uniforms = torch.randn(23, 6), torch.rand(23, dtype=torch.float64)
-    whole = draw_tokens(logits, uniforms, 5, top_p=0.8)
+    whole = draws(logits, uniforms, 5, top_p=0.8)
     for elements in (1, 13, 24):
         monkeypatch.setattr(sampling, "CHUNK_ELEMENTS", elements)
-        assert torch.equal(draw_tokens(logits, uniforms, 5, top_p=0.8), whole)
-    nothing = draw_tokens(logits[:0], uniforms[:0], 5)
+        assert torch.equal(draws(logits, uniforms, 5, top_p=0.8), whole)
+    nothing = draws(logits[:0], uniforms[:0], 5)
     assert nothing.shape == (0,) and nothing.dtype == torch.long
 
 
@@ -157,24 +167,24 @@ def test_time_grid_ends():
 
 
 def test_seeds_give_each_row_its_stream():
-    reveal, token = draw_uniforms(3, 5, seed=[8, 2, 8])
+    reveal, token = uniform_pair(3, 5, seed=[8, 2, 8])
     assert reveal.shape == token.shape == (3, 5) and reveal.dtype == token.dtype == torch.float64
     assert torch.equal(reveal[0], reveal[2]) and torch.equal(token[0], token[2])
-    assert torch.equal(reveal[1], draw_uniforms(1, 5, seed=[2])[0][0])
-    assert torch.equal(token[1], draw_uniforms(1, 5, seed=2)[1][0])  # seed s is the stream (s, row)
-    batch = draw_uniforms(4, 5, seed=2)
-    assert torch.equal(batch[0][:2], draw_uniforms(2, 5, seed=2)[0])
+    assert torch.equal(reveal[1], uniform_pair(1, 5, seed=[2])[0][0])
+    assert torch.equal(token[1], uniform_pair(1, 5, seed=2)[1][0])  # seed s is the stream (s, row)
+    batch = uniform_pair(4, 5, seed=2)
+    assert torch.equal(batch[0][:2], uniform_pair(2, 5, seed=2)[0])
     assert len({value for part in batch for value in part.flatten().tolist()}) == 40
     # Golden: samples stay the same from version to version.
-    assert draw_uniforms(2, 1, seed=0)[0].flatten().tolist() == [0.8815075204518859, 0.1986747844851391]
+    assert uniform_pair(2, 1, seed=0)[0].flatten().tolist() == [0.8815075204518859, 0.1986747844851391]
 
 
 def test_without_a_seed_the_generator_or_torch_decides():
-    first = draw_uniforms(2, 5, generator=stream_generator("a"))
-    assert torch.equal(torch.cat(first), torch.cat(draw_uniforms(2, 5, generator=stream_generator("a"))))
+    first = uniform_pair(2, 5, generator=stream_generator("a"))
+    assert torch.equal(first, uniform_pair(2, 5, generator=stream_generator("a")))
     assert not torch.equal(first[0], first[1])
     torch.manual_seed(3)
-    draw = draw_uniforms(2, 5)
+    draw = uniform_pair(2, 5)
     torch.manual_seed(3)
-    assert torch.equal(torch.cat(draw), torch.cat(draw_uniforms(2, 5)))
-    assert not torch.equal(torch.cat(draw), torch.cat(draw_uniforms(2, 5)))
+    assert torch.equal(draw, uniform_pair(2, 5))
+    assert not torch.equal(draw, uniform_pair(2, 5))

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MDLM's transformer block: rotary self-attention and MLP, each under an adaptive layer norm.
+
+Shapes: B batch, L length, D hidden size, C conditioning size, H heads, K head size, P selected positions, Q queries.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_fpmdlm import FPMDLMConfig
+from .injection import ZeroLinear
+from .selection import Selection
+
+
+TIMESTEP_FREQUENCIES = 256
+
+
+# --- pure functions ---------------------------------------------------------------------------------------------
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type for norms, angles and probabilities of a `dtype` model: float32, or float64 if it is that."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def rotary_embedding(
+    length: int, head_size: int, theta: float, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of position × frequency, each (L, K), halves repeated (the rotate-half convention)."""
+    frequencies = theta ** -(torch.arange(0, head_size, 2, device=device, dtype=wide(dtype)) / head_size)
+    angles = torch.arange(length, device=device, dtype=wide(dtype))[:, None] * frequencies  # (L, K/2)
+    angles = torch.cat([angles, angles], dim=-1)  # (L, K)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotary position embedding of queries or keys `x` (B, H, L, K)."""
+    cos, sin = rotary
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x(1 + scale) + shift."""
+    return x * (1 + scale) + shift
+
+
+def shared_dropout(x: torch.Tensor, p: float, training: bool, keep: torch.Tensor | None = None) -> torch.Tensor:
+    """Dropout of `x` with probability `p`; `keep` (same shape, bool) is a mask drawn beforehand. `None`: draw one."""
+    if keep is None:
+        return F.dropout(x, p, training)
+    return x * keep / (1 - p)
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention written out: `query`, `key`, `value` (B, H, L, K), additive mask → output (B, L, H, K), weights."""
+    scores = query @ key.transpose(2, 3) * scaling  # (B, H, L, L)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=wide(scores.dtype)).to(query.dtype)
+    weights = F.dropout(weights, dropout, module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+# --- layers -----------------------------------------------------------------------------------------------------
+
+
+class LayerNorm(nn.Module):
+    """Layer norm in float32 or better, with a weight and no bias."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        precise = wide(x.dtype)
+        return F.layer_norm(x.to(precise), x.shape[-1:], self.weight.to(precise), None, self.eps).to(x.dtype)
+
+
+class TimestepEmbedding(nn.Module):
+    """The conditioning vector of a noise level: sinusoids of σ, then an MLP."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(TIMESTEP_FREQUENCIES, size), nn.SiLU(), nn.Linear(size, size))
+
+    def forward(self, noise: torch.Tensor) -> torch.Tensor:
+        half, dtype = TIMESTEP_FREQUENCIES // 2, self.mlp[0].weight.dtype
+        places = torch.arange(half, device=noise.device, dtype=wide(dtype))
+        angles = noise.to(wide(dtype))[:, None] * torch.exp(-math.log(10000) * places / half)
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)
+        return F.silu(self.mlp(features.to(dtype)))  # (B, C)
+
+
+class Modulation(ZeroLinear):
+    """Shifts, scales and gates of an adaptive layer norm from the conditioning vector; all 0 at the start."""
+
+    def __init__(self, conditioning_size: int, hidden_size: int, vectors: int):
+        super().__init__(conditioning_size, vectors * hidden_size)
+        self.vectors = vectors
+
+    def forward(self, conditioning: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return super().forward(conditioning)[:, None].chunk(self.vectors, dim=-1)  # each (B, 1, D)
+
+
+class FPMDLMAttention(nn.Module):
+    """Bidirectional rotary self-attention through Hugging Face's attention interface (SDPA by default)."""
+
+    is_causal = False
+
+    def __init__(self, config: FPMDLMConfig):
+        super().__init__()
+        self.config = config
+        self.head_size = config.hidden_size // config.num_attention_heads
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        selection: Selection | None = None,
+    ) -> torch.Tensor:
+        """(B, L, D), or (P, D) with queries at the selected positions only (keys and values are everywhere)."""
+        qkv = self.qkv_proj(x).unflatten(-1, (3, -1, self.head_size))  # (B, L, 3, H, K)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, H, L, K)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        key, query_rotary = rotate(key, rotary), rotary
+        if selection is not None:
+            batch = torch.arange(len(x), device=x.device)[:, None]
+            query = query.transpose(1, 2)[batch, selection.queries].transpose(1, 2)  # (B, H, Q, K)
+            query_rotary = tuple(table[selection.queries][:, None] for table in rotary)  # (B, 1, Q, K)
+            attention_mask = None if attention_mask is None else attention_mask[:, :, :1]  # the same for every query
+        query = rotate(query, query_rotary)
+        out, _ = attend(self, query, key, value, attention_mask, scaling=self.head_size**-0.5, dropout=0.0)
+        out = out.flatten(2)  # (B, L or Q, D)
+        return self.o_proj(out if selection is None else out.flatten(0, 1)[selection.slots])  # (B, L, D)
+
+
+class FPMDLMBlock(nn.Module):
+    """MDLM's block: gated attention and gated MLP, each after an adaptive layer norm."""
+
+    def __init__(self, config: FPMDLMConfig):
+        super().__init__()
+        self.dropout = config.dropout
+        self.modulation = Modulation(config.conditioning_size, config.hidden_size, 6)
+        self.norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.attention = FPMDLMAttention(config)
+        self.norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        modulation: tuple[torch.Tensor, ...],
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        keep: tuple[torch.Tensor, torch.Tensor] | tuple[None, None] = (None, None),
+        selection: Selection | None = None,
+    ) -> torch.Tensor:
+        """(B, L, D) → (B, L, D), or (P, D): the block's output at the selected positions, exactly."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        y = self.attention(modulate(self.norm1(x), shift1, scale1), rotary, attention_mask, selection)
+        if selection is not None:
+            x, gate1, shift2, scale2, gate2 = (selection.pick(z) for z in (x, gate1, shift2, scale2, gate2))
+        x = x + gate1 * shared_dropout(y, self.dropout, self.training, keep[0])
+        y = F.gelu(self.up_proj(modulate(self.norm2(x), shift2, scale2)), approximate="tanh")
+        return x + gate2 * shared_dropout(self.down_proj(y), self.dropout, self.training, keep[1])
