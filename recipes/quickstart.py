@@ -46,14 +46,14 @@ class QuickstartArguments:
 
     text_files: list[str] | None = field(default=None, metadata={"help": "Your text; null: what is installed."})
     output_dir: str = field(default="quickstart", metadata={"help": "Where everything is written."})
-    vocab_size: int = field(default=1024, metadata={"help": "Tokens of the byte-pair tokenizer."})
-    length: int = field(default=48, metadata={"help": "Tokens of a text."})
-    hidden_size: int = field(default=96, metadata={"help": "Width of both models."})
-    max_steps: int = field(default=900, metadata={"help": "Optimizer steps of each model."})
-    batch_size: int = field(default=32, metadata={"help": "Texts per step."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of both models."})
+    vocab_size: int = field(default=320, metadata={"help": "Tokens of the byte-pair tokenizer."})
+    length: int = field(default=64, metadata={"help": "Tokens of a text."})
+    hidden_size: int = field(default=64, metadata={"help": "Width of both models."})
+    max_steps: int = field(default=1800, metadata={"help": "Optimizer steps of each model."})
+    batch_size: int = field(default=16, metadata={"help": "Texts per step."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of both models."})
     budgets: list[int] = field(default_factory=lambda: [24, 48, 96, 192], metadata={"help": "Block evaluations."})
-    num_samples: int = field(default=128, metadata={"help": "Texts per row of the table."})
+    num_samples: int = field(default=256, metadata={"help": "Texts per row of the table."})
     eval_blocks: int = field(default=400, metadata={"help": "Blocks of held-out text."})
     seed: int = field(default=0, metadata={"help": "Seed of everything."})
 
@@ -118,7 +118,8 @@ def train(name, architecture, args, tokenizer, train_blocks, eval_blocks) -> tup
         hidden_size=args.hidden_size,
         num_attention_heads=4,
         intermediate_size=4 * args.hidden_size,
-        conditioning_size=16,
+        conditioning_size=32,
+        rope_theta=100.0,  # short texts
         max_position_embeddings=args.length,
         dropout=0.0,
         **architecture,
@@ -132,6 +133,8 @@ def train(name, architecture, args, tokenizer, train_blocks, eval_blocks) -> tup
         learning_rate=args.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=50,
+        adam_beta2=0.95,
+        loss_weighting="uniform",  # batches this small see too few of the small times to weigh them by 1/t
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=50,
         ema_decay=0.99,

@@ -37,19 +37,19 @@ def plot_denoising(
     panels = [_tokens(step, tokenizer, row) for step in chosen]
     lines = [_wrap(panel) for panel in panels]
     height = sum(len(panel) + 1.6 for panel in lines)
-    figure = Figure(figsize=(COLUMNS * 0.092, height * 0.22))
+    figure = Figure(figsize=(COLUMNS * 0.092, height * 0.23))
     axes = figure.add_axes((0, 0, 1, 1), xlim=(-1, COLUMNS + 1), ylim=(height, 0))
     axes.axis("off")
     y = 1.0
     for step, panel in zip(chosen, lines, strict=True):
         masked = sum(kind == "masked" for line in panel for _, kind, _ in line)
         title = f"step {step.step + 1} of {step.num_steps}   t = {step.time:.2f}   {masked} tokens masked"
-        axes.text(0, y, title, fontsize=8, weight="bold", va="center")
+        axes.text(0, y, title, fontsize=9, weight="bold", va="center")
         for line in panel:
             y += 1
             for text, kind, x in line:
                 axes.barh(y, len(text), left=x, height=0.86, color=COLORS[kind])
-                axes.text(x, y, text, fontsize=7.6, family="monospace", va="center")
+                axes.text(x, y, text, fontsize=10.4, family="monospace", va="center")
         y += 1.6
     figure.savefig(path, dpi=160)
     return Path(path)

@@ -39,6 +39,7 @@ from .model_card import write_model_card
 
 logger = logging.get_logger(__name__)
 
+MEAN_WEIGHT = 2.0  # 1 over the mean share of masked positions: the loss stays near the cross-entropy per masked token
 GROWING_RESIDUAL = 1e-3  # below this relative residual the solver has converged, whatever the last ratio
 
 
@@ -130,6 +131,8 @@ class MGMTrainer(Trainer):
         self._micro_batch += 1
         # 1. corrupt, with the noise of these sequences' places in the global batch
         corrupted = self.corrupt(inputs, *self.noise(batch, micro_batch, *inputs["input_ids"].shape))
+        if self.args.loss_weighting == "uniform":
+            corrupted["loss_weights"] = torch.full_like(corrupted["loss_weights"], MEAN_WEIGHT)
         # 2. the solver's iterations, the same for every sequence of the step (SJFB)
         no_grad, grad = self.draw_iterations()
         # 3. forward

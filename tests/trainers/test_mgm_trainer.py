@@ -540,3 +540,12 @@ def test_lora_adapters_train_through_the_trainer_and_are_saved(tmp_path):
     loaded = PeftModel.from_pretrained(training_model(), tmp_path / "adapter").eval()
     with torch.no_grad(), trainer.ema.applied():
         torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits)
+
+
+def test_uniform_weighting_gives_every_masked_position_the_weight_two(tmp_path):
+    model = training_model()
+    calls = record_calls(model)
+    make_trainer(tmp_path, model, max_steps=1, loss_weighting="uniform").train()
+    assert all((kwargs["loss_weights"] == 2).all() for kwargs, _ in calls)
+    with pytest.raises(ValueError, match="`loss_weighting`='mean'"):
+        make_trainer(tmp_path, loss_weighting="mean")
