@@ -288,22 +288,25 @@ def whole_run(args, models, rows) -> list[dict]:
 
 
 PEAK_SCRIPT = """
-import resource, sys, torch
+import re, sys
 sys.path.insert(0, "benchmarks")
 from sampling_speed import ARCHITECTURES, PROCEDURES, plan_budget, random_model
 procedure, name, reuse, batch_size, length = *sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5])
 model = random_model(max_position_embeddings=length, **ARCHITECTURES[name])
 plan = plan_budget(model.config, 96)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def memory(name):
+    return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew: making the weights does not count
+before = memory("VmRSS")
 def after_step(step):
-    if step == 1:
-        raise SystemExit(print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+    if step == 2:
+        raise SystemExit(print(before, memory("VmHWM")))
 PROCEDURES[procedure](model, batch_size, length, plan, reuse, after_step)
 """
 
 
 def peak_memory(args) -> list[dict]:
-    """Peak memory of two steps above the process with its weights, each in a process of its own (MiB)."""
+    """Peak memory of some steps above the process with its weights, each in a process of its own (MiB; CPU: Linux)."""
     found = []
     for procedure, name, reuse in (("plain", "mdlm", "none"), ("ours", "mdlm", "none"), ("ours", "fp", "3sr")):
         if args.device == "cuda":
@@ -413,6 +416,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3, help="Turns of each configuration.")
     parser.add_argument("--hidden_size", type=int, default=768, help="768 is MDLM-small.")
     parser.add_argument("--vocab_size", type=int, default=50258)
+    parser.add_argument("--measure", nargs="+", default=["time", "memory"], choices=["time", "memory"])
     parser.add_argument("--output", default=None, help="JSON to write. Default: benchmarks/results/sampling_speed_*.")
     args = parser.parse_args()
     arguments = dict(vars(args))
@@ -433,17 +437,18 @@ def main() -> None:
         "tokens_equal_to_plain": check_same_tokens(),
         "chi_square_8_degrees": check_same_distribution(),
     }  # fmt: skip
-    result |= measure(args)
-    result["ratios"] = ratios(result["rows"])
-    result["peak_memory"] = peak_memory(args)
     path = Path(args.output or f"benchmarks/results/sampling_speed_{args.device}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if "time" in args.measure:
+        result |= measure(args)
+        result["ratios"] = ratios(result["rows"])
+        path.with_suffix(".md").write_text(markdown(result) + "\n")
+        draw(result, path.with_suffix(".png"))
+        print(markdown(result))
+    if "memory" in args.measure:
+        result["peak_memory"] = peak_memory(args)
+        print(*result["peak_memory"], sep="\n")
     path.write_text(json.dumps(result, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(result) + "\n")
-    draw(result, path.with_suffix(".png"))
-    print(markdown(result))
-    for row in result["peak_memory"] + result["whole_run"]:
-        print(row)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import random
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -198,7 +199,7 @@ def draw_picture(model, tokenizer, path: Path, seed: int) -> None:
 def describe_machine() -> dict:
     """What the numbers were measured on."""
     return {
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "python": platform.python_version(),
@@ -206,6 +207,16 @@ def describe_machine() -> dict:
         "transformers": transformers.__version__,
         "fpmgm": __version__,
     }
+
+
+def processor_name() -> str:
+    """The processor's own name where the system tells it."""
+    found = (
+        re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        if Path("/proc/cpuinfo").exists()
+        else None
+    )
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def table(results: dict) -> str:

@@ -123,7 +123,7 @@ def solve_adaptively(
         if not going_on.any():
             return FixedPointSolution(result, residuals[: iteration + 1])
         rows = rows[going_on]
-        points, images = ([x[going_on] for x in history[1 - MEMORY :]] for history in (points, images))
+        points, images = ([x[going_on] for x in history[-MEMORY:]] for history in (points, images))
         points.append(SOLVERS[solver](points, images))
     return FixedPointSolution(result, residuals)
 
@@ -144,10 +144,10 @@ def anderson(points: list[torch.Tensor], images: list[torch.Tensor]) -> torch.Te
     minimise ‖Σ α_i (F(h_i) − h_i)‖ with Σ α_i = 1, slightly regularised; h ← Σ α_i F(h_i).
     """
     differences = torch.stack([image - point for point, image in zip(points, images, strict=True)], dim=1)
-    differences = differences.flatten(2).float()  # (A, M, L·D)
+    differences = differences.flatten(2).double()  # (A, M, L·D)
     gram = differences @ differences.transpose(1, 2)  # (A, M, M)
-    scale = gram.diagonal(dim1=1, dim2=2).amax(dim=1)[:, None, None].clamp(min=1e-30)
-    gram = gram / scale + 1e-5 * torch.eye(gram.shape[1], device=gram.device)
+    scale = gram.diagonal(dim1=1, dim2=2).amax(dim=1)[:, None, None].clamp(min=1e-300)
+    gram = gram / scale + 1e-10 * torch.eye(gram.shape[1], device=gram.device, dtype=gram.dtype)
     weights = torch.linalg.solve(gram, torch.ones_like(gram[:, :, :1]))  # (A, M, 1)
     weights = (weights / weights.sum(dim=1, keepdim=True)).to(images[-1].dtype)
     return sum(weights[:, i, :, None] * image for i, image in enumerate(images))

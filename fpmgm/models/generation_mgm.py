@@ -105,7 +105,7 @@ class Ledger:
         self.residuals.append(residuals)
         if len(self.reused) < len(self.ran):
             self.reused.append(None)
-        if self.config.carry_over:
+        if self.config.carry_over and residuals is not None:
             self.saved = allowed - (~residuals.isnan()).sum(dim=0)
         finite = logits.isfinite().all()
         self.finite = finite if self.finite is None else self.finite & finite
@@ -197,18 +197,20 @@ class MGMGenerationMixin:
         real = real.bool().cpu()
         wanted = (tokens == self.config.mask_token_id).cpu() & real
         rule = self._order(config)(wanted, real, plan.num_steps, self.config.mask_token_id, config, seed, generator)
-        was_training = self.training
+        training = [module for module in self.modules() if module.training]
         self.eval()
         try:
             return self._denoise(tokens, attention_mask, bool(wanted.all()), rule, plan, config, callback, streamer)
         finally:
-            self.train(was_training)
+            for module in training:
+                module.training = True
 
     def _denoise(self, tokens, attention_mask, all_masked, rule, plan, config, callback, streamer):
         """The loop over steps: start of the solver, denoiser, draw at the revealed positions."""
         (batch_size, length), times = tokens.shape, time_grid(plan.num_steps)
         reusing = config.reuse != "none" and self.config.num_fixed_point_layers > 0
         ledger, solution = Ledger(plan, self.config, config, batch_size), None
+        alike = all_masked and attention_mask is None and batch_size > 1  # all rows, until something is revealed
         for step in logging.tqdm(range(plan.num_steps), desc="denoising", disable=not config.progress_bar):
             # 1. the positions whose logits the step needs; where there are none, and nothing is reused, it is idle
             positions = rule.candidates(step, tokens)
@@ -216,15 +218,15 @@ class MGMGenerationMixin:
                 tokens, _ = rule.write(step, tokens, positions, None)
                 ledger.skip()
                 continue
-            # 2. the denoiser, started from the previous solution; while all is masked, every row is the same
-            shared = step == 0 and all_masked and batch_size > 1
+            # 2. the denoiser, started from the previous solution; rows that are alike are run once
+            shared, alike = alike, False
             columns, inverse = (positions % length).unique(return_inverse=True) if shared else (positions, None)
             weights = None
             if solution is not None:
                 weights = self._reuse_weights(solution, tokens, attention_mask, config, ledger)
             output = self(
                 tokens[:1] if shared else tokens,
-                timesteps=times[step].float().to(tokens.device).expand(1 if shared else batch_size),
+                timesteps=torch.full((1 if shared else batch_size,), times[step].item(), device=tokens.device),
                 attention_mask=attention_mask,
                 num_iterations=ledger.iterations(step),
                 fixed_point_state=None if solution is None else solution.state,
@@ -290,6 +292,7 @@ class MGMGenerationMixin:
         longest, mask_token_id = self.config.max_position_embeddings, self.config.mask_token_id
         if batch_size is not None:
             check_whole("batch_size", batch_size, minimum=1, unit="sequences")
+        input_ids = None if input_ids is None else torch.as_tensor(input_ids).long()
         if input_ids is None:
             length = check_whole("length", longest if length is None else length, minimum=1, unit="tokens")
             input_ids = torch.full((batch_size or 1, length), mask_token_id)
@@ -297,10 +300,10 @@ class MGMGenerationMixin:
             raise ValueError(
                 f"`length`={length} must be the length {input_ids.shape[-1]} of `input_ids`: leave it out."
             )
-        if input_ids.dim() != 2 or input_ids.shape[1] > longest:
+        if input_ids.dim() != 2 or input_ids.shape[1] > longest or input_ids.numel() == 0:
             raise ValueError(
                 f"`length`={input_ids.shape[-1]} (`input_ids` of shape {tuple(input_ids.shape)}) must be (batch, "
-                f"length) with length at most `max_position_embeddings`={longest}."
+                f"length) with length from 1 to `max_position_embeddings`={longest} and at least one row."
             )
         if len(input_ids) == 1 and batch_size is not None:
             input_ids = input_ids.repeat(batch_size, 1)

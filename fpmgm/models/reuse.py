@@ -73,8 +73,11 @@ def reuse_weights(
     if reuse == "full":
         return torch.ones_like(states, dtype=torch.float32)
     low, high = gamma_masked
-    fixed = torch.tensor([gamma_changed, gamma_unchanged, 0.0, gamma_remasked], device=states.device)
-    return torch.where(states == 2, (low + (high - low) * visible_fraction)[:, None], fixed[states])
+    masked = (low + (high - low) * visible_fraction)[:, None]
+    unchanged = torch.where(states == 1, gamma_unchanged, masked)
+    return torch.where(
+        (states == 1) | (states == 2), unchanged, torch.where(states == 0, gamma_changed, gamma_remasked)
+    )
 
 
 def visible_fraction(

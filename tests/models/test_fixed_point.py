@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from fpmgm.models.fixed_point import relative_residual, solve_fixed_point
+from fpmgm.models.fixed_point import relative_residual, solve_adaptively, solve_fixed_point
 
 
 def contraction(size: int = 5, factor: float = 0.4) -> torch.Tensor:
@@ -105,3 +105,51 @@ def test_only_the_differentiated_iterations_build_a_graph(outer):
         assert torch.is_grad_enabled() == outer
     assert grad_modes == built == [False] * 3 + [outer] * 2
     assert solution.state.requires_grad == outer and not solution.residuals.requires_grad
+
+
+# --- each sequence its own number of iterations -----------------------------------------------------------------
+
+
+def rotation_steps(factors: list[float]):
+    """F for a batch of contractions with these factors, and what it was called with."""
+    maps, calls = torch.stack([contraction(factor=factor) for factor in factors]), []
+    b = torch.randn(len(factors), 1, 5, dtype=torch.float64)
+
+    def step(h, rows):
+        calls.append(rows.tolist())
+        return h @ maps[rows].transpose(1, 2) + b[rows]
+
+    return step, calls
+
+
+def test_sequences_stop_at_their_tolerance_and_cost_nothing_more():
+    step, calls = rotation_steps([0.1, 0.4, 0.6])
+    start = torch.randn(3, 2, 5, dtype=torch.float64)
+    found = solve_adaptively(step, start, num_iterations=20, tolerance=1e-2)
+    taken = (~found.residuals.isnan()).sum(dim=0).tolist()
+    assert taken[0] < taken[1] < taken[2] < 20
+    assert calls[: max(taken)] == [[row for row in range(3) if taken[row] > i] for i in range(max(taken))]
+    for row, count in enumerate(taken):
+        alone = solve_fixed_point(lambda h, row=row: step(h, torch.tensor([row])), start[row : row + 1], count)
+        assert torch.equal(found.state[row], alone.state[0])
+        assert torch.equal(found.residuals[:count, row], alone.residuals[:, 0])
+        assert (alone.residuals[:-1] > 1e-2).all() and alone.residuals[-1] <= 1e-2
+
+
+def test_sequences_stop_at_their_own_limits():
+    step, calls = rotation_steps([0.9, 0.9, 0.9])
+    found = solve_adaptively(step, torch.randn(3, 2, 5, dtype=torch.float64), torch.tensor([1, 4, 2]))
+    assert (~found.residuals.isnan()).sum(dim=0).tolist() == [1, 4, 2]
+    assert calls == [[0, 1, 2], [1, 2], [1], [1]]
+
+
+def test_anderson_solves_a_small_linear_system_that_picard_has_hardly_begun():
+    # With as many remembered points as dimensions + 1, the best mix of an affine map's images is its fixed point.
+    matrix = torch.diag(torch.tensor([0.95, -0.9, 0.5], dtype=torch.float64))
+    b, start = torch.ones(3, dtype=torch.float64), torch.zeros(1, 1, 3, dtype=torch.float64)
+    solution = torch.linalg.solve(torch.eye(3, dtype=torch.float64) - matrix, b)
+    error = {
+        solver: (solve_adaptively(lambda h, rows: h @ matrix + b, start, 7, solver=solver).state - solution).norm()
+        for solver in ("picard", "anderson")
+    }
+    assert error["picard"] > 5 and error["anderson"] < 0.05

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The orders of revealing: remasking schedules against their marginals, confidence against a plain loop, idle steps,
+shared first steps, and what each step may cost."""
+
+import itertools
+
+import pytest
+import torch
+
+from fpmgm.models.sampling import confidence_counts, draw_uniforms, most_confident, remasking_schedule
+from tests.models.helpers import lively_model
+from tests.testing_utils import tiny_model
+
+
+MASK = 10
+
+
+def record_calls(model) -> list[dict]:
+    """The arguments of every forward call, with the tokens under `input_ids`."""
+    calls = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append({"input_ids": args[0], **kwargs}), with_kwargs=True
+    )
+    return calls
+
+
+# --- remasking ----------------------------------------------------------------------------------------------------
+
+
+def test_remasking_keeps_the_marginals_of_the_ancestral_order():
+    rows, length, steps, cap = 40, 500, 8, 0.3
+    wanted = torch.ones(rows, length, dtype=torch.bool)
+    wanted[:, 0] = False
+    uniforms = torch.rand(steps, rows, length, dtype=torch.float64)
+    schedule = remasking_schedule(uniforms, wanted, steps, cap)
+    visible = torch.zeros(rows * length, dtype=torch.bool)
+    count = rows * (length - 1)
+    for step in range(steps):
+        before = int(visible.sum())
+        assert not visible[schedule.reveals[step]].any()
+        remasked = schedule.remasks[step]
+        assert visible[remasked].all()
+        now, after = (1 - (1 - 1e-3) * (1 - i * (1 - 1e-5) / steps) for i in (step, step + 1))
+        sigma = min(cap, (1 - after) / now)
+        if 0 < step < steps - 1:
+            assert len(remasked) / before == pytest.approx(sigma, abs=4 * (sigma * (1 - sigma) / before) ** 0.5)
+        visible[schedule.reveals[step]] = True
+        visible[remasked] = False
+        if step < steps - 1:  # everything starts masked, where the schedule allows a share ε to be visible: + 1e-3
+            found = int(visible.sum()) / count
+            assert found == pytest.approx(after, abs=4 * (after * (1 - after) / count) ** 0.5 + 1e-3)
+    assert torch.equal(visible.view(rows, length), wanted)  # all is written in the end, the prompt never touched
+
+
+def test_a_remasked_token_is_not_reused_like_an_unchanged_one():
+    model = lively_model()
+    calls = record_calls(model)
+    model.generate(batch_size=30, budget=96, remask=0.3, seed=0, gamma_remasked=0.35)
+    kinds = set()
+    for previous, call in itertools.pairwise(calls[1:]):
+        before, now, weights = previous["input_ids"], call["input_ids"], call["reuse_weights"]
+        assert (weights[(before == now) & (now != MASK)] == 1).all()
+        assert torch.allclose(weights[(before != MASK) & (now == MASK)], torch.tensor(0.35))
+        assert torch.allclose(weights[(before == MASK) & (now != MASK)], torch.tensor(0.2))
+        kinds.add(bool(((before != MASK) & (now == MASK)).any()))
+    assert kinds == {True, False} or kinds == {True}
+
+
+# --- confidence ---------------------------------------------------------------------------------------------------
+
+
+def test_confidence_order_equals_a_plain_loop():
+    model, steps = lively_model(), 3
+    ids = torch.tensor([[MASK] * 8, [1, MASK, MASK, 2, MASK, MASK, 3, MASK]])
+    uniforms = draw_uniforms(steps, torch.ones(2, 8, dtype=torch.bool), seed=5)
+    found = model.generate(ids, num_steps=steps, iterations=3, order="confidence", reuse="none", seed=5)
+    expected = ids.clone()
+    for step, counts in enumerate([[3, 2], [3, 2], [2, 1]]):  # equal shares of 8 and of 5, the larger ones first
+        with torch.no_grad():
+            logits = model(expected, num_iterations=3).logits
+        logits[..., MASK] = float("-inf")
+        p = logits.softmax(dim=-1)
+        for row in range(2):
+            draws = []
+            for i in (expected[row] == MASK).nonzero().flatten().tolist():
+                token = int((p[row, i].cumsum(0) <= uniforms[step, row, i]).sum())
+                draws.append((p[row, i, token].item(), i, token))
+            for _, i, token in sorted(draws, reverse=True)[: counts[row]]:
+                expected[row, i] = token
+    assert torch.equal(found, expected)
+
+
+def test_confidence_keeps_the_most_probable_draws_of_each_row():
+    probabilities = torch.tensor([0.1, 0.9, 0.5, 0.7, 0.2, 0.6])
+    rows = torch.tensor([0, 0, 0, 2, 2, 2])
+    assert most_confident(probabilities, rows, torch.tensor([2, 0, 1])).tolist() == [1, 2, 3]
+
+
+def test_more_steps_than_masks_are_an_error_for_the_confidence_order_alone():
+    model = tiny_model()
+    ids = torch.tensor([[1, MASK, MASK, 2]])
+    with pytest.raises(ValueError, match="`num_steps`=3 exceeds the 2 masked positions"):
+        model.generate(ids, num_steps=3, iterations=1, order="confidence")
+    assert model.generate(ids, num_steps=3, iterations=1).ne(MASK).all()
+    assert confidence_counts(ids == MASK, 2).tolist() == [[1], [1]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"remask": 0.0}, "`remask`=0.0 must lie in"),
+        ({"remask": 0.1, "order": "confidence"}, "`remask`=0.1 needs `order`='ancestral'"),
+        ({"tolerance": -1.0}, "`tolerance`=-1.0 must be at least 0"),
+        ({"carry_over": True}, "`carry_over`=True has nothing to carry"),
+        ({"solver": "newton"}, "`solver`='newton' must be one of"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model().generate(**arguments)
+
+
+# --- what a step costs --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [(3, 0, 0), (1, 1, 1), (2, 1, 0), (1, 2, 2)])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_last_block_at_some_positions_equals_the_whole_block(layers, attention, padded):
+    names = ("num_pre_layers", "num_fixed_point_layers", "num_post_layers")
+    model = tiny_model(time_conditioning=True, **dict(zip(names, layers, strict=True))).double()
+    model.set_attn_implementation(attention)
+    ids, t = torch.randint(0, 11, (3, 8)), torch.rand(3)
+    mask = torch.ones(3, 8, dtype=torch.long)
+    if padded:
+        mask[0, 5:], mask[2, :2] = 0, 0
+    positions = torch.tensor([1, 2, 4, 9, 20, 23])
+    full = model(ids, timesteps=t, attention_mask=mask if padded else None)
+    some = model(ids, timesteps=t, attention_mask=mask if padded else None, logits_positions=positions)
+    torch.testing.assert_close(some.logits, full.logits.flatten(0, 1)[positions], rtol=0, atol=1e-12)
+    hidden = full.last_hidden_state.flatten(0, 1)[positions]
+    torch.testing.assert_close(some.last_hidden_state, hidden, rtol=0, atol=1e-12)
+
+
+def test_the_first_step_of_an_unprompted_batch_runs_once_for_all():
+    model = lively_model()
+    calls = record_calls(model)
+    tokens = model.generate(batch_size=5, budget=24, seed=3)
+    assert [len(call["input_ids"]) for call in calls] == [1, 5, 5, 5]
+    calls.clear()
+    ones = torch.ones(5, 8, dtype=torch.long)  # with an attention mask nothing is shared
+    assert torch.equal(model.generate(torch.full((5, 8), MASK), attention_mask=ones, budget=24, seed=3), tokens)
+    assert [len(call["input_ids"]) for call in calls] == [5, 5, 5, 5]
+
+
+@pytest.mark.parametrize("layers", [(1, 1, 1), (3, 0, 0)])
+def test_idle_steps_are_skipped_where_nothing_is_reused(layers):
+    names = ("num_pre_layers", "num_fixed_point_layers", "num_post_layers")
+    model = lively_model(**dict(zip(names, layers, strict=True)))
+    calls = record_calls(model)
+    call = {"num_steps": 30, "iterations": 2 if layers[1] else 0, "reuse": "none", "return_dict_in_generate": True}
+    out = model.generate(**call, seed=0)
+    busy = (out.iterations_taken[:, 0] > 0).sum() if layers[1] else len(calls)
+    assert len(calls) == busy <= 8  # no more steps than positions
+    assert out.block_evaluations == len(calls) * (sum(layers) + layers[1]) < 30 * sum(layers)
+    assert all(len(call["logits_positions"]) for call in calls)
+
+
+def test_idle_steps_run_under_reuse_unless_asked_otherwise():
+    model = lively_model()
+    call = {"num_steps": 30, "iterations": 2, "return_dict_in_generate": True}
+    assert model.generate(**call, seed=0).block_evaluations == 30 * 4
+    skipping = model.generate(**call, seed=[4, 5, 6], batch_size=3, skip_idle_steps=True)
+    assert skipping.block_evaluations < 30 * 4
+    for row, seed in enumerate([4, 5, 6]):  # which steps others skip changes nothing for a row
+        alone = model.generate(**call, seed=[seed], skip_idle_steps=True)
+        assert torch.equal(alone.sequences[0], skipping.sequences[row])
+        assert alone.block_evaluations <= 8 * 4
+
+
+@pytest.mark.parametrize("carry_over", [False, True])
+@pytest.mark.parametrize("solver", ["picard", "anderson"])
+def test_adaptive_depth_stays_inside_the_budget_and_within_the_row(carry_over, solver):
+    model, budget = lively_model(), 60
+    call = {"budget": budget, "tolerance": 0.04, "carry_over": carry_over, "solver": solver}
+    out = model.generate(**call, batch_size=6, seed=list(range(6)), return_dict_in_generate=True)
+    planned, taken = torch.tensor(out.iterations)[:, None], out.iterations_taken
+    assert (taken < planned).any()
+    assert (taken > planned).any() == carry_over
+    assert (taken.cumsum(0) <= planned.cumsum(0)).all()  # only what was saved before is spent later
+    cost = 2 * len(planned) + taken.sum(dim=0)
+    assert out.block_evaluations_per_sequence.tolist() == cost.tolist()
+    assert out.block_evaluations == int(cost.max()) <= budget
+    for step, row in [(0, 1), (3, 2)]:
+        values = out.residuals[step, : taken[step, row], row]
+        assert (values[:-1] > 0.04).all() and out.residuals[step, taken[step, row] :, row].isnan().all()
+    for row in range(6):
+        assert torch.equal(model.generate(**call, seed=[row])[0], out.sequences[row])
+
+
+@pytest.mark.slow
+def test_compiled_blocks_write_the_same_tokens():
+    model = lively_model()
+    tokens = model.generate(batch_size=3, budget=24, seed=0)
+    model.compile_blocks()
+    assert torch.equal(model.generate(batch_size=3, budget=24, seed=0), tokens)
+    assert model.fixed_point._compiled_call_impl is not None
