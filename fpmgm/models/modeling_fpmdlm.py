@@ -254,7 +254,7 @@ class FPMDLMForMaskedDiffusion(MGMGenerationMixin, FPMDLMPreTrainedModel):
         for i, layer in enumerate(layers):
             last = selection if i == len(layers) - 1 else None
             # Only a mask written out as a tensor has rows that can be left out; other kernels' masks do not.
-            pruned = last if bias is None or bias.dim() == 4 else None
+            pruned = last if bias is None or (torch.is_tensor(bias) and bias.dim() == 4) else None
             h = self._checkpointed(layer, h, layer.modulation(conditioning), rotary, bias, (None, None), pruned)
             h = last.pick(h) if last is not None and pruned is None else h
         return h
