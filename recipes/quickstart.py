@@ -141,6 +141,7 @@ def train(name, architecture, args, tokenizer, train_blocks, eval_blocks) -> tup
         ema_decay=0.99,
         logging_steps=max(1, args.max_steps // 4),
         save_strategy="no",
+        dataloader_pin_memory=torch.cuda.is_available(),
         seed=args.seed,
         data_description="Python's documentation and docstrings of installed packages"
         if args.text_files is None

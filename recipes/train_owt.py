@@ -9,7 +9,7 @@ The same command goes on from the last checkpoint in `output_dir`. What is expor
 
 from dataclasses import asdict, dataclass, field
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion
@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+    set_seed(args.seed)  # before the weights are drawn
     model = FPMDLMForMaskedDiffusion(config)
     if args.data_description is None:
         args.data_description = data.dataset_name or f"{len(data.text_files)} local file(s)"

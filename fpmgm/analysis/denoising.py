@@ -64,7 +64,8 @@ def _tokens(step: GenerationStep, tokenizer: PreTrainedTokenizerBase, row: int) 
             tokens.append(("   ", "masked"))
         else:
             text = "⏎" if token in tokenizer.all_special_ids else tokenizer.decode([token])
-            tokens.append((text.replace("\n", "⏎").replace("$", r"\$"), "revealed" if new else "visible"))
+            text = "".join(c if c.isprintable() else "·" for c in text.replace("\n", "⏎"))
+            tokens.append((text.replace("$", r"\$"), "revealed" if new else "visible"))
     return tokens
 
 

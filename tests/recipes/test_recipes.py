@@ -74,6 +74,8 @@ def test_training_goes_on_from_its_last_checkpoint_and_the_result_can_be_sampled
     metrics = train_owt.main([*argv, "--max_steps", "4"])
     history = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
     assert {entry["step"] for entry in history if "eval_loss" in entry} == {2, 4}  # the second run went on
+    straight = train_owt.main([*argv, "--max_steps", "4", "--output_dir", str(tmp_path / "straight")])
+    assert straight["eval_loss"] == metrics["eval_loss"]
     assert json.loads((folder / "eval_results.json").read_text())["eval_loss"] == metrics["eval_loss"]
     assert "1 local file(s)" in (folder / "README.md").read_text()
 
