@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import torch
-from sampling_speed import commit
 
 from fpmgm.models.sampling import draw_tokens
+from sampling_speed import commit
 
 
 def rounding_noise(hidden_size: int, vocab_size: int) -> float:

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import transformers
 from datasets import Dataset
-from installed_english import paragraphs
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -30,6 +29,7 @@ from fpmgm.data import load_text, pack, train_tokenizer
 from fpmgm.evaluation import NGramJudge, unigram_entropy
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
 from fpmgm.trainers.arguments import parse_arguments
+from installed_english import paragraphs
 
 
 ARCHITECTURES = {

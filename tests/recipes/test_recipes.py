@@ -17,10 +17,9 @@ from tests.testing_utils import tiny_config
 RECIPES = Path(__file__).parents[2] / "recipes"
 sys.path.insert(0, str(RECIPES))
 
+import quickstart  # noqa: E402
 import sample  # noqa: E402
 import train_owt  # noqa: E402
-
-import quickstart  # noqa: E402
 
 
 SMALL = ["--hidden_size", "16", "--num_attention_heads", "2", "--intermediate_size", "32", "--conditioning_size", "8"]
