@@ -13,7 +13,7 @@ from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion
 SHARED = Path(os.environ.get("FPMGM_SHARED", Path(__file__).parents[2] / "shared"))
 
 needs_shared = pytest.mark.skipif(
-    not SHARED.is_dir(), reason="needs the fixtures of the original implementations (FPMGM_SHARED)"
+    not (SHARED / "parity").is_dir(), reason="needs the fixtures of the original implementations (FPMGM_SHARED)"
 )
 
 
