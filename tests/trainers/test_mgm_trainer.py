@@ -504,7 +504,7 @@ def test_every_number_of_the_card_comes_from_the_model_the_run_or_a_file(tmp_pat
     ]  # fmt: skip
     # neither the folder's name, nor the version, nor the example's own numbers
     prose = re.sub(r"^## Use$.*?(?=^## Results$)", "", card.text.replace(tmp_path.name, ""), flags=re.S | re.M)
-    prose = re.sub(r"written by \[fpmgm\]\S+ \S+", "", prose)
+    prose = re.sub(r"written by fpmgm \S+", "", prose)
     numbers = [float(x.replace(",", "")) for x in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?:e-?\d+)?", prose)]
     assert len(numbers) > 10
     assert [x for x in numbers if x not in known] == []
