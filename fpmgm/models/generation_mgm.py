@@ -176,9 +176,10 @@ class MGMGenerationMixin:
                 row run alone gives the same tokens. `None`: `generator`.
             generator (`torch.Generator`, *optional*): Source of randomness instead of `seed`. `None`: PyTorch's
                 global generator.
-            callback (`Callable`, *optional*): Called with a [`GenerationStep`] after each step.
-            streamer (*optional*): Its `put(tokens)` gets the (B, L) tokens on the CPU after each step, `end()` the end
-                ([`fpmgm.TextStreamer`] shows them in a terminal).
+            callback (`Callable`, *optional*): Called with a [`GenerationStep`] after each step that
+                runs (an idle one may be skipped).
+            streamer (*optional*): Its `put(tokens)` gets the (B, L) tokens on the CPU after each step that runs,
+                `end()` the end ([`fpmgm.TextStreamer`] shows them in a terminal).
             kwargs: Any field of [`MGMGenerationConfig`] for this call: `budget`, `num_steps`, `iterations`,
                 `allocation`, `reuse`, `tolerance`, `temperature`, `top_k`, `top_p`, `order`, `remask`, `final`, …
 
