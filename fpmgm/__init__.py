@@ -10,7 +10,8 @@ from .conversion import load_mdlm
 from .models.budget import BudgetPlan, plan_budget
 from .models.configuration_fpmdlm import FPMDLMConfig
 from .models.generation_mgm import GenerationStep, MGMGenerationConfig, MGMGenerationMixin, MGMGenerationOutput
-from .models.modeling_fpmdlm import FPMDLMForMaskedDiffusion, MGMOutput
+from .models.modeling_fpmdlm import FPMDLMForMaskedDiffusion
+from .models.modeling_mgm import MGMOutput
 from .streamers import TextStreamer
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_fpmdlm import FPMDLMConfig
-from .injection import ZeroLinear
+from .layers import Modulation, eager_attention_forward, modulate, shared_dropout, wide
 from .selection import Selection
 
 
@@ -20,11 +20,6 @@ TIMESTEP_FREQUENCIES = 256
 
 
 # --- pure functions ---------------------------------------------------------------------------------------------
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The type for norms, angles and probabilities of a `dtype` model: float32, or float64 if it is that."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def rotary_embedding(
@@ -42,28 +37,6 @@ def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.
     cos, sin = rotary
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-
-def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x(1 + scale) + shift."""
-    return x * (1 + scale) + shift
-
-
-def shared_dropout(x: torch.Tensor, p: float, training: bool, keep: torch.Tensor | None = None) -> torch.Tensor:
-    """Dropout of `x` with probability `p`; `keep` (same shape, bool) is a mask drawn beforehand. `None`: draw one."""
-    if keep is None:
-        return F.dropout(x, p, training)
-    return x * keep / (1 - p)
-
-
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention written out: `query`, `key`, `value` (B, H, L, K), additive mask → output (B, L, H, K), weights."""
-    scores = query @ key.transpose(2, 3) * scaling  # (B, H, L, L)
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=wide(scores.dtype)).to(query.dtype)
-    weights = F.dropout(weights, dropout, module.training)
-    return (weights @ value).transpose(1, 2), weights
 
 
 # --- layers -----------------------------------------------------------------------------------------------------
@@ -95,17 +68,6 @@ class TimestepEmbedding(nn.Module):
         angles = noise.to(wide(dtype))[:, None] * torch.exp(-math.log(10000) * places / half)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)
         return F.silu(self.mlp(features.to(dtype)))  # (B, C)
-
-
-class Modulation(ZeroLinear):
-    """Shifts, scales and gates of an adaptive layer norm from the conditioning vector; all 0 at the start."""
-
-    def __init__(self, conditioning_size: int, hidden_size: int, vectors: int):
-        super().__init__(conditioning_size, vectors * hidden_size)
-        self.vectors = vectors
-
-    def forward(self, conditioning: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return super().forward(conditioning)[:, None].chunk(self.vectors, dim=-1)  # each (B, 1, D)
 
 
 class FPMDLMAttention(nn.Module):
@@ -156,20 +118,27 @@ class FPMDLMBlock(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
 
+    def dropout_masks(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What both dropouts keep of (B, L, D): drawn once where the block is iterated, so that it stays one map."""
+        if self.dropout == 0:
+            return None
+        return tuple(torch.rand_like(h, dtype=torch.float32) >= self.dropout for _ in range(2))
+
     def forward(
         self,
         x: torch.Tensor,
         modulation: tuple[torch.Tensor, ...],
         rotary: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        keep: tuple[torch.Tensor, torch.Tensor] | tuple[None, None] = (None, None),
+        keep: tuple[torch.Tensor, torch.Tensor] | None = None,
         selection: Selection | None = None,
     ) -> torch.Tensor:
         """(B, L, D) → (B, L, D), or (P, D): the block's output at the selected positions, exactly."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        keep1, keep2 = keep or (None, None)
         y = self.attention(modulate(self.norm1(x), shift1, scale1), rotary, attention_mask, selection)
         if selection is not None:
             x, gate1, shift2, scale2, gate2 = (selection.pick(z) for z in (x, gate1, shift2, scale2, gate2))
-        x = x + gate1 * shared_dropout(y, self.dropout, self.training, keep[0])
+        x = x + gate1 * shared_dropout(y, self.dropout, self.training, keep1)
         y = F.gelu(self.up_proj(modulate(self.norm2(x), shift2, scale2)), approximate="tanh")
-        return x + gate2 * shared_dropout(self.down_proj(y), self.dropout, self.training, keep[1])
+        return x + gate2 * shared_dropout(self.down_proj(y), self.dropout, self.training, keep2)

@@ -13,27 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-
-class ZeroLinear(nn.Linear):
-    """A linear map that starts at 0."""
-
-
-class IdentityLinear(nn.Linear):
-    """A linear map that starts as blocks of multiples of the identity.
-
-    Args:
-        size (`int`): Width of a block.
-        blocks (`list[list[float]]`): Multiple of the identity in each block, in rows and columns.
-        bias (`bool`, defaults to `True`): Whether there is a bias, 0 at the start.
-    """
-
-    def __init__(self, size: int, blocks: list[list[float]], bias: bool = True):
-        super().__init__(size * len(blocks[0]), size * len(blocks), bias=bias)
-        self.size, self.blocks = size, blocks
-
-    def initial_weight(self) -> torch.Tensor:
-        """The weight at the start, (size · rows, size · columns)."""
-        return torch.kron(torch.tensor(self.blocks), torch.eye(self.size))
+from .layers import IdentityLinear
 
 
 class MLPInjection(nn.Module):
@@ -80,6 +60,10 @@ class DiagonalInjection(nn.Module):
         self.initial_logit = math.log(a / b)
         self.decay_logit = nn.Parameter(torch.empty(size))
 
+    def initialize(self) -> None:
+        """The same share of state and input in every channel."""
+        init.constant_(self.decay_logit, self.initial_logit)
+
     def constant(self, u: torch.Tensor) -> torch.Tensor:
         """The part that depends on the input alone: once per call."""
         return (1 - self.decay_logit.sigmoid()) * u
@@ -90,23 +74,3 @@ class DiagonalInjection(nn.Module):
 
 INJECTIONS = {"mlp": MLPInjection, "linear": LinearInjection, "diagonal": DiagonalInjection}
 INJECTION_STARTS = {"contraction": (0.5, 0.5), "identity": (1.0, 0.0)}  # (a, b) of z = ah + bu
-
-
-@torch.no_grad()
-def initialize(module: nn.Module) -> bool:
-    """Give a module of this file its start; whether it was one.
-
-    Each kind of start is a module with parameters of its own: transformers skips containers of saved classes.
-    """
-    if isinstance(module, ZeroLinear):
-        init.zeros_(module.weight)
-        init.zeros_(module.bias)
-    elif isinstance(module, IdentityLinear):
-        init.copy_(module.weight, module.initial_weight())
-        if module.bias is not None:
-            init.zeros_(module.bias)
-    elif isinstance(module, DiagonalInjection):
-        init.constant_(module.decay_logit, module.initial_logit)
-    else:
-        return False
-    return True

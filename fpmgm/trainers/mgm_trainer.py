@@ -22,7 +22,6 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ..models.noise import (
-    IGNORE_INDEX,
     antithetic_times,
     loss_weight,
     mask_tokens,
@@ -157,13 +156,21 @@ class MGMTrainer(Trainer):
 
     def corrupt(self, inputs: dict[str, torch.Tensor], t: torch.Tensor, uniforms: torch.Tensor) -> dict:
         """The model's arguments for a copy of `inputs` masked at times `t` (B,) where `uniforms` (B, L) are small."""
+        return self.masked_inputs(inputs, uniforms < masked_probability(t)[:, None], t)
+
+    def masked_inputs(self, inputs: dict[str, torch.Tensor], masked: torch.Tensor, t: torch.Tensor) -> dict:
+        """The model's arguments for `inputs` with `masked` (B, L) hidden, but for padding, at times `t` (B,)."""
         input_ids = inputs["input_ids"]  # (B, L)
-        masked = (uniforms < masked_probability(t)[:, None]).to(input_ids.device)
         if "attention_mask" in inputs:
-            masked &= inputs["attention_mask"].bool()
-        t = t.to(input_ids.device)
+            masked = masked & inputs["attention_mask"].bool().to(masked.device)
+        # Known on the CPU, the positions cost the device no wait.
+        positions = masked.flatten().nonzero().squeeze(1)
+        masked, t = masked.to(input_ids.device), t.to(input_ids.device)
         noisy, labels = mask_tokens(input_ids, masked, self.model.config.mask_token_id)
-        return {**inputs, "input_ids": noisy, "labels": labels, "timesteps": t, "loss_weights": loss_weight(t)}
+        return {
+            **inputs, "input_ids": noisy, "labels": labels, "timesteps": t,
+            "loss_weights": loss_weight(t), "logits_positions": positions,
+        }  # fmt: skip
 
     def draw_iterations(self) -> tuple[int, int]:
         """N without and with gradient for this optimizer step, the same on every rank and micro-batch."""
@@ -224,7 +231,7 @@ class MGMTrainer(Trainer):
         uniforms = self._uniforms(key, rows, length)
         corrupted = self.corrupt(inputs, sequential_times(shift, rows), uniforms)
         repeated = rows >= self._eval_rows  # accelerate fills the last batch with rows that were evaluated already
-        corrupted["labels"][repeated] = IGNORE_INDEX
+        corrupted["loss_weights"][repeated] = 0
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = model(**corrupted).loss.detach()
         real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))

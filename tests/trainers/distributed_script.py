@@ -48,11 +48,11 @@ def fail(folder: Path, broken: bool, **arguments) -> str:
     """The message with which a run ends whose loss is not finite from the second step on, on `broken` ranks only."""
     model, calls = training_model(), []
 
-    def poison(module, args, logits):
+    def poison(module, args, output):
         calls.append(1)
-        return logits * float("nan") if broken and len(calls) == 2 else logits
+        return output * float("nan") if broken and len(calls) == 2 else output
 
-    model.lm_head.register_forward_hook(poison)
+    model.final_norm.register_forward_hook(poison)
     try:
         make_trainer(folder, model, **arguments).train()
     except FloatingPointError as error:

@@ -323,7 +323,11 @@ def test_evaluation_leaves_the_global_random_stream_alone(tmp_path):
 def test_logs_hold_the_means_of_what_the_model_reported(tmp_path):
     model, pause, predictions = training_model(), 0.05, []
     calls = record_calls(model)
-    model.lm_head.register_forward_hook(lambda module, args, logits: predictions.append(logits[:, :MASK].argmax(-1)))
+
+    def predict(head, args, output):
+        predictions.append((args[0] @ head.weight.T + head.bias)[:, :MASK].argmax(-1))
+
+    model.lm_head.register_forward_hook(predict)
     model.register_forward_hook(lambda *_: time.sleep(pause))
     trainer = make_trainer(tmp_path, model, max_steps=4, gradient_accumulation_steps=2, logging_steps=2)
     start = time.perf_counter()
@@ -386,7 +390,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_step(tmp_path, 
     broken = {}
 
     def poison(model):
-        broken["hook"] = model.lm_head.register_forward_hook(lambda module, args, output: output * value)
+        broken["hook"] = model.final_norm.register_forward_hook(lambda module, args, output: output * value)
 
     record = RecordWeights()
     trainer = make_trainer(tmp_path, max_steps=4, callbacks=[record, CallOnce(3, poison)])
@@ -406,7 +410,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_step(tmp_path, 
 
 def test_a_first_loss_that_is_not_finite_says_that_nothing_was_saved(tmp_path):
     model = training_model()
-    model.lm_head.register_forward_hook(lambda module, args, output: output * float("nan"))
+    model.final_norm.register_forward_hook(lambda module, args, output: output * float("nan"))
     with pytest.raises(FloatingPointError, match=r"step 1\b.*No step"):
         make_trainer(tmp_path, model).train()
     assert list(tmp_path.glob("checkpoint-*")) == []

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vocabulary head, and losses of its logits that never hold more than a chunk of them.
+
+Only masked positions carry loss, and a 50k-word vocabulary makes their logits the largest tensor of a training step.
+Here the logits of a few hundred positions are made, turned into a loss and its gradient, and forgotten; the gradients
+of the hidden states and of the head are complete when the loss is. Forward and backward cost three matrix products of
+the dense computation's three.
+
+Shapes: P positions, R positions of a chunk, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from .layers import wide
+
+
+FORBIDDEN = -1e6  # logit of an id that gets no probability: finite, so that differences of log-probabilities exist
+
+LogitsLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
+
+
+def chunk_rows(vocab_size: int, device: torch.device) -> int:
+    """Positions whose logits are held at once: 64 MB in float32 on a CPU, 512 MB on a GPU, where calls cost more."""
+    return max(1, 2 ** (24 if device.type == "cpu" else 27) // vocab_size)
+
+
+class LMHead(nn.Linear):
+    """(P, D) → (P, V); with a loss of the logits, its sum over chunks.
+
+    Args:
+        hidden_size, vocab_size (`int`): D and V.
+        mask_token_id (`int`): Gets no probability in a loss.
+        tied (`bool`): Whether the weight is the embedding's, whose start it keeps; otherwise it starts at 0.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int, mask_token_id: int, tied: bool):
+        super().__init__(hidden_size, vocab_size)
+        self.mask_token_id, self.tied = mask_token_id, tied
+
+    def initialize(self) -> None:
+        """Weight and bias at 0, a tied weight left alone."""
+        init.zeros_(self.bias)
+        if not self.tied:
+            init.zeros_(self.weight)
+
+    def forward(self, h: torch.Tensor, loss: LogitsLoss | None = None):
+        # A loss goes through the module's call like any other use of its weights: engines that shard them gather here.
+        if loss is None:
+            return super().forward(h)
+        return chunked_loss(h, self.weight, self.bias, self.mask_token_id, loss)
+
+
+@torch.compiler.disable
+def chunked_loss(
+    h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mask_token_id: int, loss: LogitsLoss
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Σ over chunks of `loss(logits, rows)[0]`, with exact gradients, and the (P,) statistics `loss` gives beside it.
+
+    Args:
+        h (`torch.Tensor`): (P, D) the head's input.
+        weight, bias (`torch.Tensor`): (V, D) and (V,).
+        mask_token_id (`int`): Its logit is replaced by −10⁶.
+        loss (`Callable`): Maps (R, V) logits, float32 or better, and the slice of their rows to a scalar and (R,)
+            numbers that need no gradient.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> h, weight, bias = torch.randn(5, 4), torch.zeros(3, 4), torch.zeros(3)
+    >>> total, rows = chunked_loss(h, weight, bias, 2, lambda x, rows: (-x.log_softmax(1)[:, 0].sum(), x[:, 0]))
+    >>> round(total.item() / 5, 4), rows.shape  # log 2: two ids are left
+    (0.6931, torch.Size([5]))
+
+    ```
+    """
+    if not torch.is_grad_enabled():  # which a function's own forward cannot see
+        h, weight, bias = h.detach(), weight.detach(), bias.detach()
+    return _ChunkedLoss.apply(h, weight, bias, mask_token_id, loss)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, weight, bias, mask_token_id, loss):
+        needed = ctx.needs_input_grad[:3]
+        dtype = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else weight.dtype
+        h, weight_, bias_ = h.to(dtype), weight.to(dtype), bias.to(dtype)
+        grads = [torch.zeros_like(x) if wanted else None for x, wanted in zip((h, weight, bias), needed, strict=True)]
+        total, statistics, size = h.new_zeros((), dtype=wide(dtype)), [], chunk_rows(len(weight), h.device)
+        with torch.autocast(h.device.type, enabled=False):
+            for start in range(0, max(1, len(h)), size):  # without any position the loss is 0, and so are gradients
+                rows = slice(start, start + size)
+                logits = F.linear(h[rows], weight_, bias_).to(wide(dtype))  # (R, V)
+                logits[:, mask_token_id] = FORBIDDEN
+                with torch.enable_grad():
+                    part, statistic = loss(logits.requires_grad_(any(needed)), rows)
+                total += part.detach()
+                statistics.append(statistic.detach())
+                if any(needed):
+                    (slope,) = torch.autograd.grad(part, logits)  # (R, V)
+                    slope[:, mask_token_id] = 0
+                    _accumulate(grads, slope.to(dtype), h[rows], weight_, rows)
+        ctx.save_for_backward(*grads)
+        statistics = torch.cat(statistics)
+        ctx.mark_non_differentiable(statistics)
+        return total, statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_total, _):
+        grads = [None if grad is None else (grad * grad_total).to(grad.dtype) for grad in ctx.saved_tensors]
+        return *grads, None, None
+
+
+def _accumulate(grads: list, slope: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, rows: slice) -> None:
+    """Add a chunk's part to the gradients of h, weight and bias, where these are wanted."""
+    grad_h, grad_weight, grad_bias = grads
+    if grad_h is not None:
+        grad_h[rows] = slope @ weight
+    if grad_weight is not None:
+        if grad_weight.dtype == slope.dtype:
+            grad_weight.addmm_(slope.T, h)
+        else:
+            grad_weight += slope.T @ h
+    if grad_bias is not None:
+        grad_bias += slope.sum(dim=0)

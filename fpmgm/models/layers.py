@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small pieces that the blocks of all models share: linear maps with a start of their own, modulation, dropout.
+
+A module with `initialize` gives its own parameters their start; the others get their model's.
+
+Shapes: B batch, L length, D hidden size, C conditioning size, H heads, K head size.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type for norms, angles and probabilities of a `dtype` model: float32, or float64 if it is that."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x(1 + scale) + shift."""
+    return x * (1 + scale) + shift
+
+
+def shared_dropout(x: torch.Tensor, p: float, training: bool, keep: torch.Tensor | None = None) -> torch.Tensor:
+    """Dropout of `x` with probability `p`; `keep` (same shape, bool) is a mask drawn beforehand. `None`: draw one."""
+    if keep is None:
+        return F.dropout(x, p, training)
+    return x * keep / (1 - p)
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention written out: `query`, `key`, `value` (B, H, L, K), additive mask → output (B, L, H, K), weights."""
+    scores = query @ key.transpose(2, 3) * scaling  # (B, H, L, L)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=wide(scores.dtype)).to(query.dtype)
+    weights = F.dropout(weights, dropout, module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class ZeroLinear(nn.Linear):
+    """A linear map that starts at 0."""
+
+    def initialize(self) -> None:
+        """Weight and bias at 0."""
+        init.zeros_(self.weight)
+        init.zeros_(self.bias)
+
+
+class IdentityLinear(nn.Linear):
+    """A linear map that starts as blocks of multiples of the identity.
+
+    Args:
+        size (`int`): Width of a block.
+        blocks (`list[list[float]]`): Multiple of the identity in each block, in rows and columns.
+        bias (`bool`, defaults to `True`): Whether there is a bias, 0 at the start.
+    """
+
+    def __init__(self, size: int, blocks: list[list[float]], bias: bool = True):
+        super().__init__(size * len(blocks[0]), size * len(blocks), bias=bias)
+        self.size, self.blocks = size, blocks
+
+    def initialize(self) -> None:
+        """The blocks, (size · rows, size · columns), and no bias."""
+        init.copy_(self.weight, torch.kron(torch.tensor(self.blocks), torch.eye(self.size)))
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+
+class Modulation(ZeroLinear):
+    """Shifts, scales and gates of an adaptive layer norm from the conditioning vector; all 0 at the start."""
+
+    def __init__(self, conditioning_size: int, hidden_size: int, vectors: int):
+        super().__init__(conditioning_size, vectors * hidden_size)
+        self.vectors = vectors
+
+    def forward(self, conditioning: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return super().forward(conditioning)[:, None].chunk(self.vectors, dim=-1)  # each (B, 1, D)

@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every masked generative model of this library shares: pre-stack P, injection G, shared stack F, post-stack and
+head H, the loss at masked positions, and what Hugging Face needs to know.
+
+    h_pre = P(z, t);   u = G(h_pre);   h* ≈ fixed point of h ↦ F(h; u, t);   logits = H(h*, t)        (Section 3.1)
+
+A model gives its embedding, its conditioning vector and its block; without fixed-point layers it is explicit.
+
+Shapes: B batch, L length, D hidden size, C conditioning size, V vocabulary, N iterations, P selected positions.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.utils import ModelOutput
+
+from .fixed_point import SOLVERS, FixedPointSolution, solve_adaptively, solve_fixed_point
+from .head import FORBIDDEN, LMHead, LogitsLoss
+from .injection import INJECTION_STARTS, INJECTIONS
+from .layers import IdentityLinear, Modulation, modulate, wide
+from .noise import IGNORE_INDEX
+from .reuse import warm_start
+from .selection import Selection, select
+
+
+@dataclass
+class MGMOutput(ModelOutput):
+    """Output of a masked generative model.
+
+    Args:
+        loss (`torch.Tensor`, scalar): Weighted cross-entropy per real position, when `labels` are given.
+        logits (`torch.Tensor`): (B, L, V), or (P, V) at `logits_positions`; raw, with the mask column.
+        last_hidden_state (`torch.Tensor`): (B, L, D) after the post-stack, before the final norm; (P, D) at
+            `logits_positions`.
+        normed_hidden_state (`torch.Tensor`): The same after the final norm: the head's input.
+        fixed_point_state (`torch.Tensor`): (B, L, D) h*; `None` without fixed-point layers.
+        residuals (`torch.Tensor`): (N, B) relative residual of each iteration taken, float32; NaN where a sequence
+            stopped earlier.
+        masked_accuracy (`torch.Tensor`, scalar): Share of the positions with a label whose most likely token is right.
+        logits_loss (`torch.Tensor`, scalar): What the `logits_loss` of the call added to `loss`, without gradient.
+        block_evaluations (`int`): Transformer blocks run for the sequence that took most.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    normed_hidden_state: torch.Tensor | None = None
+    fixed_point_state: torch.Tensor | None = None
+    residuals: torch.Tensor | None = None
+    masked_accuracy: torch.Tensor | None = None
+    logits_loss: torch.Tensor | None = None
+    block_evaluations: int | None = None
+
+
+class DenoiserOptions(TypedDict, total=False):
+    """Arguments that every model's `forward` takes beside its own.
+
+    Args:
+        loss_weights (`torch.Tensor`, *optional*): (B,) weight of a sequence's cross-entropy. `None`: 1.
+        logits_loss (`Callable`, *optional*): A further loss of the logits where there is a label. Called with (R, V)
+            logits of some of the P positions, the mask id forbidden, and the slice of these positions; gives a scalar.
+            `None`: none.
+        num_iterations (`int` or `torch.LongTensor`, *optional*): Iterations with gradient, or, without gradient,
+            (B,) the most of each sequence. `None`: `num_fixed_point_iterations`.
+        num_no_grad_iterations (`int`, defaults to 0): Iterations without gradient before them.
+        fixed_point_state (`torch.Tensor`, *optional*): (B, L, D) solution to start from. `None`: start from h_pre.
+        reuse_weights (`torch.Tensor`, *optional*): (B, L) share γ of `fixed_point_state` in the start. `None`: 1.
+        tolerance (`float`, *optional*): A sequence stops iterating when its relative residual is at most this
+            (without gradient only). `None`: all iterations are taken.
+        solver (`str`, defaults to `"picard"`): `"picard"`, h ← F(h), or `"anderson"`, which also mixes earlier
+            iterates (without gradient only); an iteration of either is one evaluation of F.
+        logits_positions (`torch.LongTensor`, *optional*): (P,) indices into the flattened B·L positions, with
+            `labels` those that have one: logits and hidden states are (P, ·), and the last explicit block has queries
+            there only. On the CPU they cost no wait for the device. `None`: everywhere.
+        output_logits (`bool`, *optional*): Whether to build logits. `None`: only without `labels`.
+    """
+
+    loss_weights: torch.Tensor | None
+    logits_loss: Callable[[torch.Tensor, slice], torch.Tensor] | None
+    num_iterations: int | torch.LongTensor | None
+    num_no_grad_iterations: int
+    fixed_point_state: torch.Tensor | None
+    reuse_weights: torch.Tensor | None
+    tolerance: float | None
+    solver: str
+    logits_positions: torch.LongTensor | None
+    output_logits: bool | None
+
+
+class FixedPointStack(nn.Module):
+    """G and F: `constant` makes u = G(h_pre) once per call, `forward` is one application of F."""
+
+    def __init__(self, config: PreTrainedConfig, block: type[nn.Module]):
+        super().__init__()
+        a, b = INJECTION_STARTS[config.injection_init]
+        self.input_proj = IdentityLinear(config.hidden_size, [[1.0]])
+        self.injection = INJECTIONS[config.input_injection](config.hidden_size, a, b)
+        self.layers = nn.ModuleList([block(config) for _ in range(config.num_fixed_point_layers)])
+
+    def constant(self, h_pre: torch.Tensor) -> torch.Tensor:
+        """What every iteration adds from u = G(h_pre)."""
+        return self.injection.constant(self.input_proj(h_pre))
+
+    def forward(self, h, constant, modulations, rotary, attention_mask, keeps) -> torch.Tensor:
+        h = self.injection(h, constant)  # (B, L, D)
+        for layer, modulation, keep in zip(self.layers, modulations, keeps, strict=True):
+            h = layer(h, modulation, rotary, attention_mask, keep)
+        return h
+
+
+class MGMPreTrainedModel(PreTrainedModel):
+    """The denoiser. A model's `forward` embeds its tokens and hands them to `_denoise_once`.
+
+    Its block takes `(h, modulation, rotary, attention_mask, keep, selection)`, has a `modulation` of the conditioning
+    vector, and draws with `dropout_masks(h)` what an evaluation in training keeps (`None` where it keeps everything).
+    """
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    gradient_checkpointing = False
+    accepts_loss_kwargs = False  # the loss is normalised here
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
+
+    def _build(self, config: PreTrainedConfig, block: type[nn.Module], norm: nn.Module, vocab_size: int) -> None:
+        """Make the stacks, the final norm and the head."""
+        self.pre_layers = nn.ModuleList([block(config) for _ in range(config.num_pre_layers)])
+        self.fixed_point = FixedPointStack(config, block) if config.num_fixed_point_layers else None
+        self.post_layers = nn.ModuleList([block(config) for _ in range(config.num_post_layers)])
+        self.final_norm = norm
+        self.final_modulation = Modulation(config.conditioning_size, config.hidden_size, 2)
+        self.lm_head = LMHead(config.hidden_size, vocab_size, config.mask_token_id, config.tie_word_embeddings)
+
+    def _denoise_once(
+        self,
+        h: torch.Tensor,
+        conditioning: torch.Tensor,
+        rotary: Any,
+        length: int,
+        attention_mask: torch.Tensor | None,
+        labels: torch.LongTensor | None,
+        *,
+        loss_weights=None,
+        logits_loss=None,
+        num_iterations=None,
+        num_no_grad_iterations=0,
+        fixed_point_state=None,
+        reuse_weights=None,
+        tolerance=None,
+        solver="picard",
+        logits_positions=None,
+        output_logits=None,
+    ) -> MGMOutput:
+        """P, G, F and H on embedded tokens `h` (B, L, D) under `conditioning` (B or 1, C); see [`DenoiserOptions`]."""
+        self._check_options(num_iterations, num_no_grad_iterations, solver)
+        bias = create_bidirectional_mask(config=self.config, inputs_embeds=h, attention_mask=attention_mask)
+        selection = None
+        if logits_positions is not None:
+            selection = select(logits_positions, len(h), length, h.device)
+        pre, post = self.pre_layers, self.post_layers
+        explicit = self.fixed_point is None and not len(post)
+
+        h = self._run(pre, h, conditioning, rotary, bias, selection if explicit else None)  # (B, L, D)
+        solution = None
+        if self.fixed_point is not None:
+            solution = self._solve(
+                h, conditioning, rotary, bias, attention_mask,
+                start=warm_start(h, fixed_point_state, reuse_weights),
+                num_iterations=self.config.num_fixed_point_iterations if num_iterations is None else num_iterations,
+                num_no_grad_iterations=num_no_grad_iterations,
+                tolerance=tolerance,
+                solver=solver,
+            )  # fmt: skip
+            h = solution.state
+        h = self._run(post, h, conditioning, rotary, bias, selection)  # (B, L, D) or (P, D)
+        if selection is not None and h.dim() == 3:  # no block after F
+            h = selection.pick(h)
+        if selection is None:
+            h = h[:, :length]  # without what a model appends to the tokens
+        normed = self._normed(h, conditioning, selection)
+
+        loss = accuracy = added = logits = None
+        if output_logits or (output_logits is None and labels is None):
+            logits = self.lm_head(normed)  # (B, L, V) or (P, V)
+        if labels is not None:
+            loss, accuracy, added = self._loss(normed, labels, selection, loss_weights, attention_mask, logits_loss)
+        iterations = 0 if solution is None else len(solution.residuals)
+        return MGMOutput(
+            loss=loss,
+            logits=logits,
+            last_hidden_state=h,
+            normed_hidden_state=normed,
+            fixed_point_state=None if solution is None else solution.state,
+            residuals=None if solution is None else solution.residuals,
+            masked_accuracy=accuracy,
+            logits_loss=added,
+            block_evaluations=len(pre) + iterations * self.config.num_fixed_point_layers + len(post),
+        )
+
+    def _run(self, layers, h, conditioning, rotary, bias, selection: Selection | None = None) -> torch.Tensor:
+        """Explicit blocks; the last one gives the selected positions only, (P, D), where there is a selection."""
+        for i, layer in enumerate(layers):
+            last = selection if i == len(layers) - 1 else None
+            # Only a mask written out as a tensor has rows that can be left out; other kernels' masks do not.
+            pruned = last if bias is None or (torch.is_tensor(bias) and bias.dim() == 4) else None
+            h = self._checkpointed(layer, h, layer.modulation(conditioning), rotary, bias, None, pruned)
+            h = last.pick(h) if last is not None and pruned is None else h
+        return h
+
+    def _solve(
+        self, h_pre, conditioning, rotary, bias, attention_mask, start,
+        num_iterations, num_no_grad_iterations, tolerance, solver,
+    ) -> FixedPointSolution:  # fmt: skip
+        """h* of h ↦ F(h; u): what no iteration changes (u, modulations, dropout masks) is computed once."""
+        stack = self.fixed_point
+        constant = stack.constant(h_pre)
+        modulations = [layer.modulation(conditioning) for layer in stack.layers]
+        keeps = [layer.dropout_masks(h_pre) if self.training else None for layer in stack.layers]
+
+        def step(h: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+            if rows is None:
+                return self._checkpointed(stack, h, constant, modulations, rotary, bias, keeps)
+            part = [tuple(v[rows] if len(v) > 1 else v for v in vectors) for vectors in modulations]
+            return stack(h, constant[rows], part, rotary, None if bias is None else bias[rows], keeps)
+
+        if tolerance is None and solver == "picard" and not torch.is_tensor(num_iterations):
+            return solve_fixed_point(step, start, num_iterations, num_no_grad_iterations, attention_mask)
+        return solve_adaptively(step, start, num_iterations, tolerance, solver, attention_mask)
+
+    def _checkpointed(self, module: Callable, *args):
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(module, *args)
+        return module(*args)
+
+    def _normed(self, h: torch.Tensor, conditioning: torch.Tensor, selection: Selection | None) -> torch.Tensor:
+        """The head's input, of the shape of `h`: (B, L, D), or (P, D) at the selected positions."""
+        shift, scale = self.final_modulation(conditioning)  # (B or 1, 1, D)
+        if selection is not None:
+            shift, scale = selection.pick(shift), selection.pick(scale)  # (P or 1, D)
+        return modulate(self.final_norm(h), shift, scale)
+
+    def _loss(
+        self, normed, labels, selection, loss_weights, attention_mask, logits_loss
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Weighted cross-entropy summed over positions with a label, per real position; the share guessed right; and
+        what `logits_loss` added. Only masked positions carry loss, so the head runs there only. The mask id has no
+        probability (the SUBS parameterisation)."""
+        batch_size, length = labels.shape
+        real = batch_size * length if attention_mask is None else attention_mask.sum()
+        if selection is None:
+            positions = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)  # (P,)
+            rows, labels, normed = positions // length, labels.flatten()[positions], normed.flatten(0, 1)[positions]
+        else:
+            rows, labels = selection.rows, labels[selection.rows, selection.columns]
+        weights = None if loss_weights is None else loss_weights[rows]
+        further = []
+
+        def loss(logits: torch.Tensor, chunk: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            losses = F.cross_entropy(
+                logits, labels[chunk], reduction="none"
+            )  # (R,), no probability on the mask (SUBS)
+            total = (losses if weights is None else losses * weights[chunk]).sum() / real
+            if logits_loss is not None:
+                further.append(logits_loss(logits, chunk))
+                total = total + further[-1]
+            return total, logits.detach().argmax(dim=-1) == labels[chunk]
+
+        total, hits = self._head_loss(normed, loss)
+        added = torch.stack(further).sum().detach() if further else None
+        return total, hits.float().sum() / max(1, len(hits)), added
+
+    def _head_loss(self, normed: torch.Tensor, loss: LogitsLoss) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(self.lm_head, LMHead):
+            return self.lm_head(normed, loss)
+        logits = self.lm_head(normed)  # a head that an adapter wraps: all at once
+        logits = logits.to(wide(logits.dtype)).clone()
+        logits[:, self.config.mask_token_id] = FORBIDDEN
+        return loss(logits, slice(None))
+
+    def _check_options(self, num_iterations, num_no_grad_iterations, solver) -> None:
+        least = 1 if self.fixed_point is not None else 0
+        if isinstance(num_iterations, int) and num_iterations < least:
+            raise ValueError(f"`num_iterations`={num_iterations} must be at least {least}.")
+        if num_no_grad_iterations < 0:
+            raise ValueError(f"`num_no_grad_iterations`={num_no_grad_iterations} must be at least 0.")
+        if solver not in SOLVERS:
+            raise ValueError(f"`solver`={solver!r} must be one of {tuple(SOLVERS)}.")
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile, in place, the blocks whose shapes are the same at every step: all but the last explicit one.
+
+        The solver's loop stays in Python. Compilation takes tens of seconds at the first call of a shape.
+
+        Args:
+            options: Passed to `torch.compile`, such as `mode="reduce-overhead"` for CUDA graphs.
+        """
+        explicit = [*self.pre_layers, *self.post_layers]
+        for layer in explicit[:-1]:
+            layer.compile(**options)
+        if self.fixed_point is not None:
+            self.fixed_point.compile(**options)
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """Save weights, configurations and the model's code, so that its Auto classes load it anywhere."""
+        # The copier writes AutoConfig and one Auto class; AutoModel must be named here.
+        module = type(self).__module__.rsplit(".", 1)[-1]
+        self.config.auto_map = {"AutoModel": f"{module}.{type(self).__name__}"}
+        super().save_pretrained(save_directory, **kwargs)
+
+
+__all__ = ["DenoiserOptions", "FixedPointStack", "MGMOutput", "MGMPreTrainedModel"]

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses in chunks against the dense computation."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fpmgm.models import head
+from fpmgm.models.head import LMHead, chunked_loss
+
+from ..testing_utils import tiny_model
+
+
+POSITIONS, SIZE, VOCABULARY, MASK = 13, 5, 9, 8
+
+
+@pytest.fixture(params=[1, 4, 13, 100], ids=lambda rows: f"{rows} rows a chunk")
+def rows_of_a_chunk(request, monkeypatch):
+    monkeypatch.setattr(head, "chunk_rows", lambda vocab_size, device: request.param)
+    return request.param
+
+
+def problem(dtype=torch.float64):
+    h, weight, bias = torch.randn(POSITIONS, SIZE), torch.randn(VOCABULARY, SIZE), torch.randn(VOCABULARY)
+    return [x.to(dtype).requires_grad_() for x in (h, weight, bias)]
+
+
+def cross_entropy(labels, weights):
+    def loss(logits, rows):
+        losses = F.cross_entropy(logits, labels[rows], reduction="none") * weights[rows]
+        return losses.sum(), logits.argmax(dim=1) == labels[rows]
+
+    return loss
+
+
+def reverse_and_forward_divergence(teacher):
+    def loss(logits, rows):
+        student, target = logits.log_softmax(1), teacher[rows].log_softmax(1)
+        divergence = (target.exp() * (target - student)).sum() + (student.exp() * (student - target)).sum()
+        return divergence, logits[:, 0]
+
+    return loss
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "divergence"])
+def test_chunks_equal_the_dense_computation(kind, rows_of_a_chunk):
+    inputs = problem()
+    teacher = torch.randn(POSITIONS, VOCABULARY, dtype=torch.float64)
+    teacher[:, MASK] = head.FORBIDDEN
+    if kind == "cross_entropy":
+        loss = cross_entropy(torch.randint(MASK, (POSITIONS,)), torch.rand(POSITIONS, dtype=torch.float64))
+    else:
+        loss = reverse_and_forward_divergence(teacher)
+    sizes = []
+
+    def watched(logits, rows):
+        sizes.append(len(logits))
+        return loss(logits, rows)
+
+    total, statistics = chunked_loss(*inputs, MASK, watched)
+    gradients = torch.autograd.grad(3 * total, inputs)
+
+    h, weight, bias = inputs
+    column = torch.arange(VOCABULARY) == MASK
+    dense, expected_statistics = loss((h @ weight.T + bias).masked_fill(column, head.FORBIDDEN), slice(None))
+    expected = torch.autograd.grad(3 * dense, inputs)
+    torch.testing.assert_close(total, dense, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(statistics, expected_statistics)
+    for gradient, reference in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-10, atol=1e-12)
+    assert max(sizes) == min(rows_of_a_chunk, POSITIONS)
+    assert sum(sizes) == POSITIONS
+
+
+def test_only_wanted_gradients_are_made_and_none_without_grad():
+    h, weight, bias = problem()
+    loss = cross_entropy(torch.zeros(POSITIONS, dtype=torch.long), torch.ones(POSITIONS))
+    total, _ = chunked_loss(h, weight.detach(), bias.detach(), MASK, loss)
+    total.backward()
+    assert h.grad is not None and weight.grad is None
+    seen = []
+
+    def watched(logits, rows):
+        seen.append(logits.requires_grad)
+        return loss(logits, rows)
+
+    with torch.no_grad():
+        assert not chunked_loss(h, weight, bias, MASK, watched)[0].requires_grad
+    assert seen == [False]
+
+
+def test_no_position_gives_no_loss_and_no_gradient():
+    h, weight, bias = problem()
+    loss = cross_entropy(torch.zeros(0, dtype=torch.long), torch.zeros(0))
+    total, hits = chunked_loss(h[:0], weight, bias, MASK, loss)
+    total.backward()
+    assert total == 0 and len(hits) == 0
+    assert weight.grad.abs().sum() == 0
+
+
+def test_under_autocast_gradients_have_their_parameters_types():
+    h, weight, bias = problem(torch.float32)
+    loss = cross_entropy(torch.arange(POSITIONS) % MASK, torch.ones(POSITIONS))
+    exact, _ = chunked_loss(h, weight, bias, MASK, loss)
+    reference = torch.autograd.grad(exact, weight)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        total, _ = chunked_loss(h, weight, bias, MASK, loss)
+    total.backward()
+    assert total.dtype == weight.grad.dtype == h.grad.dtype == torch.float32
+    torch.testing.assert_close(weight.grad, reference, rtol=0.1, atol=0.1)
+    assert not torch.equal(weight.grad, reference)
+
+
+def test_a_new_head_starts_at_zero_unless_its_weight_is_the_embeddings():
+    for tied in (False, True):
+        layer = LMHead(SIZE, VOCABULARY, MASK, tied)
+        before = layer.weight.clone()
+        layer.initialize()
+        assert (layer.bias == 0).all()
+        assert torch.equal(layer.weight, before if tied else torch.zeros_like(before))
+
+
+@pytest.mark.parametrize("layers", [(1, 1, 1), (2, 0, 0), (1, 1, 0)])
+def test_the_loss_at_given_positions_is_the_loss(layers):
+    pre, fixed_point, post = layers
+    model = tiny_model(
+        num_pre_layers=pre, num_fixed_point_layers=fixed_point, num_post_layers=post, input_injection="mlp"
+    ).double()
+    input_ids = torch.randint(10, (3, 7))
+    masked = torch.rand(3, 7) < 0.5
+    masked[1] = False  # a sequence without any
+    batch = {
+        "input_ids": input_ids.masked_fill(masked, 10),
+        "labels": input_ids.masked_fill(~masked, -100),
+        "loss_weights": torch.rand(3, dtype=torch.float64),
+        "logits_loss": lambda logits, rows: logits.log_softmax(1)[:, 3].sum(),
+    }
+    model.train()
+    results = []
+    for positions in (None, masked.flatten().nonzero().squeeze(1)):
+        model.zero_grad()
+        output = model(**batch, logits_positions=positions)
+        output.loss.backward()
+        results.append((output, {name: p.grad.clone() for name, p in model.named_parameters()}))
+    (everywhere, gradients), (selected, same) = results
+    assert everywhere.last_hidden_state.shape == (3, 7, 16)
+    assert selected.last_hidden_state.shape == (int(masked.sum()), 16)
+    for name in ("loss", "masked_accuracy", "logits_loss"):
+        torch.testing.assert_close(everywhere[name], selected[name], rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradients, same, rtol=1e-10, atol=1e-12)
+    assert everywhere.logits_loss != 0
