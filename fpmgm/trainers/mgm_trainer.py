@@ -12,14 +12,13 @@ import time
 from collections import defaultdict
 from collections.abc import Sized
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 
 from ..models.noise import (
     antithetic_times,
@@ -30,6 +29,7 @@ from ..models.noise import (
     sequential_times,
     stream_generator,
 )
+from .batch import GlobalBatch, MicroBatch, count_positions, place
 from .collator import stack_and_pad
 from .ema import EMACallback
 from .mgm_config import MGMTrainingConfig
@@ -40,20 +40,6 @@ logger = logging.get_logger(__name__)
 
 MEAN_WEIGHT = 2.0  # 1 over the mean share of masked positions: the loss stays near the cross-entropy per masked token
 GROWING_RESIDUAL = 1e-3  # below this relative residual the solver has converged, whatever the last ratio
-
-
-@dataclass(frozen=True)
-class GlobalBatch:
-    """The sequences that share one loss: all ranks' and micro-batches' of an optimizer step.
-
-    `key` seeds their noise; `total` is their number n, `positions` that of their real tokens; `offsets[m]` is the
-    place of the first sequence of this rank's micro-batch m.
-    """
-
-    key: tuple
-    total: int
-    positions: int
-    offsets: list[int]
 
 
 class MGMTrainer(Trainer):
@@ -119,44 +105,52 @@ class MGMTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step, and their place among those of all ranks."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._global_batch = self._place(samples, (self.args.seed, "train", self.state.global_step))
+        self._global_batch = place(samples, (self.args.seed, "train", self.state.global_step), self.accelerator)
         self._micro_batch = 0
         self._tokens += self._global_batch.positions
         return samples, None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of one micro-batch, scaled so that micro-batches add up and ranks average to the global batch's."""
-        batch, micro_batch = self._global_batch, self._micro_batch
+        micro_batch = self._draw(inputs)
         self._micro_batch += 1
-        # 1. corrupt, with the noise of these sequences' places in the global batch
-        corrupted = self.corrupt(inputs, *self.noise(batch, micro_batch, *inputs["input_ids"].shape))
-        if self.args.loss_weighting == "uniform":
-            corrupted["loss_weights"] = torch.full_like(corrupted["loss_weights"], MEAN_WEIGHT)
-        # 2. the solver's iterations, the same for every sequence of the step (SJFB)
-        no_grad, grad = self.draw_iterations()
-        # 3. forward
-        output = model(**corrupted, num_iterations=grad, num_no_grad_iterations=no_grad)
-        # 4. log and scale
+        loss, output = self.micro_batch_loss(model, inputs, micro_batch)
         self._record(output)
-        share = count_positions(inputs) * self.accelerator.num_processes / batch.positions
-        loss = output.loss * share
         return (loss, output) if return_outputs else loss
 
-    def noise(self, batch: GlobalBatch, micro_batch: int, size: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Times (B,) and uniforms (B, L) of a micro-batch: one time in each n-th of the interval, over all ranks."""
-        places = batch.offsets[micro_batch] + torch.arange(size)
+    def micro_batch_loss(self, model, inputs: dict, micro_batch: MicroBatch) -> tuple[torch.Tensor, ModelOutput]:
+        """This micro-batch's part of the loss, and the model's output: what a subclass changes."""
+        # 1. corrupt
+        masked = micro_batch.uniforms < masked_probability(micro_batch.t)[:, None]
+        corrupted = self.masked_inputs(inputs, masked, micro_batch.t)
+        if self.args.loss_weighting == "uniform":
+            corrupted["loss_weights"] = torch.full_like(corrupted["loss_weights"], MEAN_WEIGHT)
+        # 2. forward
+        output = model(**corrupted, **micro_batch.iterations)
+        # 3. scale
+        return output.loss * micro_batch.share_of_positions, output
+
+    def _draw(self, inputs: dict[str, torch.Tensor]) -> MicroBatch:
+        """The noise that belongs to the places of a micro-batch's sequences in the global batch."""
+        batch, ranks = self._global_batch, self.accelerator.num_processes
+        size, length = inputs["input_ids"].shape
+        places = batch.offsets[self._micro_batch] + torch.arange(size)
         shift = torch.rand((), generator=stream_generator(*batch.key, "shift")).item()
-        uniforms = self._uniforms(batch.key, places, length)
-        return antithetic_times(shift, places, batch.total), uniforms
+        no_grad, grad = self.draw_iterations()
+        return MicroBatch(
+            key=batch.key,
+            places=places,
+            t=antithetic_times(shift, places, batch.total),
+            uniforms=self._uniforms(batch.key, places, length),
+            iterations={"num_no_grad_iterations": no_grad, "num_iterations": grad},
+            share_of_positions=count_positions(inputs) * ranks / batch.positions,
+            share_of_a_sequence=ranks / batch.total,
+        )
 
     def _uniforms(self, key: tuple, places: torch.Tensor, length: int) -> torch.Tensor:
         """(B, L): a sequence's stream is as long as the model's longest, so that padding does not change it."""
         longest = max(length, self.model.config.max_position_embeddings)
         return mask_uniforms(longest, *((*key, j) for j in places.tolist()))[:, :length]
-
-    def corrupt(self, inputs: dict[str, torch.Tensor], t: torch.Tensor, uniforms: torch.Tensor) -> dict:
-        """The model's arguments for a copy of `inputs` masked at times `t` (B,) where `uniforms` (B, L) are small."""
-        return self.masked_inputs(inputs, uniforms < masked_probability(t)[:, None], t)
 
     def masked_inputs(self, inputs: dict[str, torch.Tensor], masked: torch.Tensor, t: torch.Tensor) -> dict:
         """The model's arguments for `inputs` with `masked` (B, L) hidden, but for padding, at times `t` (B,)."""
@@ -205,18 +199,6 @@ class MGMTrainer(Trainer):
             "point is stable for any weights."
         )
 
-    def _place(self, samples: list[dict], key: tuple) -> GlobalBatch:
-        """Find this rank's micro-batches in the global batch, whose order is that of the data: micro-batch, rank."""
-        sizes = torch.tensor([[len(inputs["input_ids"]), count_positions(inputs)] for inputs in samples])
-        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        if ranks > 1:
-            sizes = self.accelerator.gather(sizes.to(self.args.device)).cpu()
-        sizes = sizes.view(ranks, -1, 2)  # (ranks, M, 2)
-        sequences = sizes[:, :, 0].T.flatten()  # micro-batch, then rank
-        firsts = sequences.cumsum(0) - sequences
-        positions = int(sizes[:, :, 1].sum())
-        return GlobalBatch(key, int(sequences.sum()), positions, firsts[rank::ranks].tolist())
-
     # --- evaluation ---------------------------------------------------------------------------------------------
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -229,7 +211,8 @@ class MGMTrainer(Trainer):
         key = (self.args.seed, "eval")
         shift = torch.rand((), generator=stream_generator(*key, "shift")).item()
         uniforms = self._uniforms(key, rows, length)
-        corrupted = self.corrupt(inputs, sequential_times(shift, rows), uniforms)
+        t = sequential_times(shift, rows)
+        corrupted = self.masked_inputs(inputs, uniforms < masked_probability(t)[:, None], t)
         repeated = rows >= self._eval_rows  # accelerate fills the last batch with rows that were evaluated already
         corrupted["loss_weights"][repeated] = 0
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -322,11 +305,6 @@ class MGMTrainer(Trainer):
         super()._load_best_model()
         if self.ema is not None:
             self.ema.load(self.state.best_model_checkpoint)
-
-
-def count_positions(inputs: dict[str, torch.Tensor]) -> int:
-    """Real positions of a batch."""
-    return int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
 
 
 def check_model(model: nn.Module) -> None:
