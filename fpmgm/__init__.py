@@ -6,7 +6,7 @@ Importing `fpmgm` registers its models with `AutoConfig`, `AutoModel` and `AutoM
 
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
-from .conversion import load_mdlm
+from .conversion import convert_to_fixed_point, load_mdlm
 from .models.budget import BudgetPlan, plan_budget
 from .models.configuration_fpmdlm import FPMDLMConfig
 from .models.generation_mgm import GenerationStep, MGMGenerationConfig, MGMGenerationMixin, MGMGenerationOutput
@@ -31,6 +31,7 @@ __all__ = [
     "MGMGenerationOutput",
     "MGMOutput",
     "TextStreamer",
+    "convert_to_fixed_point",
     "load_mdlm",
     "plan_budget",
 ]

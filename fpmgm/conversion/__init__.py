@@ -1,7 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of other implementations, read without running their code."""
+"""Checkpoints of other implementations, read without running their code; explicit models made fixed-point ones."""
 
+from .cka import layer_similarity, linear_cka, strongest_boundary
+from .fixed_point import auto_layer_map, convert_to_fixed_point
 from .mdlm import load_mdlm
 
 
-__all__ = ["load_mdlm"]
+__all__ = [
+    "auto_layer_map",
+    "convert_to_fixed_point",
+    "layer_similarity",
+    "linear_cka",
+    "load_mdlm",
+    "strongest_boundary",
+]

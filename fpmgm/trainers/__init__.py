@@ -7,9 +7,25 @@ from transformers.utils import is_accelerate_available
 if not is_accelerate_available():
     raise ImportError("fpmgm.trainers needs accelerate and datasets: pip install 'fpmgm[train]'")
 
+from .consistency_config import ConsistencyConfig
+from .consistency_trainer import ConsistencyTrainer
+from .conversion_config import ConversionConfig
+from .conversion_trainer import ConversionTrainer
 from .ema import EMACallback
 from .mgm_config import MGMTrainingConfig
 from .mgm_trainer import MGMTrainer
+from .sdtt_config import SDTTConfig
+from .sdtt_trainer import SDTTTrainer
 
 
-__all__ = ["EMACallback", "MGMTrainer", "MGMTrainingConfig"]
+__all__ = [
+    "ConsistencyConfig",
+    "ConsistencyTrainer",
+    "ConversionConfig",
+    "ConversionTrainer",
+    "EMACallback",
+    "MGMTrainer",
+    "MGMTrainingConfig",
+    "SDTTConfig",
+    "SDTTTrainer",
+]

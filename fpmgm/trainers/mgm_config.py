@@ -58,6 +58,23 @@ class MGMTrainingConfig(TrainingArguments):
             self.ema_decay = None
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"`ema_decay`={self.ema_decay} must lie in (0, 1); use 0 to switch the average off.")
-        if self.loss_weighting not in LOSS_WEIGHTINGS:
-            raise ValueError(f"`loss_weighting`={self.loss_weighting!r} must be one of {LOSS_WEIGHTINGS}.")
+        check_choice("loss_weighting", self.loss_weighting, LOSS_WEIGHTINGS)
         super().__post_init__()
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise a `ValueError` unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"`{name}`={value!r} must be one of {allowed}.")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise a `ValueError` unless `value` is above 0."""
+    if not value > 0:
+        raise ValueError(f"`{name}`={value!r} must be above 0.")
+
+
+def check_gap(gap_range: list[float]) -> None:
+    """Raise a `ValueError` unless `gap_range` is [low, high] with 0 < low <= high < 1."""
+    if len(gap_range) != 2 or not 0 < gap_range[0] <= gap_range[1] < 1:
+        raise ValueError(f"`gap_range`={gap_range} must be two times [low, high] with 0 < low <= high < 1.")

@@ -110,6 +110,13 @@ class MGMTrainer(Trainer):
         self._tokens += self._global_batch.positions
         return samples, None
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """As in `Trainer`, which would add a step to a run that is resumed when nothing is left to do."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of one micro-batch, scaled so that micro-batches add up and ranks average to the global batch's."""
         micro_batch = self._draw(inputs)

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From an explicit model to a fixed-point one: which layers become P, F and H (Section 3.4, Appendix C.3).
+
+The shared block starts as a layer of the teacher that is iterated: its injection starts exactly as z = h. A short
+training against the teacher (`ConversionTrainer`) does the rest.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models.noise import stream_generator
+from .cka import explicit_layers, layer_similarity, strongest_boundary
+
+
+STACKS = {"pre": "pre_layers", "fixed_point": "fixed_point.layers", "post": "post_layers"}
+PAPER_MAP = {"pre": [1], "fixed_point": [6], "post": [12]}
+
+
+def convert_to_fixed_point(
+    model: nn.Module,
+    layer_map: dict[str, list[int]] | str = PAPER_MAP,
+    *,
+    batches: Iterable[torch.Tensor] | None = None,
+    initialize: bool = True,
+    injection_noise: float = 1e-3,
+    **overrides: Any,
+) -> nn.Module:
+    """A fixed-point student of an explicit model.
+
+    Args:
+        model (`PreTrainedModel`): The teacher, with `num_fixed_point_layers=0`; it is left as it is.
+        layer_map (`dict[str, list[int]]` or `str`): The teacher's layers, counted from 1, that become the stacks
+            `"pre"`, `"fixed_point"` and `"post"`; the default is the paper's for 12 layers. `"auto"`: as many as the
+            stacks have by `overrides` (1 by default), chosen by [`auto_layer_map`] on `batches`.
+        batches (`Iterable[torch.Tensor]`, *optional*): (B, L) ids for `"auto"`.
+        initialize (`bool`, defaults to `True`): Copy embeddings, layers, final norm, head and time embedding. `False`:
+            a fresh model of the same shape, the paper's ablation.
+        injection_noise (`float`, defaults to 1e-3): Standard deviation of what is added to the injection's weights for
+            u, which start at 0 and would pass no gradient to the pre-stack.
+        overrides: Fields of the student's configuration, such as `input_injection` (`"mlp"` by default, started as
+            z = h; `"diagonal"` starts as z = h/2 + u/2).
+
+    Returns:
+        A model of the teacher's class, with random parts from PyTorch's global generator, in evaluation mode.
+
+    Raises:
+        `ValueError`: for a fixed-point teacher, or a layer beyond its depth.
+
+    Example:
+
+    ```python
+    >>> from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion, convert_to_fixed_point
+    >>> mdlm = FPMDLMForMaskedDiffusion(FPMDLMConfig(vocab_size=11, mask_token_id=10, hidden_size=8,
+    ...     num_attention_heads=2, intermediate_size=16, conditioning_size=4, max_position_embeddings=6,
+    ...     num_pre_layers=4, num_fixed_point_layers=0, num_post_layers=0))
+    >>> student = convert_to_fixed_point(mdlm, {"pre": [1], "fixed_point": [3], "post": [4]})
+    >>> bool((student.fixed_point.layers[0].up_proj.weight == mdlm.pre_layers[2].up_proj.weight).all())
+    True
+
+    ```
+    """
+    layers = explicit_layers(model)
+    if layer_map == "auto":
+        sizes = {name: overrides.get(f"num_{name}_layers", 1) for name in STACKS}
+        layer_map, _ = auto_layer_map(model, batches or (), sizes)
+    check_layer_map(layer_map, len(layers))
+    config = model.config.to_dict() | {f"num_{name}_layers": len(layer_map[name]) for name in STACKS}
+    for name in ("architectures", "auto_map"):
+        config.pop(name, None)
+    config["injection_init"] = "contraction" if overrides.get("input_injection") == "diagonal" else "identity"
+    student = type(model)(type(model.config)(**(config | overrides)))
+    student.generation_config = model.generation_config
+    if initialize:
+        copy_weights(model, student, layer_map)
+        add_noise(student, injection_noise)
+    return student.to(model.device, model.dtype).eval()
+
+
+def auto_layer_map(
+    model: nn.Module, batches: Iterable[torch.Tensor], sizes: dict[str, int]
+) -> tuple[dict[str, list[int]], torch.Tensor]:
+    """A layer map from the sharpest boundary of linear CKA, and the similarities (K, K) that it was read from.
+
+    The first layers become the pre-stack, the first ones after the boundary the shared stack, the last the post-stack.
+
+    Args:
+        model (`PreTrainedModel`): The explicit teacher.
+        batches (`Iterable[torch.Tensor]`): (B, L) ids.
+        sizes (`dict[str, int]`): Layers of `"pre"`, `"fixed_point"` and `"post"`.
+    """
+    similarity = layer_similarity(model, batches)
+    depth, boundary = len(similarity), strongest_boundary(similarity)
+    first = min(boundary, depth - sizes["fixed_point"])
+    layer_map = {
+        "pre": list(range(1, sizes["pre"] + 1)),
+        "fixed_point": list(range(first + 1, first + sizes["fixed_point"] + 1)),
+        "post": list(range(depth - sizes["post"] + 1, depth + 1)),
+    }
+    return layer_map, similarity
+
+
+@torch.no_grad()
+def copy_weights(teacher: nn.Module, student: nn.Module, layer_map: dict[str, list[int]]) -> None:
+    """Copy the teacher's chosen layers into the student's stacks, and all that is outside the stacks."""
+    layers = explicit_layers(teacher)
+    for name, chosen in layer_map.items():
+        for target, i in zip(student.get_submodule(STACKS[name]), chosen, strict=True):
+            target.load_state_dict(layers[i - 1].state_dict())
+    outside = {
+        name: tensor
+        for name, tensor in teacher.state_dict().items()
+        if not name.startswith(("pre_layers.", "post_layers."))
+    }
+    student.load_state_dict(outside, strict=False)
+
+
+@torch.no_grad()
+def add_noise(student: nn.Module, deviation: float) -> None:
+    """Add normal noise to the injection's weights for u, the same at every call."""
+    projection = getattr(student.fixed_point.injection, "input_proj", None)
+    if projection is not None:
+        noise = torch.randn(projection.weight.shape, generator=stream_generator("injection noise"))
+        projection.weight.add_(deviation * noise)
+
+
+def check_layer_map(layer_map: dict[str, list[int]], depth: int) -> None:
+    """Raise a `ValueError` unless `layer_map` gives layers from 1 to `depth` for each stack, some for the shared one."""
+    if not isinstance(layer_map, dict) or set(layer_map) != set(STACKS):
+        raise ValueError(f"`layer_map`={layer_map!r} must be 'auto' or give layers for each of {tuple(STACKS)}.")
+    wrong = {name: chosen for name, chosen in layer_map.items() if not all(1 <= i <= depth for i in chosen)}
+    if wrong:
+        raise ValueError(
+            f"`layer_map` names {wrong}, but the model has layers 1 to {depth}: name others, or use "
+            "`layer_map`='auto', which chooses by the similarity of layers."
+        )
+    if not layer_map["fixed_point"]:
+        raise ValueError("`layer_map` has no layer for 'fixed_point': name at least one.")

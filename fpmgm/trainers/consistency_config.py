@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments of [`ConsistencyTrainer`]."""
+
+from dataclasses import dataclass, field
+
+from .mgm_config import MGMTrainingConfig, check_choice, check_gap, check_positive
+
+
+CONSISTENCY_LOSSES = ("hidden_mse", "hidden_cosine", "projected_cosine", "logit_kl")
+CONSISTENCY_AT = ("last", "normed")
+REDUCTIONS = ("sum", "mean")
+TEACHERS = ("self", "ema")
+
+
+@dataclass
+class ConsistencyConfig(MGMTrainingConfig):
+    r"""
+    Arguments of [`ConsistencyTrainer`], beside those of [`MGMTrainingConfig`]. The defaults are the paper's.
+
+    Defaults that differ from [`MGMTrainingConfig`]: `max_steps=30_000`, `eval_strategy="steps"`, `eval_steps=1000`,
+    `save_steps=1000`, `eval_on_start=True` (the perplexity before, from which the stopping rule counts).
+
+    Args:
+        consistency_loss (`str`, defaults to `"hidden_mse"`): What is compared at the student's masked positions:
+            `"hidden_mse"`, ‖h_s − h_t‖²; `"hidden_cosine"`, 1 − cos(h_s, h_t); `"projected_cosine"`, the same with a
+            learned projection of h_s; `"logit_kl"`, KL(p_t ‖ p_s).
+        consistency_weight (`float`, defaults to 0.1): λ.
+        consistency_warmup_steps (`int`, defaults to 5000): Steps over which λ grows from 0.
+        consistency_at (`str`, defaults to `"last"`): h after the post-stack, or `"normed"`, the head's input, where
+            shrinking the norm cannot lower the loss.
+        consistency_reduction (`str`, defaults to `"sum"`): Over the channels of `"hidden_mse"`: `"sum"` or `"mean"`.
+        teacher (`str`, defaults to `"self"`): The model itself without gradient, or its average, `"ema"`.
+        gap_range (`list[float]`, defaults to [0.05, 0.30]): The teacher's time is the student's less a gap from it.
+        stop_at_perplexity_increase (`float`, *optional*, defaults to 0.15): Stop at the first evaluation whose
+            perplexity exceeds that before post-training by this share, and keep that checkpoint. `None`: all steps.
+
+    Raises:
+        `ValueError`: on a value that is not allowed.
+    """
+
+    max_steps: int = field(default=30_000, metadata={"help": "Optimizer steps."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate."})
+    eval_steps: float = field(default=1000, metadata={"help": "Steps between two evaluations."})
+    save_steps: float = field(default=1000, metadata={"help": "Steps between two checkpoints."})
+    eval_on_start: bool = field(default=True, metadata={"help": "Evaluate before training; the rule counts from it."})
+
+    consistency_loss: str = field(
+        default="hidden_mse", metadata={"help": "hidden_mse, hidden_cosine, projected_cosine or logit_kl."}
+    )
+    consistency_weight: float = field(default=0.1, metadata={"help": "Weight λ of the consistency loss."})
+    consistency_warmup_steps: int = field(default=5000, metadata={"help": "Steps over which λ grows from 0."})
+    consistency_at: str = field(default="last", metadata={"help": "last (before the final norm) or normed."})
+    consistency_reduction: str = field(default="sum", metadata={"help": "Over channels: sum or mean."})
+    teacher: str = field(default="self", metadata={"help": "self (no gradient) or ema."})
+    gap_range: list[float] = field(
+        default_factory=lambda: [0.05, 0.30], metadata={"help": "The teacher's time is earlier by a gap from it."}
+    )
+    stop_at_perplexity_increase: float | None = field(
+        default=0.15, metadata={"help": "Stop where validation perplexity has grown by this share; 0: never."}
+    )
+
+    def __post_init__(self):
+        check_choice("consistency_loss", self.consistency_loss, CONSISTENCY_LOSSES)
+        check_choice("consistency_at", self.consistency_at, CONSISTENCY_AT)
+        check_choice("consistency_reduction", self.consistency_reduction, REDUCTIONS)
+        check_choice("teacher", self.teacher, TEACHERS)
+        check_positive("consistency_weight", self.consistency_weight)
+        check_gap(self.gap_range)
+        if self.stop_at_perplexity_increase == 0:
+            self.stop_at_perplexity_increase = None
+        if self.stop_at_perplexity_increase is not None:
+            check_positive("stop_at_perplexity_increase", self.stop_at_perplexity_increase)
+        super().__post_init__()
+        if self.teacher == "ema" and self.ema_decay is None:
+            raise ValueError("`teacher`='ema' needs an average: set `ema_decay`, or use `teacher`='self'.")

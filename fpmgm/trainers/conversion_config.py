@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments of [`ConversionTrainer`]."""
+
+from dataclasses import dataclass, field
+
+from .mgm_config import MGMTrainingConfig, check_gap, check_positive
+
+
+@dataclass
+class ConversionConfig(MGMTrainingConfig):
+    r"""
+    Arguments of [`ConversionTrainer`], beside those of [`MGMTrainingConfig`]. The defaults are the paper's.
+
+    Default that differs from [`MGMTrainingConfig`]: `max_steps=40_000`.
+
+    Args:
+        distillation_weight (`float`, defaults to 0.1): λ.
+        distillation_warmup_steps (`int`, defaults to 5000): Steps over which λ grows from 0.
+        distillation_temperature (`float`, defaults to 1.5): τ of both softmaxes; the loss carries τ².
+        gap_range (`list[float]`, defaults to [0.05, 0.30]): The teacher's time is the student's less a gap from it.
+
+    Raises:
+        `ValueError`: on a value that is not allowed.
+    """
+
+    max_steps: int = field(default=40_000, metadata={"help": "Optimizer steps."})
+
+    distillation_weight: float = field(default=0.1, metadata={"help": "Weight λ of the divergence."})
+    distillation_warmup_steps: int = field(default=5000, metadata={"help": "Steps over which λ grows from 0."})
+    distillation_temperature: float = field(default=1.5, metadata={"help": "Temperature τ of both softmaxes."})
+    gap_range: list[float] = field(
+        default_factory=lambda: [0.05, 0.30], metadata={"help": "The teacher's time is earlier by a gap from it."}
+    )
+
+    def __post_init__(self):
+        check_positive("distillation_weight", self.distillation_weight)
+        check_positive("distillation_temperature", self.distillation_temperature)
+        check_gap(self.gap_range)
+        super().__post_init__()

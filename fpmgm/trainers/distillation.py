@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the trainers with a teacher share: the teacher's pass, distances at the student's masked positions, weights.
+
+Shapes: B batch, L length, D hidden size, V vocabulary, P positions, R positions of a chunk.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.utils import ModelOutput
+
+from ..models.head import FORBIDDEN, wide
+
+
+DIVERGENCES = ("forward_kl", "reverse_kl")
+
+
+@torch.no_grad()
+def denoise(model: Callable, **arguments: Any) -> ModelOutput:
+    """The model's output without graph, dropout or head, its training mode as it was."""
+    training = model.training
+    model.eval()
+    try:
+        return model(**arguments, output_logits=False)
+    finally:
+        model.train(training)
+
+
+def mean_over_sequences(masked: torch.Tensor, share_of_a_sequence: float, device: torch.device) -> torch.Tensor:
+    """(P,) weights of the positions `masked` (B, L) that make a mean over each sequence's, then over all sequences.
+
+    A sequence with nothing masked has no part in it.
+    """
+    counts = masked.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
+    return (share_of_a_sequence / counts).expand(masked.shape)[masked].to(device, torch.float32, non_blocking=True)
+
+
+def divergence(student: torch.Tensor, target: torch.Tensor, temperature: float = 1.0, kind: str = "forward_kl"):
+    """τ²·KL between softmax(·/τ) of two sets of logits (R, V): (R,), ≥ 0.
+
+    `"forward_kl"` is KL(target ‖ student), `"reverse_kl"` KL(student ‖ target).
+    """
+    student, target = ((x / temperature).log_softmax(dim=-1) for x in (student, target))
+    if kind == "reverse_kl":
+        student, target = target, student
+    return temperature**2 * F.kl_div(student, target, reduction="none", log_target=True).sum(dim=-1)
+
+
+def divergence_from(
+    hidden: torch.Tensor,
+    head_weight: torch.Tensor,
+    head_bias: torch.Tensor,
+    weights: torch.Tensor,
+    mask_token_id: int,
+    temperature: float = 1.0,
+    kind: str = "forward_kl",
+) -> Callable[[torch.Tensor, slice], torch.Tensor]:
+    """A loss of the student's logits, chunk by chunk: their weighted divergence from the teacher's.
+
+    The teacher's logits are made for the same chunk from its head's input: neither model's are ever held whole.
+
+    Args:
+        hidden (`torch.Tensor`): (P, D) input of the teacher's head at the student's masked positions.
+        head_weight, head_bias (`torch.Tensor`): The teacher's head, (V, D) and (V,). Not through the head's call: it
+            may be the student's own, which is inside its call when this loss is made.
+        weights (`torch.Tensor`): (P,).
+        mask_token_id (`int`): Gets no probability from the teacher.
+        temperature (`float`, defaults to 1): τ.
+        kind (`str`, defaults to `"forward_kl"`): One of `DIVERGENCES`.
+    """
+
+    def loss(logits: torch.Tensor, rows: slice) -> torch.Tensor:
+        with torch.no_grad():
+            part = hidden[rows]
+            target = F.linear(part, head_weight.to(part.dtype), head_bias.to(part.dtype)).to(wide(part.dtype))
+            target[:, mask_token_id] = FORBIDDEN
+        return (divergence(logits, target, temperature, kind) * weights[rows]).sum()
+
+    return loss
+
+
+def check_teacher(teacher: nn.Module, model: nn.Module) -> None:
+    """Raise a `ValueError` unless `teacher` speaks the model's vocabulary and is whole on this process."""
+    for name in ("model_type", "vocab_size", "mask_token_id"):
+        theirs, ours = getattr(teacher.config, name), getattr(model.config, name)
+        if theirs != ours:
+            raise ValueError(
+                f"`teacher` has `{name}`={theirs!r}, but the model has {ours!r}: both must be of one kind and "
+                "read the same tokens."
+            )
+    if any(parameter.numel() == 0 for parameter in teacher.parameters()):
+        raise ValueError(
+            "`teacher` was split over processes when it was loaded (DeepSpeed ZeRO-3): load it before the training "
+            "arguments are made, so that every process holds it whole."
+        )

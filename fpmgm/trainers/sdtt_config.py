@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments of [`SDTTTrainer`]."""
+
+from dataclasses import dataclass, field
+
+from .distillation import DIVERGENCES
+from .mgm_config import MGMTrainingConfig, check_choice, check_positive
+
+
+@dataclass
+class SDTTConfig(MGMTrainingConfig):
+    r"""
+    Arguments of [`SDTTTrainer`], beside those of [`MGMTrainingConfig`].
+
+    Default that differs from [`MGMTrainingConfig`]: `max_steps=-1`, which is `rounds` · `steps_per_round`.
+
+    Args:
+        rounds (`int`, defaults to 7): Rounds; the student of one is the teacher of the next.
+        steps_per_round (`int`, defaults to 10000): Optimizer steps of a round.
+        teacher_steps (`int`, defaults to 2): Ancestral steps of the teacher that one step of the student replaces.
+        first_step_size (`float`, defaults to 1/1024): Size in time of a teacher's step in the first round; each round
+            multiplies it by `teacher_steps`.
+        divergence (`str`, defaults to `"reverse_kl"`): KL(student ‖ target), or `"forward_kl"`, KL(target ‖ student).
+
+    Raises:
+        `ValueError`: on a value that is not allowed, or rounds whose last student step is longer than the whole time.
+    """
+
+    max_steps: int = field(default=-1, metadata={"help": "Optimizer steps; -1: rounds times steps_per_round."})
+
+    rounds: int = field(default=7, metadata={"help": "Rounds of distillation."})
+    steps_per_round: int = field(default=10_000, metadata={"help": "Optimizer steps of a round."})
+    teacher_steps: int = field(default=2, metadata={"help": "Teacher's steps that a student's step replaces."})
+    first_step_size: float = field(default=1 / 1024, metadata={"help": "Teacher's step in time in the first round."})
+    divergence: str = field(default="reverse_kl", metadata={"help": "reverse_kl or forward_kl."})
+
+    def __post_init__(self):
+        check_choice("divergence", self.divergence, DIVERGENCES)
+        for name in ("rounds", "steps_per_round", "teacher_steps"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"`{name}`={getattr(self, name)!r} must be a whole number of at least 1.")
+        check_positive("first_step_size", self.first_step_size)
+        longest = self.first_step_size * self.teacher_steps**self.rounds
+        if longest > 1:
+            raise ValueError(
+                f"`rounds`={self.rounds} of `teacher_steps`={self.teacher_steps} from `first_step_size`="
+                f"{self.first_step_size:g} end with a student's step of {longest:g}, longer than the time from 1 to "
+                "0: take fewer rounds or a smaller first step."
+            )
+        if self.max_steps == -1:
+            self.max_steps = self.rounds * self.steps_per_round
+        super().__post_init__()

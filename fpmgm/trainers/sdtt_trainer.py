@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Self-distillation through time: one step of the student learns what several ancestral steps of a teacher give.
+
+It is the paper's main baseline; here it also takes a fixed-point model.
+
+Shapes: B batch, L length, D hidden size, P masked positions of the student.
+"""
+
+import copy
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import ModelOutput
+
+from ..models.noise import masked_probability, stream_generator
+from ..models.sampling import draw_tokens
+from .batch import MicroBatch
+from .distillation import check_teacher, denoise, divergence_from, mean_over_sequences
+from .mgm_trainer import MGMTrainer
+from .sdtt_config import SDTTConfig
+
+
+TEACHER_FILE = "teacher.safetensors"
+
+
+class SDTTTrainer(MGMTrainer):
+    """Distils a masked generative model, explicit or fixed-point, into fewer steps, round by round.
+
+    The target of a position is the teacher's distribution at the moment when the position is revealed, or at its last
+    step where it is not. From one round to the next the teacher becomes the student's average.
+
+    Args:
+        model (`PreTrainedModel`): The student, which starts as the teacher.
+        args ([`SDTTConfig`]): Arguments.
+        teacher (`PreTrainedModel`, *optional*): Teacher of the first round. `None`: a frozen copy of the model.
+        kwargs: As for [`MGMTrainer`].
+
+    Raises:
+        `ValueError`: if the teacher reads other tokens, and as [`MGMTrainer`] does.
+
+    Example:
+
+    ```python
+    >>> from fpmgm.trainers import SDTTConfig, SDTTTrainer
+    >>> args = SDTTConfig(output_dir="outputs/sdtt", rounds=5, steps_per_round=10_000)  # doctest: +SKIP
+    >>> SDTTTrainer(model=model, args=args, train_dataset=blocks).train()  # doctest: +SKIP
+
+    ```
+    """
+
+    def __init__(self, model: nn.Module, args: SDTTConfig, teacher: nn.Module | None = None, **kwargs):
+        teacher = copy.deepcopy(model) if teacher is None else teacher
+        check_teacher(teacher, model)
+        super().__init__(model, args, **kwargs)
+        self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
+        self.add_callback(NextRound(self))
+
+    def micro_batch_loss(self, model, inputs: dict, micro_batch: MicroBatch) -> tuple[torch.Tensor, ModelOutput]:
+        """The divergence from the teacher's targets, a mean over a sequence's masked positions, then over sequences."""
+        masked = micro_batch.uniforms < masked_probability(micro_batch.t)[:, None]
+        if "attention_mask" in inputs:
+            masked &= inputs["attention_mask"].bool().cpu()
+        noisy, share = self.masked_inputs(inputs, masked, micro_batch.t), micro_batch.share_of_positions
+        weights = mean_over_sequences(masked, micro_batch.share_of_a_sequence / share, noisy["input_ids"].device)
+        head = self.teacher.get_output_embeddings()
+        logits_loss = divergence_from(
+            self.targets(noisy, micro_batch),
+            head.weight,
+            head.bias,
+            weights,
+            self.model.config.mask_token_id,
+            kind=self.args.divergence,
+        )
+        noisy["loss_weights"] = torch.zeros_like(noisy["loss_weights"])  # the text itself is no target
+        output = model(**noisy, **micro_batch.iterations, logits_loss=logits_loss)
+        loss = output.loss * share
+        self._metrics["divergence"].append(loss.detach())
+        return loss, output
+
+    @torch.no_grad()
+    def targets(self, noisy: dict, micro_batch: MicroBatch) -> torch.Tensor:
+        """(P, D) input of the teacher's head at each masked position, at the moment when it is revealed.
+
+        The uniforms that masked the positions also reveal them, at the first time whose P(masked) is not above them:
+        the states that the teacher sees are those of its ancestral sampler.
+        """
+        positions, tokens = noisy["logits_positions"], noisy["input_ids"].clone()
+        rows, uniforms = positions // tokens.shape[1], micro_batch.uniforms.flatten()[positions]  # (P,)
+        state = {name: noisy[name] for name in ("attention_mask", "class_labels") if name in noisy}
+        waiting, targets = torch.ones(len(positions), dtype=torch.bool), None
+        for step in range(self.args.teacher_steps):
+            t, after = ((micro_batch.t - k * self.step_size).clamp(min=0) for k in (step, step + 1))
+            hidden = denoise(
+                self.teacher, input_ids=tokens, timesteps=t.to(tokens.device), logits_positions=positions, **state
+            ).normed_hidden_state  # (P, D)
+            targets = hidden if targets is None else torch.where(waiting.to(hidden.device)[:, None], hidden, targets)
+            revealed = waiting & (uniforms >= masked_probability(after)[rows])
+            waiting = waiting & ~revealed
+            if step < self.args.teacher_steps - 1:  # no pass sees the last draw
+                drawn = self._draw_tokens(hidden[revealed.to(hidden.device)], positions[revealed], micro_batch)
+                tokens.view(-1)[positions[revealed].to(tokens.device)] = drawn
+        return targets
+
+    def _draw_tokens(self, hidden: torch.Tensor, positions: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
+        """Tokens of the teacher at flat `positions`, each drawn from its sequence's own stream."""
+        length = micro_batch.uniforms.shape[1]
+        keys = ((*micro_batch.key, j, "draw") for j in micro_batch.places.tolist())
+        uniforms = torch.cat([torch.rand(length, generator=stream_generator(*k), dtype=torch.float64) for k in keys])
+        logits = self.teacher.get_output_embeddings()(hidden)
+        return draw_tokens(logits, uniforms[positions].to(hidden.device), self.model.config.mask_token_id)[0]
+
+    @property
+    def step_size(self) -> float:
+        """The teacher's step in time, in this round."""
+        done = self.state.global_step // self.args.steps_per_round
+        return self.args.first_step_size * self.args.teacher_steps ** min(done, self.args.rounds - 1)
+
+    @torch.no_grad()
+    def promote_student(self) -> None:
+        """The teacher becomes the student, with averaged weights if there are any."""
+        with self._averaged():
+            teacher = dict(self.teacher.named_parameters())
+            for name, parameter in self.model.named_parameters():
+                teacher[name].copy_(parameter)
+
+    def save_teacher(self, folder: Path) -> None:
+        """Write those of the teacher's weights that the student trains."""
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        save_file(
+            {n: p.contiguous() for n, p in self.teacher.named_parameters() if n in trained}, folder / TEACHER_FILE
+        )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.teacher.load_state_dict(load_file(Path(checkpoint) / TEACHER_FILE), strict=False)
+
+
+class NextRound(TrainerCallback):
+    """Changes the teacher between rounds, and saves it with each checkpoint."""
+
+    def __init__(self, trainer: SDTTTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % args.steps_per_round == 0 and state.global_step < args.rounds * args.steps_per_round:
+            self.trainer.promote_student()
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.trainer.save_teacher(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
