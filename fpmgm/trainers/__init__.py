@@ -10,6 +10,9 @@ if not is_accelerate_available():
 from .ema import EMACallback
 from .mgm_config import MGMTrainingConfig
 from .mgm_trainer import MGMTrainer
+from .peft import register_target_modules
 
+
+register_target_modules()
 
 __all__ = ["EMACallback", "MGMTrainer", "MGMTrainingConfig"]
