@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer
 
@@ -65,6 +66,16 @@ trainer.train()
 trainer.save_metrics("eval", trainer.evaluate())
 trainer.push_to_hub()
 save_file(trainer.ema.shadow, folder / "average.safetensors")
+
+arguments.output_dir, arguments.hub_model_id = str(folder / "adapter"), "tester/adapter"
+base = AutoModel.from_pretrained("tester/tiny")
+trainer = MGMTrainer(
+    model=base, args=arguments, train_dataset=rows, processing_class=tokenizer, peft_config=LoraConfig(r=2)
+)
+trainer.train()
+trainer.push_to_hub()
+with trainer.ema.applied():
+    save_file({"logits": trainer.model.eval()(ids).logits.detach()}, folder / "adapted.safetensors")
 """
 
 LOAD = """
@@ -115,6 +126,7 @@ for source, place in {"hub": "tester/tiny", "local": str(folder / "local")}.item
 
 trained = AutoModelForMaskedLM.from_pretrained("tester/trained", **remote)
 tensors |= {f"trained/{name}": tensor.clone() for name, tensor in trained.state_dict().items()}
+tensors["adapter/logits"] = AutoModel.from_pretrained("tester/adapter", **remote).eval()(ids).logits.detach()
 facts["trained tokens"] = AutoTokenizer.from_pretrained("tester/trained", **remote)(words)["input_ids"]
 assert not [name for name in sys.modules if name.split(".")[0] == "fpmgm"]
 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "loaded.safetensors")
@@ -189,6 +201,19 @@ def test_the_trainer_pushes_the_average_and_its_card(hub):
     loss = json.loads(files["eval_results.json"])["eval_loss"]
     assert f"| eval_loss | {loss} |" in card.text
     assert "fpmgm" in card.data.tags
+
+
+def test_a_pushed_adapter_is_loaded_with_the_model_that_its_card_names(hub):
+    server, folder = hub
+    loaded = load_file(folder / "loaded.safetensors")["adapter/logits"]
+    torch.testing.assert_close(loaded, load_file(folder / "adapted.safetensors")["logits"])
+    assert (loaded - load_file(folder / "written.safetensors")["logits"]).abs().max() > 1e-3
+    files = server.repositories["tester/adapter"]
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= set(files)
+    assert "model.safetensors" not in files
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.library_name, card.data.base_model) == ("peft", "tester/tiny")
+    assert 'from_pretrained("tester/adapter"' in card.text and "cats and mats" in card.text
 
 
 def test_no_code_but_the_models_folder_is_pushed(hub):

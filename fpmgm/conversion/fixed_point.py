@@ -127,7 +127,7 @@ def add_noise(student: nn.Module, deviation: float) -> None:
 
 
 def check_layer_map(layer_map: dict[str, list[int]], depth: int) -> None:
-    """Raise a `ValueError` unless `layer_map` gives layers from 1 to `depth` for each stack, some for the shared one."""
+    """Raise a `ValueError` unless `layer_map` gives each stack layers from 1 to `depth`, the shared one some."""
     if not isinstance(layer_map, dict) or set(layer_map) != set(STACKS):
         raise ValueError(f"`layer_map`={layer_map!r} must be 'auto' or give layers for each of {tuple(STACKS)}.")
     wrong = {name: chosen for name, chosen in layer_map.items() if not all(1 <= i <= depth for i in chosen)}

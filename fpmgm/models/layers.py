@@ -39,15 +39,6 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     return (weights @ value).transpose(1, 2), weights
 
 
-class ZeroLinear(nn.Linear):
-    """A linear map that starts at 0."""
-
-    def initialize(self) -> None:
-        """Weight and bias at 0."""
-        init.zeros_(self.weight)
-        init.zeros_(self.bias)
-
-
 class IdentityLinear(nn.Linear):
     """A linear map that starts as blocks of multiples of the identity.
 
@@ -68,12 +59,23 @@ class IdentityLinear(nn.Linear):
             init.zeros_(self.bias)
 
 
-class Modulation(ZeroLinear):
-    """Shifts, scales and gates of an adaptive layer norm from the conditioning vector; all 0 at the start."""
+class Modulation(nn.Module):
+    """Shifts, scales and gates of an adaptive layer norm from the conditioning vector; all 0 at the start.
+
+    Not an `nn.Linear`: adapters and quantisers replace those by layers that give one tensor.
+    """
 
     def __init__(self, conditioning_size: int, hidden_size: int, vectors: int):
-        super().__init__(conditioning_size, vectors * hidden_size)
+        super().__init__()
         self.vectors = vectors
+        self.weight = nn.Parameter(torch.empty(vectors * hidden_size, conditioning_size))
+        self.bias = nn.Parameter(torch.empty(vectors * hidden_size))
+
+    def initialize(self) -> None:
+        """Weight and bias at 0."""
+        init.zeros_(self.weight)
+        init.zeros_(self.bias)
 
     def forward(self, conditioning: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return super().forward(conditioning)[:, None].chunk(self.vectors, dim=-1)  # each (B, 1, D)
+        vectors = F.linear(conditioning, self.weight, self.bias)
+        return vectors[:, None].chunk(self.vectors, dim=-1)  # each (B, 1, D)

@@ -14,8 +14,12 @@ from .conversion_trainer import ConversionTrainer
 from .ema import EMACallback
 from .mgm_config import MGMTrainingConfig
 from .mgm_trainer import MGMTrainer
+from .peft import register_target_modules
 from .sdtt_config import SDTTConfig
 from .sdtt_trainer import SDTTTrainer
+
+
+register_target_modules()
 
 
 __all__ = [

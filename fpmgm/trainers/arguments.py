@@ -2,7 +2,7 @@
 """Command lines of recipes: dataclasses, a YAML of their values, and overrides."""
 
 import sys
-from dataclasses import MISSING, field, fields, make_dataclass
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
 
 import yaml
@@ -54,3 +54,23 @@ def model_arguments(config_class: type[PreTrainedConfig], exclude: tuple[str, ..
     see = {"help": f"See {config_class.__name__}."}
     columns = [(f.name, f.type, field(default=None if f.default is MISSING else f.default, metadata=see)) for f in own]
     return make_dataclass("ModelArguments", columns)
+
+
+@dataclass
+class LoraArguments:
+    """Whether to train low-rank adapters instead of the weights; the names are those of TRL's recipes."""
+
+    use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters on frozen weights."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "The adapters are scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout before the adapters; 0 keeps F one map for all iterations."}
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules to adapt, or all-linear; null: the projections of the blocks."}
+    )
+
+    def __post_init__(self):
+        given = [f.name for f in fields(self) if f.name != "use_peft" and getattr(self, f.name) != f.default]
+        if given and not self.use_peft:
+            raise ValueError(f"{given} do nothing without `use_peft`: add --use_peft, or leave them out.")

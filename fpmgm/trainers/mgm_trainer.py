@@ -34,6 +34,7 @@ from .collator import stack_and_pad
 from .ema import EMACallback
 from .mgm_config import MGMTrainingConfig
 from .model_card import write_model_card
+from .peft import with_adapter
 
 
 logger = logging.get_logger(__name__)
@@ -50,10 +51,13 @@ class MGMTrainer(Trainer):
         args ([`MGMTrainingConfig`]): Arguments.
         train_dataset, eval_dataset (`Dataset`, *optional*): Rows with `input_ids` of at most the model's length.
         processing_class (`PreTrainedTokenizerBase`, *optional*): Saved beside the model.
+        peft_config (`peft.PeftConfig`, *optional*): Train this adapter on the frozen model, average it and export it.
+            `None`: train what `model` leaves trainable.
         kwargs: Passed to `transformers.Trainer`.
 
     Raises:
-        `ValueError`: if the model is of another architecture or holds weights that are not finite.
+        `ValueError`: if the model is of another architecture, holds weights that are not finite, or has an adapter
+            already where there is a `peft_config`.
         `FloatingPointError`: when the loss or its gradient is not finite, after saving a checkpoint of the last good
             step.
 
@@ -78,9 +82,11 @@ class MGMTrainer(Trainer):
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | None = None,
         processing_class=None,
+        peft_config=None,
         **kwargs,
     ):
         check_model(model)
+        model = with_adapter(model, peft_config)
         kwargs.setdefault("data_collator", stack_and_pad)
         super().__init__(
             model=model,

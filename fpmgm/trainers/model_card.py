@@ -4,6 +4,7 @@
 import json
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
@@ -11,6 +12,9 @@ from transformers import TrainingArguments
 
 from .. import model_cards
 
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 TEMPLATE = Path(model_cards.__file__).with_name("template.md")
 
@@ -20,7 +24,7 @@ def write_model_card(folder: str | Path, model: nn.Module, args: TrainingArgumen
 
     Args:
         folder (`str` or `Path`): Folder of the exported model.
-        model (`nn.Module`): The model, for its configuration and its number of parameters.
+        model (`nn.Module`): The model, for its configuration and its number of parameters (an adapter's own).
         args (`TrainingArguments`): Arguments of the run.
         steps (`int`): Optimizer steps taken.
 
@@ -28,17 +32,24 @@ def write_model_card(folder: str | Path, model: nn.Module, args: TrainingArgumen
         `Path` of the card.
     """
     folder, config = Path(folder), model.config
+    kind = "A fixed-point masked diffusion language model" if config.num_fixed_point_layers else "An MDLM"
+    adapter, parameters = next(iter(getattr(model, "peft_config", {}).values()), None), list(model.parameters())
+    if adapter is not None:
+        base = adapter.base_model_name_or_path
+        kind = f"A {adapter.peft_type.value} adapter of {f'`{base}`' if base else 'an unnamed model'}"
+        parameters = [p for p in parameters if p.requires_grad]
     results = {
         path.name: json.loads(path.read_text())
         for path in sorted(folder.glob("*_results.json"))
         if path.name != "all_results.json"  # a copy of the others
     }
     card = ModelCard.from_template(
-        ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["fpmgm", "masked-diffusion"]),
+        card_data(adapter),
         template_path=str(TEMPLATE),
         name=getattr(args, "hub_model_id", None) or folder.resolve().name,
-        kind="A fixed-point masked diffusion language model" if config.num_fixed_point_layers else "An MDLM",
-        parameters=f"{sum(p.numel() for p in model.parameters()):,}",
+        kind=kind,
+        adapter=adapter,
+        parameters=f"{sum(p.numel() for p in parameters):,}",
         version=version("fpmgm"),
         config=config,
         data=args.data_description,
@@ -49,3 +60,14 @@ def write_model_card(folder: str | Path, model: nn.Module, args: TrainingArgumen
     )
     card.save(folder / "README.md")
     return folder / "README.md"
+
+
+def card_data(adapter: "PeftConfig | None") -> ModelCardData:
+    """What the hub reads of a model, or of an `adapter` and the model on the hub that it belongs to."""
+    data = ModelCardData(pipeline_tag="text-generation", tags=["fpmgm", "masked-diffusion"])
+    data.library_name = "transformers" if adapter is None else "peft"
+    if adapter is not None:
+        data.tags.append(adapter.peft_type.value.lower())
+        base = adapter.base_model_name_or_path
+        data.base_model = base if base and not Path(base).exists() else None
+    return data

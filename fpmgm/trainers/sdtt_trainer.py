@@ -60,7 +60,7 @@ class SDTTTrainer(MGMTrainer):
         self.add_callback(NextRound(self))
 
     def micro_batch_loss(self, model, inputs: dict, micro_batch: MicroBatch) -> tuple[torch.Tensor, ModelOutput]:
-        """The divergence from the teacher's targets, a mean over a sequence's masked positions, then over sequences."""
+        """The divergence from the targets: a mean over a sequence's masked positions, then over sequences."""
         masked = micro_batch.uniforms < masked_probability(micro_batch.t)[:, None]
         if "attention_mask" in inputs:
             masked &= inputs["attention_mask"].bool().cpu()

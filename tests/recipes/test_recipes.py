@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
+from fpmgm.data import train_tokenizer
 from fpmgm.trainers import MGMTrainingConfig
 from fpmgm.trainers.arguments import parse_arguments
 from tests.testing_utils import tiny_config
@@ -85,6 +87,34 @@ def test_training_goes_on_from_its_last_checkpoint_and_the_result_can_be_sampled
     sample.main(["--model", str(folder), "--device", "cpu", "--budget", "12", "--output", str(output)])
     assert "12 block evaluations" in capsys.readouterr().out
     assert len(output.read_text().splitlines()) == 1
+
+
+def test_an_adapter_is_trained_on_a_model_folder_and_can_be_sampled(tmp_path, text_file):
+    data = ["--text_files", text_file, "--per_device_train_batch_size", "4", "--warmup_steps", "0", *QUIET]
+    fresh = ["--config", str(RECIPES / "configs/fp_mdlm_small.yaml"), *SMALL, "--max_position_embeddings", "16", *data]
+    base, adapter = str(tmp_path / "base"), str(tmp_path / "adapter")
+    train_owt.main([*fresh, "--tokenizer_vocab_size", "280", "--max_steps", "2", "--output_dir", base])
+    start = ["--model_name_or_path", base, "--tokenizer", base, *data, "--output_dir", adapter, "--max_steps", "2"]
+    train_owt.main([*start, "--use_peft", "--lora_r", "2", "--num_pre_layers", "1", "--learning_rate", "0.1"])
+    written = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert (written["r"], written["base_model_name_or_path"]) == (2, base)
+    tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert len(tensors) == 3 * 4 * 2 and all(2 in tensor.shape and tensor.any() for tensor in tensors.values())
+    assert len(sample.main(["--model", adapter, "--budget", "12", "--device", "cpu"])) == 1
+
+    for wrong, message in (
+        (["--hidden_size", "32"], r"\{'hidden_size': 32\} is not what `model_name_or_path`"),
+        (["--tokenizer", str(other_tokenizer(tmp_path))], "`tokenizer` has 270 tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_owt.main([*start, *wrong])
+    with pytest.raises(ValueError, match=r"`use_peft`.*`model_name_or_path`"):
+        train_owt.main([*fresh, "--use_peft", "--output_dir", adapter])
+
+
+def other_tokenizer(folder: Path) -> Path:
+    train_tokenizer(["the quick brown fox and the lazy dog"] * 3, 270).save_pretrained(folder / "tokenizer")
+    return folder / "tokenizer"
 
 
 def test_the_quickstart_writes_a_table_a_picture_and_models_that_load(tmp_path, text_file, capsys):

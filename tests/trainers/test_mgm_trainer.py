@@ -12,7 +12,6 @@ import time
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForMaskedLM,
@@ -527,23 +526,6 @@ def test_a_model_loaded_as_remote_code_trains_as_ours_does(tmp_path, monkeypatch
     for model in (ours, remote):
         make_trainer(tmp_path, model).train()
     assert_equal(weights(remote), weights(ours))
-
-
-def test_lora_adapters_train_through_the_trainer_and_are_saved(tmp_path):
-    base = training_model()
-    model = get_peft_model(base, LoraConfig(target_modules=["qkv_proj", "o_proj"]))
-    before = weights(model)
-    trainer = make_trainer(tmp_path, model, max_steps=2, eval_dataset=token_rows(4))
-    trainer.train()
-    changed = {name for name, old in before.items() if not torch.equal(old, model.get_parameter(name))}
-    assert changed == {name for name in before if "lora_" in name}
-    assert math.isfinite(trainer.evaluate()["eval_loss"])
-
-    trainer.save_model(str(tmp_path / "adapter"))
-    ids = torch.randint(0, VOCABULARY, (2, LENGTH))
-    loaded = PeftModel.from_pretrained(training_model(), tmp_path / "adapter").eval()
-    with torch.no_grad(), trainer.ema.applied():
-        torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits)
 
 
 def test_uniform_weighting_gives_every_masked_position_the_weight_two(tmp_path):

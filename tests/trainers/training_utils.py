@@ -38,7 +38,7 @@ def make_trainer(folder: Path | str, model: nn.Module | None = None, **arguments
     """A trainer that logs every step and saves nothing; `arguments` of the trainer and of its configuration mixed."""
     of_trainer = {
         name: arguments.pop(name)
-        for name in ("train_dataset", "eval_dataset", "callbacks", "processing_class")
+        for name in ("train_dataset", "eval_dataset", "callbacks", "processing_class", "peft_config")
         if name in arguments
     }
     defaults = {
