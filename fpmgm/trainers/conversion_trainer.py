@@ -45,7 +45,7 @@ class ConversionTrainer(NestedTrainer):
     def __init__(self, model: nn.Module, args: ConversionConfig, teacher: nn.Module, **kwargs):
         check_teacher(teacher, model)
         super().__init__(model, args, **kwargs)
-        self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
+        self.teacher = teacher.to(self.args.device)
 
     def teach(self, model, clean: dict, micro_batch: MicroBatch) -> Target:
         """The frozen teacher."""

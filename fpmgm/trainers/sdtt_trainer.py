@@ -56,7 +56,7 @@ class SDTTTrainer(MGMTrainer):
         teacher = copy.deepcopy(model) if teacher is None else teacher
         check_teacher(teacher, model)
         super().__init__(model, args, **kwargs)
-        self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
+        self.teacher = teacher.to(self.args.device)
         self.add_callback(NextRound(self))
 
     def micro_batch_loss(self, model, inputs: dict, micro_batch: MicroBatch) -> tuple[torch.Tensor, ModelOutput]:
