@@ -41,6 +41,11 @@ class MicroBatch(NamedTuple):
     share_of_positions: float
     share_of_a_sequence: float
 
+    @property
+    def share_of_sequences(self) -> float:
+        """The share of all its sequences."""
+        return len(self.places) * self.share_of_a_sequence
+
 
 def place(samples: list[dict], key: tuple, accelerator: Accelerator) -> GlobalBatch:
     """Find this rank's micro-batches in the global batch, whose order is that of the data: micro-batch, rank."""

@@ -54,7 +54,7 @@ class NestedTrainer(MGMTrainer):
         else:
             distance = self.output_loss(student, target, weights)
             loss = loss + weight * distance
-        self._metrics[self.distance_name].append(distance.detach())
+        self._metrics[self.distance_name].append(distance.detach() / micro_batch.share_of_sequences)
         return loss, student
 
     def nested_states(self, inputs: dict, micro_batch: MicroBatch) -> tuple[dict, dict, torch.Tensor]:

@@ -78,7 +78,7 @@ class SDTTTrainer(MGMTrainer):
         noisy["loss_weights"] = torch.zeros_like(noisy["loss_weights"])  # the text itself is no target
         output = model(**noisy, **micro_batch.iterations, logits_loss=logits_loss)
         loss = output.loss * share
-        self._metrics["divergence"].append(loss.detach())
+        self._metrics["divergence"].append(loss.detach() / micro_batch.share_of_sequences)
         return loss, output
 
     @torch.no_grad()
