@@ -55,7 +55,7 @@ class SDTTTrainer(MGMTrainer):
     def __init__(self, model: nn.Module, args: SDTTConfig, teacher: nn.Module | None = None, **kwargs):
         teacher = copy.deepcopy(model) if teacher is None else teacher
         check_teacher(teacher, model)
-        super().__init__(model, args, **kwargs)
+        super().__init__(model, args, **kwargs)  # may wrap the model, but not the teacher
         self.teacher = teacher.to(self.args.device)
         self.add_callback(NextRound(self))
 
@@ -119,24 +119,23 @@ class SDTTTrainer(MGMTrainer):
         done = self.state.global_step // self.args.steps_per_round
         return self.args.first_step_size * self.args.teacher_steps ** min(done, self.args.rounds - 1)
 
-    @torch.no_grad()
     def promote_student(self) -> None:
-        """The teacher becomes the student, with averaged weights if there are any."""
+        """The teacher becomes a copy of the student, with averaged weights if there are any."""
         with self._averaged():
-            teacher = dict(self.teacher.named_parameters())
-            for name, parameter in self.model.named_parameters():
-                teacher[name].copy_(parameter)
+            self.teacher = copy.deepcopy(self.model)
 
     def save_teacher(self, folder: Path) -> None:
-        """Write those of the teacher's weights that the student trains."""
+        """Write those of the teacher's weights that the student trains; in the first round none are needed."""
+        if self.state.global_step < self.args.steps_per_round:
+            return
         trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        save_file(
-            {n: p.contiguous() for n, p in self.teacher.named_parameters() if n in trained}, folder / TEACHER_FILE
-        )
+        teacher = {name: p.detach().contiguous() for name, p in self.teacher.named_parameters() if name in trained}
+        save_file(teacher, folder / TEACHER_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
+        if checkpoint is not None and (Path(checkpoint) / TEACHER_FILE).is_file():
+            self.teacher = copy.deepcopy(self.model)
             self.teacher.load_state_dict(load_file(Path(checkpoint) / TEACHER_FILE), strict=False)
 
 
