@@ -3,7 +3,7 @@
 
     accelerate launch recipes/train_owt.py --config recipes/configs/fp_mdlm_owt.yaml
     python recipes/train_owt.py --config recipes/configs/fp_mdlm_small.yaml --text_files my_text.txt
-    python recipes/train_owt.py --model_name_or_path quickstart/fp_mdlm --tokenizer quickstart/fp_mdlm --use_peft
+    python recipes/train_owt.py --model_name_or_path quickstart/fp_mdlm --use_peft
         --text_files my_text.txt --output_dir outputs/adapter --max_steps 500 --learning_rate 1e-3 --warmup_steps 50
 
 The same command goes on from the last checkpoint in `output_dir`. What is exported there holds the EMA weights.
@@ -11,14 +11,14 @@ The same command goes on from the last checkpoint in `output_dir`. What is expor
 
 from dataclasses import asdict, dataclass, field
 
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase, set_seed
 
 from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion
-from fpmgm.data import add_mask_token, load_text, pack, train_tokenizer
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
 from fpmgm.trainers.arguments import LoraArguments, model_arguments, parse_arguments
 from fpmgm.trainers.peft import lora_config
+from text_data import DataArguments, load_blocks, load_tokenizer
+from train_and_export import train_and_export
 
 
 @dataclass
@@ -28,29 +28,6 @@ class StartArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Folder or hub name of a model to go on from; null: fresh weights."}
     )
-
-
-@dataclass
-class DataArguments:
-    """Where the text comes from and how it is cut into blocks."""
-
-    text_files: list[str] | None = field(default=None, metadata={"help": "Local .txt, .jsonl, .parquet files."})
-    eval_text_files: list[str] | None = field(default=None, metadata={"help": "Local files to validate on."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub dataset, instead of local files."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub dataset."})
-    train_split: str = field(default="train", metadata={"help": "Split of the hub dataset, e.g. train[:-100000]."})
-    eval_split: str | None = field(default=None, metadata={"help": "Split of the hub dataset to validate on."})
-    eval_share: float = field(
-        default=0.01, metadata={"help": "Share of the training blocks, the last ones, to validate on without a split."}
-    )
-    eval_blocks: int | None = field(default=None, metadata={"help": "Most blocks to validate on; null: all."})
-    text_column: str = field(default="text", metadata={"help": "Column of the text."})
-    streaming: bool = field(default=False, metadata={"help": "Read the training text while training."})
-    tokenizer: str | None = field(
-        default="gpt2", metadata={"help": "Hub name or folder; null: that of the model to go on from, or train one."}
-    )
-    tokenizer_vocab_size: int = field(default=2048, metadata={"help": "Size of a tokenizer that is trained here."})
-    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise; null: one."})
 
 
 ModelArguments = model_arguments(
@@ -75,9 +52,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         model = FPMDLMForMaskedDiffusion(config)
     else:
         model = AutoModel.from_pretrained(start.model_name_or_path)
-    if args.data_description is None:
-        args.data_description = data.dataset_name or f"{len(data.text_files)} local file(s)"
-
+    args.data_description = args.data_description or data.description
     trainer = MGMTrainer(
         model=model,
         args=args,
@@ -86,21 +61,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
         peft_config=lora_config(lora),
     )
-    last = args.resume_from_checkpoint or get_last_checkpoint(args.output_dir)
-    trainer.save_metrics("train", trainer.train(resume_from_checkpoint=last).metrics)
-    metrics = trainer.evaluate()
-    trainer.save_metrics("eval", metrics)
-    trainer.save_model()  # and pushes, with --push_to_hub
-    return metrics
-
-
-def load_tokenizer(data: DataArguments, model_name: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer named, the model's, or one trained on the training text; with a mask token."""
-    name = data.tokenizer or model_name
-    if name is not None:
-        return add_mask_token(AutoTokenizer.from_pretrained(name))
-    text = load_text(data.text_files, data.dataset_name, data.dataset_config, data.train_split, data.text_column)
-    return train_tokenizer(text["text"], data.tokenizer_vocab_size)
+    return train_and_export(trainer)
 
 
 def load_config(architecture: ModelArguments, model_name: str | None, tokenizer: PreTrainedTokenizerBase):
@@ -125,29 +86,6 @@ def load_config(architecture: ModelArguments, model_name: str | None, tokenizer:
             "give the tokenizer it was trained with."
         )
     return config
-
-
-def load_blocks(data: DataArguments, tokenizer: PreTrainedTokenizerBase, length: int) -> tuple:
-    """Blocks to train and to validate on."""
-    source = (data.dataset_name, data.dataset_config)
-    text = load_text(data.text_files, *source, data.train_split, data.text_column, data.streaming)
-    train_blocks = pack(text, tokenizer, length, data.num_proc)
-    if data.eval_text_files is not None or data.eval_split is not None:
-        files = data.eval_text_files
-        eval_source = (None, None) if files is not None else source
-        eval_text = load_text(files, *eval_source, data.eval_split or "train", data.text_column)
-        eval_blocks = pack(eval_text, tokenizer, length, data.num_proc)
-    elif data.streaming:
-        raise ValueError("`streaming`=True needs `eval_split` or `eval_text_files`: a stream has no last blocks.")
-    else:
-        held_out = max(1, round(data.eval_share * len(train_blocks)))
-        if held_out >= len(train_blocks):
-            raise ValueError(f"the text gives {len(train_blocks)} block(s), too few to hold some out: give more text.")
-        eval_blocks = train_blocks.select(range(len(train_blocks) - held_out, len(train_blocks)))
-        train_blocks = train_blocks.select(range(len(train_blocks) - held_out))
-    if data.eval_blocks is not None:
-        eval_blocks = eval_blocks.select(range(min(data.eval_blocks, len(eval_blocks))))
-    return train_blocks, eval_blocks
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ if not is_matplotlib_available():
     raise ImportError("fpmgm.analysis needs matplotlib: pip install 'fpmgm[eval]'")
 
 from .denoising import plot_denoising
+from .similarity import plot_similarity
 
 
-__all__ = ["plot_denoising"]
+__all__ = ["plot_denoising", "plot_similarity"]

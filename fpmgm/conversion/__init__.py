@@ -2,11 +2,12 @@
 """Checkpoints of other implementations, read without running their code; explicit models made fixed-point ones."""
 
 from .cka import layer_similarity, linear_cka, strongest_boundary
-from .fixed_point import auto_layer_map, convert_to_fixed_point
+from .fixed_point import PAPER_MAP, auto_layer_map, convert_to_fixed_point
 from .mdlm import load_mdlm
 
 
 __all__ = [
+    "PAPER_MAP",
     "auto_layer_map",
     "convert_to_fixed_point",
     "layer_similarity",

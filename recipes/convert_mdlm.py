@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn a pretrained MDLM into a fixed-point model and adapt it in a short run, with the MDLM as teacher.
+
+    accelerate launch recipes/convert_mdlm.py --config recipes/configs/convert_owt.yaml
+    python recipes/convert_mdlm.py --config recipes/configs/convert_small.yaml \\
+        --model_name_or_path outputs/mdlm_small --text_files my_text.txt
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+
+from fpmgm import convert_to_fixed_point
+from fpmgm.analysis import plot_similarity
+from fpmgm.conversion import PAPER_MAP, auto_layer_map
+from fpmgm.trainers import ConversionConfig, ConversionTrainer
+from fpmgm.trainers.arguments import LoraArguments, parse_arguments
+from fpmgm.trainers.peft import lora_config
+from text_data import DataArguments, load_blocks, load_tokenizer
+from train_and_export import StartArguments, load_model, train_with_before_and_after
+
+
+@dataclass
+class ConvertArguments:
+    """Which layers of the teacher become which stack of the student."""
+
+    layer_map: str = field(default="paper", metadata={"help": "paper, auto (by linear CKA), or lists like 1/6/12."})
+    num_pre_layers: int = field(default=1, metadata={"help": "Layers of the pre-stack, for auto."})
+    num_fixed_point_layers: int = field(default=1, metadata={"help": "Layers of the shared stack, for auto."})
+    num_post_layers: int = field(default=1, metadata={"help": "Layers of the post-stack, for auto."})
+    initialize: bool = field(default=True, metadata={"help": "Copy the teacher's weights; false: a fresh student."})
+    input_injection: str = field(default="mlp", metadata={"help": "How the shared stack sees its input."})
+    cka_blocks: int = field(default=64, metadata={"help": "Blocks of text by which layers are compared, for auto."})
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Convert, adapt, evaluate, export; returns the metrics before and after."""
+    start, convert, lora, data, args = parse_arguments(
+        (StartArguments, ConvertArguments, LoraArguments, DataArguments, ConversionConfig), __doc__, argv
+    )
+    teacher = load_model(start.model_name_or_path)
+    with args.main_process_first(desc="data"):
+        tokenizer = load_tokenizer(data, start.model_name_or_path)
+        train_blocks, eval_blocks = load_blocks(data, tokenizer, teacher.config.max_position_embeddings)
+    args.data_description = args.data_description or data.description
+    set_seed(args.seed)  # before fresh weights are drawn
+    student = convert_to_fixed_point(
+        teacher,
+        choose_layers(convert, teacher, eval_blocks, Path(args.output_dir)),
+        initialize=convert.initialize,
+        input_injection=convert.input_injection,
+    )
+    trainer = ConversionTrainer(
+        model=student,
+        args=args,
+        teacher=teacher,
+        train_dataset=train_blocks,
+        eval_dataset=eval_blocks,
+        processing_class=tokenizer,
+        peft_config=lora_config(lora),
+    )
+    return train_with_before_and_after(trainer)
+
+
+def choose_layers(convert: ConvertArguments, teacher, blocks, folder: Path) -> dict[str, list[int]]:
+    """The layer map asked for; `"auto"` draws the similarities that it was read from."""
+    names = tuple(PAPER_MAP)
+    if convert.layer_map == "paper":
+        return PAPER_MAP
+    if convert.layer_map != "auto":
+        stacks = convert.layer_map.split("/")
+        if len(stacks) != 3 or not all(layer.isdecimal() for stack in stacks for layer in stack.split(",")):
+            raise ValueError(
+                f"`layer_map`={convert.layer_map!r} must be paper, auto, or layers like 1/6/12 or 1,2/6/12."
+            )
+        return {name: [int(layer) for layer in stack.split(",")] for name, stack in zip(names, stacks, strict=True)}
+    sizes = {name: getattr(convert, f"num_{name}_layers") for name in names}
+    ids = torch.tensor(blocks[: convert.cka_blocks]["input_ids"])
+    layer_map, similarity = auto_layer_map(teacher, ids.split(8), sizes)
+    folder.mkdir(parents=True, exist_ok=True)
+    plot_similarity(similarity, folder / "cka.png")
+    print(f"layer map by linear CKA: {layer_map} ({folder / 'cka.png'})")
+    return layer_map
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The text of a recipe: where it comes from, its tokenizer, and the blocks it is cut into."""
+
+from dataclasses import dataclass, field
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from fpmgm.data import add_mask_token, load_text, pack, train_tokenizer
+
+
+@dataclass
+class DataArguments:
+    """Where the text comes from and how it is cut into blocks."""
+
+    text_files: list[str] | None = field(default=None, metadata={"help": "Local .txt, .jsonl, .parquet files."})
+    eval_text_files: list[str] | None = field(default=None, metadata={"help": "Local files to validate on."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub dataset, instead of local files."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub dataset."})
+    train_split: str = field(default="train", metadata={"help": "Split of the hub dataset, e.g. train[:-100000]."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split of the hub dataset to validate on."})
+    eval_share: float = field(
+        default=0.01, metadata={"help": "Share of the training blocks, the last ones, to validate on without a split."}
+    )
+    eval_blocks: int | None = field(default=None, metadata={"help": "Most blocks to validate on; null: all."})
+    text_column: str = field(default="text", metadata={"help": "Column of the text."})
+    streaming: bool = field(default=False, metadata={"help": "Read the training text while training."})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Hub name or folder; null: that of the model to go on from, or train one."}
+    )
+    tokenizer_vocab_size: int = field(default=2048, metadata={"help": "Size of a tokenizer that is trained here."})
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise; null: one."})
+
+    @property
+    def description(self) -> str:
+        """For the model's card."""
+        return self.dataset_name or f"{len(self.text_files)} local file(s)"
+
+
+def load_tokenizer(data: DataArguments, model_name: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer named, the model's, or one trained on the training text; with a mask token."""
+    name = data.tokenizer or model_name
+    if name is not None:
+        return add_mask_token(AutoTokenizer.from_pretrained(name))
+    text = load_text(data.text_files, data.dataset_name, data.dataset_config, data.train_split, data.text_column)
+    return train_tokenizer(text["text"], data.tokenizer_vocab_size)
+
+
+def load_blocks(data: DataArguments, tokenizer: PreTrainedTokenizerBase, length: int) -> tuple:
+    """Blocks to train and to validate on."""
+    source = (data.dataset_name, data.dataset_config)
+    text = load_text(data.text_files, *source, data.train_split, data.text_column, data.streaming)
+    train_blocks = pack(text, tokenizer, length, data.num_proc)
+    if data.eval_text_files is not None or data.eval_split is not None:
+        files = data.eval_text_files
+        eval_source = (None, None) if files is not None else source
+        eval_text = load_text(files, *eval_source, data.eval_split or "train", data.text_column)
+        eval_blocks = pack(eval_text, tokenizer, length, data.num_proc)
+    elif data.streaming:
+        raise ValueError("`streaming`=True needs `eval_split` or `eval_text_files`: a stream has no last blocks.")
+    else:
+        held_out = max(1, round(data.eval_share * len(train_blocks)))
+        if held_out >= len(train_blocks):
+            raise ValueError(f"the text gives {len(train_blocks)} block(s), too few to hold some out: give more text.")
+        eval_blocks = train_blocks.select(range(len(train_blocks) - held_out, len(train_blocks)))
+        train_blocks = train_blocks.select(range(len(train_blocks) - held_out))
+    if data.eval_blocks is not None:
+        eval_blocks = eval_blocks.select(range(min(data.eval_blocks, len(eval_blocks))))
+    return train_blocks, eval_blocks
