@@ -8,7 +8,7 @@ from .mgm_config import MGMTrainingConfig, check_choice, check_gap, check_positi
 
 CONSISTENCY_LOSSES = ("hidden_mse", "hidden_cosine", "projected_cosine", "logit_kl")
 CONSISTENCY_AT = ("last", "normed")
-REDUCTIONS = ("sum", "mean")
+REDUCTIONS = ("mean", "sum")
 TEACHERS = ("self", "ema")
 
 
@@ -28,7 +28,8 @@ class ConsistencyConfig(MGMTrainingConfig):
         consistency_warmup_steps (`int`, defaults to 5000): Steps over which λ grows from 0.
         consistency_at (`str`, defaults to `"last"`): h after the post-stack, or `"normed"`, the head's input, where
             shrinking the norm cannot lower the loss.
-        consistency_reduction (`str`, defaults to `"sum"`): Over the channels of `"hidden_mse"`: `"sum"` or `"mean"`.
+        consistency_reduction (`str`, defaults to `"mean"`): Over the channels of `"hidden_mse"`: `"mean"` or `"sum"`, which is
+            the width times as much.
         teacher (`str`, defaults to `"self"`): The model itself without gradient, or its average, `"ema"`.
         gap_range (`list[float]`, defaults to [0.05, 0.30]): The teacher's time is the student's less a gap from it.
         stop_at_perplexity_increase (`float`, *optional*, defaults to 0.15): Stop at the first evaluation whose
@@ -50,7 +51,7 @@ class ConsistencyConfig(MGMTrainingConfig):
     consistency_weight: float = field(default=0.1, metadata={"help": "Weight λ of the consistency loss."})
     consistency_warmup_steps: int = field(default=5000, metadata={"help": "Steps over which λ grows from 0."})
     consistency_at: str = field(default="last", metadata={"help": "last (before the final norm) or normed."})
-    consistency_reduction: str = field(default="sum", metadata={"help": "Over channels: sum or mean."})
+    consistency_reduction: str = field(default="mean", metadata={"help": "Over channels: mean or sum."})
     teacher: str = field(default="self", metadata={"help": "self (no gradient) or ema."})
     gap_range: list[float] = field(
         default_factory=lambda: [0.05, 0.30], metadata={"help": "The teacher's time is earlier by a gap from it."}
