@@ -20,7 +20,6 @@ import contextlib
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import time
@@ -28,13 +27,13 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-import transformers
 from tqdm.auto import tqdm
 
-from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion, __version__, plan_budget
+from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion, plan_budget
 from fpmgm.models.noise import masked_probability
 from fpmgm.models.reuse import reuse_states, reuse_weights, visible_fraction
 from fpmgm.models.sampling import draw_uniforms, time_grid
+from provenance import machine
 
 
 ARCHITECTURES = {
@@ -111,7 +110,7 @@ def floor(model, batch_size, length, plan, reuse, after_step=None) -> None:
             stack = model.fixed_point
             constant, modulations = stack.constant(h), [layer.modulation(conditioning) for layer in stack.layers]
             for _ in range(plan.iterations[step]):
-                h = stack(h, constant, modulations, rotary, None, [(None, None)] * len(stack.layers))
+                h = stack(h, constant, modulations, rotary, None, [None] * len(stack.layers))
         for layer in model.post_layers:
             h = layer(h, layer.modulation(conditioning), rotary)
         if after_step is not None:
@@ -397,13 +396,6 @@ def draw(result: dict, path: Path) -> None:
     figure.savefig(path, dpi=160)
 
 
-def commit() -> str:
-    """The commit measured, with a plus where the tree differs from it."""
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run(["git", "status", "--porcelain", "fpmgm"], capture_output=True, text=True).stdout.strip()
-    return head + ("+" if changed else "")
-
-
 def main() -> None:
     """Check, measure, write JSON, table and picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -426,13 +418,7 @@ def main() -> None:
         "vocab_size": args.vocab_size, "mask_token_id": args.vocab_size - 1,
     }  # fmt: skip
     result = {
-        "machine": {
-            "device": torch.cuda.get_device_name() if args.device == "cuda" else "CPU",
-            "threads": torch.get_num_threads(),
-            "processor": platform.processor() or platform.machine(),
-            "torch": torch.__version__, "transformers": transformers.__version__, "fpmgm": __version__,
-            "commit": commit(),
-        },
+        "machine": machine(args.device),
         "arguments": arguments,
         "tokens_equal_to_plain": check_same_tokens(),
         "chi_square_8_degrees": check_same_distribution(),

@@ -28,8 +28,8 @@ class ConsistencyConfig(MGMTrainingConfig):
         consistency_warmup_steps (`int`, defaults to 5000): Steps over which λ grows from 0.
         consistency_at (`str`, defaults to `"last"`): h after the post-stack, or `"normed"`, the head's input, where
             shrinking the norm cannot lower the loss.
-        consistency_reduction (`str`, defaults to `"mean"`): Over the channels of `"hidden_mse"`: `"mean"` or `"sum"`, which is
-            the width times as much.
+        consistency_reduction (`str`, defaults to `"mean"`): Over the channels of `"hidden_mse"`: `"mean"` or `"sum"`,
+            which is the width times as much.
         teacher (`str`, defaults to `"self"`): The model itself without gradient, or its average, `"ema"`.
         gap_range (`list[float]`, defaults to [0.05, 0.30]): The teacher's time is the student's less a gap from it.
         stop_at_perplexity_increase (`float`, *optional*, defaults to 0.15): Stop at the first evaluation whose

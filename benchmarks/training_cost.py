@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training step costs: a plain procedure and this library's trainers, in one run, taking turns.
+
+    python benchmarks/training_cost.py
+    python benchmarks/training_cost.py --device cuda --dtype bfloat16 --length 1024 --batch_size 64
+
+*plain* is an MDLM step from its public description, on this library's blocks: the head at every position, a dense
+log-softmax over all logits, the loss picked from it. *ours* are the trainers' own steps. Both are timed from the
+uncorrupted batch to the gradients; the optimizer's step is timed on its own. A fixed-point step is the mean over the
+iterations that SJFB draws: 2 without gradient, and 4 or 5 with it in turn.
+
+The floor beside a time ratio is the ratio of the FLOPs that PyTorch counts in the two steps. Utilisation is a step's
+FLOPs per second over those of a large matrix product, measured in the same run. Peak memory is that of a process that
+makes two whole steps with AdamW, everything included.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+
+from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion, convert_to_fixed_point
+from fpmgm.models.noise import loss_weight, mask_tokens, masked_probability
+from fpmgm.trainers import (
+    ConsistencyConfig,
+    ConsistencyTrainer,
+    ConversionConfig,
+    ConversionTrainer,
+    MGMTrainer,
+    MGMTrainingConfig,
+)
+from fpmgm.trainers.batch import MicroBatch
+from provenance import machine
+
+
+MDLM = {"num_pre_layers": 12, "num_fixed_point_layers": 0, "num_post_layers": 0}
+FP = {"num_pre_layers": 1, "num_fixed_point_layers": 1, "num_post_layers": 1}
+ITERATIONS = ((2, 4), (2, 5))  # without and with gradient; their mean is SJFB's
+QUIET = {"output_dir": "unused", "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+
+STEPS = {
+    "plain MDLM": (MDLM, "plain", None),
+    "MDLM": (MDLM, "base", None),
+    "FP-MDLM mlp": (FP, "base", "mlp"),
+    "FP-MDLM linear": (FP, "base", "linear"),
+    "FP-MDLM diagonal": (FP, "base", "diagonal"),
+    "consistency mlp": (FP, "consistency", "mlp"),
+    "consistency diagonal": (FP, "consistency", "diagonal"),
+    "conversion mlp": (FP, "conversion", "mlp"),
+}
+RATIOS = [
+    ("FP-MDLM mlp", "plain MDLM"),
+    ("FP-MDLM diagonal", "plain MDLM"),
+    ("FP-MDLM mlp", "MDLM"),
+    ("FP-MDLM diagonal", "MDLM"),
+    ("MDLM", "plain MDLM"),
+    ("consistency mlp", "FP-MDLM mlp"),
+    ("consistency diagonal", "FP-MDLM diagonal"),
+    ("conversion mlp", "FP-MDLM mlp"),
+]
+
+
+# --- the steps ----------------------------------------------------------------------------------------------------
+
+
+class PlainTrainer:
+    """An MDLM step from its public description: everything at every position."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def micro_batch_loss(self, model, inputs, micro_batch):
+        """The negative ELBO by a dense log-softmax."""
+        input_ids, t, config = inputs["input_ids"], micro_batch.t.to(model.device), model.config
+        masked = micro_batch.uniforms.to(model.device) < masked_probability(t)[:, None]
+        noisy, _ = mask_tokens(input_ids, masked, config.mask_token_id)
+        logits = model(noisy).logits.float()  # (B, L, V)
+        logits[:, :, config.mask_token_id] += -1e6
+        log_probabilities = logits.log_softmax(dim=-1)
+        log_likelihood = log_probabilities.gather(-1, input_ids[:, :, None]).squeeze(-1)  # (B, L)
+        loss = -(loss_weight(t)[:, None] * torch.where(masked, log_likelihood, 0)).sum() / input_ids.numel()
+        return loss, None
+
+
+def make_trainer(name: str, args: argparse.Namespace):
+    """The trainer of a step, with its model on the device in training mode."""
+    architecture, kind, injection = STEPS[name]
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": args.hidden_size,
+        "intermediate_size": 4 * args.hidden_size,
+        "num_attention_heads": max(1, args.hidden_size // 64),
+        "max_position_embeddings": args.length,
+        "vocab_size": args.vocab_size,
+        "mask_token_id": args.vocab_size - 1,
+    }
+    options = {"input_injection": injection} if injection else {}
+    model = FPMDLMForMaskedDiffusion(FPMDLMConfig(**sizes, **architecture, **options)).to(args.device).train()
+    if kind == "plain":
+        return PlainTrainer(model)
+    shared = {**QUIET, "use_cpu": args.device == "cpu"}
+    row = Dataset.from_dict({"input_ids": [[0] * args.length]})
+    if kind == "base":
+        return MGMTrainer(model, MGMTrainingConfig(**shared), train_dataset=row)
+    if kind == "consistency":
+        return ConsistencyTrainer(
+            model, ConsistencyConfig(**shared, stop_at_perplexity_increase=None), train_dataset=row
+        )
+    teacher = FPMDLMForMaskedDiffusion(FPMDLMConfig(**sizes, **MDLM)).to(args.device)
+    student = convert_to_fixed_point(teacher, input_injection=injection).train()
+    return ConversionTrainer(student, ConversionConfig(**shared), teacher=teacher, train_dataset=row)
+
+
+def step(trainer, args: argparse.Namespace, seed: int, iterations: tuple[int, int]) -> None:
+    """From an uncorrupted batch of random tokens to gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (args.batch_size, args.length)
+    input_ids = torch.randint(args.vocab_size - 1, shape, generator=generator).to(args.device)
+    places = torch.arange(args.batch_size)
+    explicit = trainer.model.config.num_fixed_point_layers == 0
+    micro_batch = MicroBatch(
+        key=(seed,),
+        places=places,
+        t=(places + 0.5) / args.batch_size,
+        uniforms=torch.rand(shape, generator=generator),
+        iterations={}
+        if explicit
+        else dict(zip(("num_no_grad_iterations", "num_iterations"), iterations, strict=True)),
+        share_of_positions=1.0,
+        share_of_a_sequence=1 / args.batch_size,
+    )
+    with torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        loss, _ = trainer.micro_batch_loss(trainer.model, {"input_ids": input_ids}, micro_batch)
+    loss.backward()
+    trainer.model.zero_grad()
+
+
+# --- measurements -------------------------------------------------------------------------------------------------
+
+
+def now(device: str) -> float:
+    """Seconds, after the device has finished."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def matmul_ceiling(args: argparse.Namespace) -> float:
+    """FLOP/s of the MLP's product at this number of tokens, the best of several."""
+    dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
+    tokens, size = args.batch_size * args.length, args.hidden_size
+    x, w = (torch.randn(n, m, device=args.device, dtype=dtype) for n, m in ((tokens, size), (size, 4 * size)))
+    times = []
+    for _ in range(20):
+        start = now(args.device)
+        x @ w
+        times.append(now(args.device) - start)
+    return 2 * tokens * size * 4 * size / min(times)
+
+
+def measure(args: argparse.Namespace) -> dict[str, dict]:
+    """Seconds, FLOPs and tokens per second of every step; the steps take turns."""
+    trainers = {name: make_trainer(name, args) for name in args.steps}
+    times = {name: {n: [] for n in ITERATIONS} for name in trainers}
+    flops = {name: [] for name in trainers}
+    for name, trainer in trainers.items():
+        for iterations in ITERATIONS:
+            with FlopCounterMode(display=False) as counter:  # a first call, which is not timed
+                step(trainer, args, 0, iterations)
+            flops[name].append(counter.get_total_flops())
+    for repetition in tqdm(range(args.repetitions), desc="repetitions"):
+        for name, trainer in trainers.items():
+            for iterations in ITERATIONS:
+                start = now(args.device)
+                step(trainer, args, repetition, iterations)
+                times[name][iterations].append(now(args.device) - start)
+    rows, ceiling = {}, matmul_ceiling(args)
+    for name in trainers:
+        seconds = statistics.mean(statistics.median(values) for values in times[name].values())
+        work = statistics.mean(flops[name])
+        rows[name] = {
+            "seconds": seconds,
+            "fastest": statistics.mean(min(values) for values in times[name].values()),
+            "slowest": statistics.mean(max(values) for values in times[name].values()),
+            "optimizer_seconds": optimizer_seconds(trainers[name].model, args.device),
+            "tokens_per_second": args.batch_size * args.length / seconds,
+            "flops": work,
+            "utilisation": work / seconds / ceiling,
+            "parameters": trainers[name].model.num_parameters(),
+        }
+    return {"rows": rows, "matmul_flops_per_second": ceiling}
+
+
+def optimizer_seconds(model, device: str) -> float:
+    """Median time of AdamW's fused step."""
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    times = []
+    for _ in range(3):
+        start = now(device)
+        optimizer.step()
+        times.append(now(device) - start)
+    model.zero_grad()
+    return statistics.median(times)
+
+
+PEAK_SCRIPT = """
+import json, re, sys
+from argparse import Namespace
+sys.path.insert(0, "benchmarks")
+from training_cost import ITERATIONS, make_trainer, step
+import torch
+name, args = sys.argv[1], Namespace(**json.loads(sys.argv[2]))
+def memory(name):
+    if args.device == "cuda":
+        return torch.cuda.max_memory_allocated() // 1024
+    return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+before = 0 if args.device == "cuda" else memory("VmRSS")
+trainer = make_trainer(name, args)
+optimizer = torch.optim.AdamW(trainer.model.parameters(), fused=True)
+trainer.model.zero_grad = lambda: None
+for seed in range(2):
+    step(trainer, args, seed, ITERATIONS[1])
+    optimizer.step()
+    optimizer.zero_grad()
+print(before, memory("VmHWM"))
+"""
+
+
+def peak_memory(args: argparse.Namespace) -> dict[str, float]:
+    """MiB of a process that makes two whole steps, above its state before the model is made."""
+    found = {}
+    for name in tqdm(args.steps, desc="peak memory"):
+        command = [sys.executable, "-c", PEAK_SCRIPT, name, json.dumps(vars(args))]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        before, peak = map(int, done.stdout.split()[-2:])
+        found[name] = round((peak - before) / 1024, 1)
+    return found
+
+
+# --- the report ---------------------------------------------------------------------------------------------------
+
+
+def ratios(result: dict) -> list[dict]:
+    """What is asked of the library, beside the FLOPs of it."""
+    rows, memory = result["rows"], result["peak_memory_mib"]
+    return [
+        {
+            "step": f"{ours} / {other}",
+            "time": rows[ours]["seconds"] / rows[other]["seconds"],
+            "FLOPs": rows[ours]["flops"] / rows[other]["flops"],
+            "peak memory": memory[ours] / memory[other],
+        }
+        for ours, other in RATIOS
+        if ours in rows and other in rows
+    ]
+
+
+def markdown(result: dict) -> str:
+    """Both tables."""
+    lines = ["| step | seconds | tokens/s | TFLOPs | utilisation | optimizer, seconds | peak memory, MiB |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for name, row in result["rows"].items():
+        lines.append(
+            f"| {name} | {row['seconds']:.3g} | {row['tokens_per_second']:.0f} | {row['flops'] / 1e12:.3g} | "
+            f"{row['utilisation']:.2f} | {row['optimizer_seconds']:.2g} | {result['peak_memory_mib'][name]:.0f} |"
+        )
+    lines += ["", "| ratio | time | FLOPs (floor) | peak memory |", "|---|---|---|---|"]
+    for row in result["ratios"]:
+        lines.append(f"| {row['step']} | {row['time']:.2f} | {row['FLOPs']:.2f} | {row['peak memory']:.2f} |")
+    return "\n".join(lines)
+
+
+def draw(result: dict, path: Path) -> None:
+    """Time and memory of each step relative to the plain one."""
+    from matplotlib.figure import Figure
+
+    names = list(result["rows"])
+    base = names[0]
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    times = [result["rows"][name]["seconds"] / result["rows"][base]["seconds"] for name in names]
+    floors = [result["rows"][name]["flops"] / result["rows"][base]["flops"] for name in names]
+    left.barh(names, times, color="#2b4570", label="time")
+    left.scatter(floors, names, color="#c8553d", zorder=3, marker="|", s=160, label="FLOPs")
+    left.legend()
+    left.set_xlabel(f"relative to {base}")
+    right.barh(names, [result["peak_memory_mib"][name] / 1024 for name in names], color="#8d99ae")
+    right.set_xlabel("peak memory, GiB")
+    left.invert_yaxis()
+    arguments = result["arguments"]
+    figure.suptitle(
+        f"a training step on {result['machine']['device']}: width {arguments['hidden_size']}, "
+        f"L = {arguments['length']}, batch {arguments['batch_size']}, vocabulary {arguments['vocab_size']:,}",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=140)
+
+
+def main() -> None:
+    """Measure, write JSON, table and picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16: autocast.")
+    parser.add_argument("--length", type=int, default=256, help="Tokens of a sequence.")
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--hidden_size", type=int, default=768, help="768 is MDLM-small.")
+    parser.add_argument("--vocab_size", type=int, default=50258)
+    parser.add_argument("--repetitions", type=int, default=5, help="Turns of each step.")
+    parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=list(STEPS))
+    parser.add_argument("--output", default=None, help="JSON to write. Default: benchmarks/results/training_cost_*.")
+    args = parser.parse_args()
+    result = {"machine": machine(args.device), "arguments": vars(args), **measure(args)}
+    result["peak_memory_mib"] = peak_memory(args)
+    result["ratios"] = ratios(result)
+    path = Path(args.output or f"benchmarks/results/training_cost_{args.device}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(result) + "\n")
+    draw(result, path.with_suffix(".png"))
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()
