@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_fpmdlm import FPMDLMConfig
-from .layers import Modulation, eager_attention_forward, modulate, shared_dropout, wide
+from .layers import Modulation, eager_attention_forward, gated_residual, modulate, wide
 from .selection import Selection
 
 
@@ -25,18 +25,18 @@ TIMESTEP_FREQUENCIES = 256
 def rotary_embedding(
     length: int, head_size: int, theta: float, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of position × frequency, each (L, K), halves repeated (the rotate-half convention)."""
+    """cos and sin of position × frequency, each (L, K/2)."""
     frequencies = theta ** -(torch.arange(0, head_size, 2, device=device, dtype=wide(dtype)) / head_size)
     angles = torch.arange(length, device=device, dtype=wide(dtype))[:, None] * frequencies  # (L, K/2)
-    angles = torch.cat([angles, angles], dim=-1)  # (L, K)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotary position embedding of queries or keys `x` (B, H, L, K)."""
+    """Rotary position embedding of queries or keys `x` (B, H, L, K): channel i is turned with channel i + K/2."""
     cos, sin = rotary
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat(turned, dim=-1)
 
 
 # --- layers -----------------------------------------------------------------------------------------------------
@@ -50,9 +50,15 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, shift: torch.Tensor | None = None, scale: torch.Tensor | None = None):
+        """norm(x)(1 + scale) + shift; vectors that all of `x` shares become the norm's own, free of a pass of their own."""
         precise = wide(x.dtype)
-        return F.layer_norm(x.to(precise), x.shape[-1:], self.weight.to(precise), None, self.eps).to(x.dtype)
+        weight, bias = self.weight.to(precise), None
+        shared = shift is not None and shift.numel() == x.shape[-1]
+        if shared:
+            weight, bias = weight * (1 + scale.flatten().to(precise)), shift.flatten().to(precise)
+        y = F.layer_norm(x.to(precise), x.shape[-1:], weight, bias, self.eps).to(x.dtype)
+        return y if shared or shift is None else modulate(y, shift, scale)
 
 
 class TimestepEmbedding(nn.Module):
@@ -136,9 +142,9 @@ class FPMDLMBlock(nn.Module):
         """(B, L, D) → (B, L, D), or (P, D): the block's output at the selected positions, exactly."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         keep1, keep2 = keep or (None, None)
-        y = self.attention(modulate(self.norm1(x), shift1, scale1), rotary, attention_mask, selection)
+        y = self.attention(self.norm1(x, shift1, scale1), rotary, attention_mask, selection)
         if selection is not None:
             x, gate1, shift2, scale2, gate2 = (selection.pick(z) for z in (x, gate1, shift2, scale2, gate2))
-        x = x + gate1 * shared_dropout(y, self.dropout, self.training, keep1)
-        y = F.gelu(self.up_proj(modulate(self.norm2(x), shift2, scale2)), approximate="tanh")
-        return x + gate2 * shared_dropout(self.down_proj(y), self.dropout, self.training, keep2)
+        x = gated_residual(x, gate1, y, self.dropout, self.training, keep1)
+        y = F.gelu(self.up_proj(self.norm2(x, shift2, scale2)), approximate="tanh")
+        return gated_residual(x, gate2, self.down_proj(y), self.dropout, self.training, keep2)

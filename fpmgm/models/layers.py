@@ -22,11 +22,14 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
     return x * (1 + scale) + shift
 
 
-def shared_dropout(x: torch.Tensor, p: float, training: bool, keep: torch.Tensor | None = None) -> torch.Tensor:
-    """Dropout of `x` with probability `p`; `keep` (same shape, bool) is a mask drawn beforehand. `None`: draw one."""
+def gated_residual(
+    x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor, p: float, training: bool, keep: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x + gate · dropout(y) with probability `p`; `keep` (same shape, bool) is a mask drawn beforehand. `None`: draw
+    one. The division by 1 − p goes into the gate, which is smaller than y."""
     if keep is None:
-        return F.dropout(x, p, training)
-    return x * keep / (1 - p)
+        return torch.addcmul(x, gate, F.dropout(y, p, training))
+    return torch.addcmul(x, gate / (1 - p), y * keep)
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
