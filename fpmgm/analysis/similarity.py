@@ -14,7 +14,7 @@ def plot_similarity(similarity: torch.Tensor, path: str | Path) -> Path:
         similarity (`torch.Tensor`): (K, K) in [0, 1], K at least 2, such as `layer_similarity` gives.
         path (`str` or `Path`): Picture to write; the suffix is the format.
     """
-    depth = len(similarity)
+    similarity, depth = similarity.numpy(), len(similarity)
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     heat, line = figure.subplots(1, 2)
     edges = (0.5, depth + 0.5)
@@ -23,7 +23,7 @@ def plot_similarity(similarity: torch.Tensor, path: str | Path) -> Path:
     heat.set_title("linear CKA, mean over times")
     figure.colorbar(image, ax=heat)
 
-    neighbours = similarity.diagonal(offset=1)
+    neighbours = similarity.diagonal(1)
     boundary = int(neighbours.argmin()) + 1
     line.plot(range(1, depth), neighbours, marker="o")
     line.axvline(boundary, color="tab:red", linestyle="--", label=f"boundary: {boundary} | {boundary + 1}")

@@ -51,7 +51,7 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor, shift: torch.Tensor | None = None, scale: torch.Tensor | None = None):
-        """norm(x)(1 + scale) + shift; vectors that all of `x` shares become the norm's own, free of a pass of their own."""
+        """norm(x)(1 + scale) + shift; vectors that all of `x` shares become the norm's own, without a pass."""
         precise = wide(x.dtype)
         weight, bias = self.weight.to(precise), None
         shared = shift is not None and shift.numel() == x.shape[-1]

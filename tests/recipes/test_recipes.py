@@ -9,22 +9,40 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoModel
 
 from fpmgm.data import train_tokenizer
-from fpmgm.trainers import MGMTrainingConfig
-from fpmgm.trainers.arguments import parse_arguments
+from fpmgm.trainers import ConsistencyConfig, ConversionConfig, MGMTrainingConfig, SDTTConfig
+from fpmgm.trainers.arguments import LoraArguments, parse_arguments
 from tests.testing_utils import tiny_config
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-sys.path.insert(0, str(RECIPES))
+sys.path.append(str(RECIPES))
 
+import convert_mdlm  # noqa: E402
+import distill_sdtt  # noqa: E402
+import posttrain_consistency  # noqa: E402
 import quickstart  # noqa: E402
 import sample  # noqa: E402
 import train_owt  # noqa: E402
+from text_data import DataArguments  # noqa: E402
+from train_and_export import StartArguments  # noqa: E402
 
 
 SMALL = ["--hidden_size", "16", "--num_attention_heads", "2", "--intermediate_size", "32", "--conditioning_size", "8"]
+SHORT = [
+    "--max_steps",
+    "2",
+    "--warmup_steps",
+    "0",
+    "--eval_steps",
+    "1",
+    "--save_steps",
+    "1",
+    "--per_device_train_batch_size",
+    "4",
+]
 QUIET = ["--use_cpu", "--disable_tqdm", "True", "--report_to", "none"]
 
 
@@ -35,17 +53,23 @@ def text_file(tmp_path_factory) -> str:
     return str(path)
 
 
+READERS = {
+    "fp_mdlm": (train_owt.ModelArguments, train_owt.StartArguments, DataArguments, MGMTrainingConfig),
+    "mdlm": (train_owt.ModelArguments, train_owt.StartArguments, DataArguments, MGMTrainingConfig),
+    "consistency": (StartArguments, LoraArguments, DataArguments, ConsistencyConfig),
+    "convert": (StartArguments, convert_mdlm.ConvertArguments, LoraArguments, DataArguments, ConversionConfig),
+    "sdtt": (StartArguments, LoraArguments, DataArguments, SDTTConfig),
+}
+
+
 @pytest.mark.parametrize("config", sorted(RECIPES.glob("configs/*.yaml")), ids=lambda path: path.name)
 def test_every_yaml_is_read_by_its_recipe(config):
-    types = (train_owt.ModelArguments, train_owt.DataArguments, MGMTrainingConfig)
+    types = READERS[config.stem.rsplit("_", 1)[0]]
     argv = ["--config", str(config), "--bf16", "False", "--use_cpu"]
-    model_args, data, args = parse_arguments(types, "", argv)
-    values = yaml.safe_load(config.read_text())
-    for name in ("num_pre_layers", "num_fixed_point_layers"):
-        assert getattr(model_args, name) == values[name]
-    assert data.dataset_name == values.get("dataset_name")
-    assert args.learning_rate == values["learning_rate"] and args.max_steps == values["max_steps"]
-    assert parse_arguments(types, "", [*argv, "--max_steps", "7"])[2].max_steps == 7
+    values = yaml.safe_load(config.read_text()) | {"bf16": False, "use_cpu": True}
+    read = {name: value for instance in parse_arguments(types, "", argv) for name, value in vars(instance).items()}
+    assert {name: read[name] for name in values} == values
+    assert parse_arguments(types, "", [*argv, "--max_steps", "7"])[-1].max_steps == 7
 
 
 def test_a_yaml_with_an_unknown_name_or_without_a_file_is_refused(tmp_path):
@@ -138,8 +162,6 @@ def test_the_quickstart_writes_a_table_a_picture_and_models_that_load(tmp_path, 
     assert results["models"]["fp_mdlm"]["parameters"] < results["models"]["mdlm"]["parameters"]
     assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
     assert (tmp_path / "denoising.png").stat().st_size > 1000
-    from transformers import AutoModel
-
     model = AutoModel.from_pretrained(tmp_path / "fp_mdlm")
     assert model.generate(budget=12, seed=0).shape == torch.Size([1, 16])
 
@@ -157,3 +179,40 @@ def test_model_arguments_are_the_architectures_own_fields():
     own = set(vars(train_owt.ModelArguments()))
     assert own < set(vars(tiny_config()))
     assert {"input_injection", "num_fixed_point_layers", "dropout"} < own and "vocab_size" not in own
+
+
+@pytest.fixture(scope="module")
+def mdlm(tmp_path_factory, text_file) -> str:
+    folder = str(tmp_path_factory.mktemp("mdlm"))
+    argv = ["--config", str(RECIPES / "configs/mdlm_small.yaml"), "--text_files", text_file, *SMALL, *QUIET]
+    argv += ["--tokenizer_vocab_size", "280", "--max_position_embeddings", "16", "--num_pre_layers", "4"]
+    train_owt.main([*argv, *SHORT, "--output_dir", folder])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("recipe", "config", "options"),
+    [
+        (posttrain_consistency, "consistency_small", []),
+        (posttrain_consistency, "consistency_small", ["--use_peft"]),
+        (convert_mdlm, "convert_small", ["--cka_blocks", "4"]),
+        (convert_mdlm, "convert_small", ["--layer_map", "1/2,3/4", "--initialize", "False"]),
+        (distill_sdtt, "sdtt_small", ["--steps_per_round", "1", "--rounds", "2"]),
+    ],
+    ids=["consistency", "consistency of an adapter", "conversion by similarity", "conversion by hand", "sdtt"],
+)
+def test_recipes_go_on_from_a_model_folder_and_export_another(
+    recipe, config, options, tmp_path, mdlm, text_file, capsys
+):
+    argv = ["--config", str(RECIPES / f"configs/{config}.yaml"), "--text_files", text_file, *QUIET, *SHORT]
+    argv += ["--model_name_or_path", mdlm, "--output_dir", str(tmp_path), *options]
+    metrics = recipe.main(argv)
+    again = recipe.main(argv)  # nothing is left to do
+    assert again["eval_loss"] == metrics["eval_loss"] and again["before_loss"] == metrics["before_loss"]
+    assert f"after {metrics['eval_perplexity']:.2f}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "before_results.json").read_text())["before_loss"] == metrics["before_loss"]
+    model = AutoModel.from_pretrained(tmp_path)
+    assert model.generate(num_steps=2, iterations=[1, 1], seed=0).shape == torch.Size([1, 16])
+    stacks = {1: (1, 1, 1), 2: (1, 2, 1)}.get(model.config.num_fixed_point_layers, (4, 0, 0))
+    assert (model.config.num_pre_layers, model.config.num_fixed_point_layers, model.config.num_post_layers) == stacks
+    assert (tmp_path / "cka.png").is_file() == (config == "convert_small" and "--layer_map" not in options)
