@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the shared stack should see its input: the injections side by side, over learning rates, on real text.
+
+    python benchmarks/injections.py --text_files my_text.txt
+
+Each pair of injection and learning rate trains a small FP-MDLM 1/1/1 of one width from one seed. Reported are
+validation perplexity at equal steps, and at equal time by the median seconds of a training step, for which the
+injections take turns before the runs; the residual of the last iteration; and whether the run ended before its time
+because its loss or gradient was not finite.
+"""
+
+import argparse
+import contextlib
+import json
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from datasets import Dataset
+
+from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion
+from fpmgm.data import load_text, pack, train_tokenizer
+from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
+from provenance import machine
+
+
+INJECTIONS = ("mlp", "linear", "diagonal")
+COLORS = {"mlp": "#2b4570", "linear": "#8d99ae", "diagonal": "#c8553d"}
+
+
+def prepare(args: argparse.Namespace):
+    """A tokenizer trained on the text, blocks to train on, blocks held out."""
+    texts = [piece for text in load_text(args.text_files)["text"] for piece in text.split("\n\n") if piece.strip()]
+    random.Random(0).shuffle(texts)
+    tokenizer = train_tokenizer(texts[: len(texts) // 2], args.vocab_size)
+    blocks = pack(Dataset.from_dict({"text": texts}), tokenizer, args.length)
+    split = len(blocks) - args.eval_blocks
+    return tokenizer, blocks.select(range(split)), blocks.select(range(split, len(blocks)))
+
+
+def make_trainer(injection: str, learning_rate: float, args: argparse.Namespace, data, folder: str) -> MGMTrainer:
+    """One run's trainer."""
+    tokenizer, train_blocks, eval_blocks = data
+    torch.manual_seed(args.seed)
+    config = FPMDLMConfig(
+        vocab_size=len(tokenizer), mask_token_id=tokenizer.mask_token_id,
+        hidden_size=args.hidden_size, intermediate_size=4 * args.hidden_size, num_attention_heads=4,
+        conditioning_size=32, max_position_embeddings=args.length, rope_theta=100.0, dropout=0.0,
+        input_injection=injection,
+    )  # fmt: skip
+    training = MGMTrainingConfig(
+        output_dir=folder, max_steps=args.max_steps, learning_rate=learning_rate, lr_scheduler_type="cosine",
+        warmup_steps=50, adam_beta2=0.95, loss_weighting="uniform", ema_decay=0.99, seed=args.seed,
+        per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=50,
+        eval_strategy="steps", eval_steps=args.eval_steps, logging_steps=args.eval_steps, save_strategy="no",
+        report_to="none", disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
+    )  # fmt: skip
+    model = FPMDLMForMaskedDiffusion(config)
+    return MGMTrainer(model=model, args=training, train_dataset=train_blocks, eval_dataset=eval_blocks)
+
+
+def step_seconds(args: argparse.Namespace, data, folder: str) -> dict[str, float]:
+    """Median seconds of a training step of each injection; they take turns."""
+    trainers = {name: make_trainer(name, 1e-3, args, data, folder) for name in INJECTIONS}
+    times = {name: [] for name in INJECTIONS}
+    for trainer in trainers.values():
+        trainer.args.eval_strategy, trainer.args.max_steps = "no", 10
+    for _ in range(args.repetitions):
+        for name, trainer in trainers.items():
+            start = time.perf_counter()
+            trainer.train()
+            times[name].append((time.perf_counter() - start) / 10)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def run(injection: str, learning_rate: float, args: argparse.Namespace, data, folder: str) -> dict:
+    """Train; the validation perplexities and the last residual."""
+    trainer = make_trainer(injection, learning_rate, args, data, folder)
+    with contextlib.suppress(FloatingPointError):
+        trainer.train()
+    history = trainer.state.log_history
+    evaluations = [line for line in history if "eval_perplexity" in line]
+    logs = [line for line in history if "residual" in line]
+    row = {
+        "injection": injection,
+        "learning_rate": learning_rate,
+        "parameters": trainer.model.num_parameters(),
+        "steps": [line["step"] for line in evaluations],
+        "perplexities": [line["eval_perplexity"] for line in evaluations],
+        "residual": logs[-1]["residual"] if logs else None,
+        "finished": trainer.state.global_step == args.max_steps,
+    }
+    print(f"{injection:8} {learning_rate:g}: {[round(p, 1) for p in row['perplexities']]}, residual {row['residual']}")
+    return row
+
+
+def markdown(result: dict) -> str:
+    """Perplexity at equal steps and at equal time."""
+    seconds, rows = result["step_seconds"], result["rows"]
+    last = result["arguments"]["max_steps"]
+    shared_time = last * min(seconds.values())
+    lines = [
+        "| injection | learning rate | perplexity at equal steps | at equal time | residual | seconds per step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        times = [step * seconds[row["injection"]] for step in row["steps"]]
+        at_time = float(np.interp(shared_time, times, row["perplexities"])) if times else float("nan")
+        end = f"{row['perplexities'][-1]:.1f}" if row["finished"] else "stopped"
+        lines.append(
+            f"| {row['injection']} | {row['learning_rate']:g} | {end} | {at_time:.1f} | {row['residual']:.2g} | "
+            f"{seconds[row['injection']]:.3g} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(result: dict, path: Path) -> None:
+    """Perplexity against steps and against time, one line for each run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    rates = sorted({row["learning_rate"] for row in result["rows"]})
+    styles = dict(zip(rates, ("-", "--", ":", "-."), strict=False))
+    for row in result["rows"]:
+        options = {"color": COLORS[row["injection"]], "linestyle": styles[row["learning_rate"]], "marker": "."}
+        label = f"{row['injection']}, {row['learning_rate']:g}"
+        left.plot(row["steps"], row["perplexities"], label=label, **options)
+        times = [step * result["step_seconds"][row["injection"]] for step in row["steps"]]
+        right.plot(times, row["perplexities"], **options)
+    left.set(xlabel="step", ylabel="validation perplexity", yscale="log")
+    right.set(xlabel="seconds of training")
+    left.legend(fontsize=7, title="injection, learning rate", title_fontsize=7)
+    for axes in (left, right):
+        axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=140)
+
+
+def main() -> None:
+    """Run everything; write JSON, table and picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text_files", nargs="+", required=True)
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[5e-4, 2e-3, 5e-3])
+    parser.add_argument("--max_steps", type=int, default=1500)
+    parser.add_argument("--eval_steps", type=int, default=150)
+    parser.add_argument("--eval_blocks", type=int, default=400)
+    parser.add_argument("--vocab_size", type=int, default=320)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--hidden_size", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--repetitions", type=int, default=5, help="Turns of each injection when steps are timed.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="benchmarks/results/injections_cpu.json")
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    data = prepare(args)
+    arguments = {**vars(args), "text_files": [Path(file).name for file in args.text_files]}
+    with tempfile.TemporaryDirectory() as folder:
+        result = {
+            "machine": machine("cuda" if torch.cuda.is_available() else "cpu"),
+            "arguments": arguments,
+            "step_seconds": step_seconds(args, data, folder),
+            "rows": [run(i, rate, args, data, folder) for i in INJECTIONS for rate in args.learning_rates],
+        }
+    path = Path(args.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(result) + "\n")
+    draw(result, path.with_suffix(".png"))
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()
