@@ -30,6 +30,7 @@ from ..models.noise import (
     stream_generator,
 )
 from .batch import GlobalBatch, MicroBatch, count_positions, place
+from .checkpoints import AtomicCheckpointTrainer
 from .collator import stack_and_pad
 from .ema import EMACallback
 from .mgm_config import MGMTrainingConfig
@@ -43,7 +44,7 @@ MEAN_WEIGHT = 2.0  # 1 over the mean share of masked positions: the loss stays n
 GROWING_RESIDUAL = 1e-3  # below this relative residual the solver has converged, whatever the last ratio
 
 
-class MGMTrainer(Trainer):
+class MGMTrainer(AtomicCheckpointTrainer):
     """Trains a masked generative model on a dataset that yields `input_ids` (and `attention_mask` where padded).
 
     Args:
@@ -60,6 +61,7 @@ class MGMTrainer(Trainer):
             already where there is a `peft_config`.
         `FloatingPointError`: when the loss or its gradient is not finite, after saving a checkpoint of the last good
             step.
+        `OSError`: when a checkpoint cannot be written, say to a full disk. Those written before are left intact.
 
     Example:
 
@@ -115,13 +117,6 @@ class MGMTrainer(Trainer):
         self._micro_batch = 0
         self._tokens += self._global_batch.positions
         return samples, None
-
-    def _run_epoch(self, *args, **kwargs) -> None:
-        """As in `Trainer`, which would add a step to a run that is resumed when nothing is left to do."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        if not self.control.should_training_stop:
-            super()._run_epoch(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of one micro-batch, scaled so that micro-batches add up and ranks average to the global batch's."""
@@ -200,17 +195,18 @@ class MGMTrainer(Trainer):
         return grad_norm
 
     def _stop_on_bad_gradient(self, model) -> None:
-        step, folder = self.state.global_step, None
-        if step > 0:
-            folder = Path(self.args.output_dir) / f"checkpoint-{step}"
-            self._save_checkpoint(model, trial=None)
-            self.callback_handler.on_save(self.args, self.state, self.control)
+        step, unsaved = self.state.global_step, None
+        if step > 0 and not not_finite(self.model):
+            try:
+                self._save_checkpoint(model, trial=None)
+                self.callback_handler.on_save(self.args, self.state, self.control)
+            except OSError as error:
+                unsaved = error
+        saved = "Step {} is saved in {}.".format(*self.last_saved) if self.last_saved else "No step is saved."
         raise FloatingPointError(
-            f"the loss or its gradient is not finite at step {step + 1}. "
-            + (f"The weights before it are saved in {folder}. " if folder else "No step was completed. ")
-            + "Lower `learning_rate`, keep `max_grad_norm` at 1, or use `input_injection='diagonal'`, whose fixed "
-            "point is stable for any weights."
-        )
+            f"the loss or its gradient is not finite at step {step + 1}. {saved} Lower `learning_rate`, keep "
+            "`max_grad_norm` at 1, or use `input_injection='diagonal'`, whose fixed point is stable for any weights."
+        ) from unsaved
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 
@@ -309,6 +305,11 @@ class MGMTrainer(Trainer):
         if self.is_world_process_zero():
             write_model_card(self.args.output_dir, self.model, self.args, self.state.global_step)
 
+    def save_beside(self, folder: Path) -> None:
+        """Write the EMA into a checkpoint."""
+        if self.ema is not None and self.args.should_save:
+            self.ema.save(folder)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.ema is not None:
@@ -325,9 +326,14 @@ def check_model(model: nn.Module) -> None:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type != "fpmdlm":
         raise ValueError(f"`model` is of `model_type`={model_type!r}, but must be 'fpmdlm': see `FPMDLMConfig`.")
-    bad = [name for name, p in model.named_parameters() if not p.is_meta and not p.isfinite().all()]
+    bad = not_finite(model)
     if bad:
         raise ValueError(f"`model` has weights that are not finite: {bad}. Start from another checkpoint.")
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """Names of the parameters that are not finite."""
+    return [name for name, p in model.named_parameters() if not p.is_meta and not p.isfinite().all()]
 
 
 def check_unsharded(trainer: Trainer) -> None:
