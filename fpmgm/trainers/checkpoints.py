@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, sort_checkpoints
 from transformers.utils import logging
 
 
@@ -66,7 +66,7 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
         if folder == last:
             break
         logger.warning(
-            f"{folder} is incomplete: it lacks {', '.join(missing_files(folder))}. The last whole checkpoint is {last}; "
+            f"{folder} is incomplete: it lacks {', '.join(missing_files(folder))}. The last whole one is {last}; "
             "remove the incomplete one to silence this warning."
         )
     return None if last is None else str(last)
@@ -113,10 +113,28 @@ def publish(staged: Path, folder: Path) -> None:
     (staged / FILE_LIST).write_text(json.dumps(sizes, indent=2) + "\n")
     for path in [*staged.rglob("*"), staged]:
         _flush(path)
-    if folder.exists():  # left by another run in this folder; no folder can be renamed onto it
-        folder.rename(staged.with_name("replaced"))
+    if folder.exists():  # of another run; nothing can be renamed onto it
+        _set_aside(folder)
     staged.rename(folder)
     _flush(folder.parent)
+
+
+def remove_oldest(newest: Path, limit: int | None, best: str | None) -> None:
+    """Keep `limit` of the whole checkpoints beside `newest` (`None`: all), at least that one and the `best`."""
+    if not limit:
+        return
+    folders = [Path(folder) for folder in sort_checkpoints(str(newest.parent), use_mtime=True)]
+    whole = [folder for folder in folders if not missing_files(folder)]
+    removable = [folder for folder in whole if str(folder) not in (str(newest), best)]
+    for folder in removable[: max(0, len(whole) - limit)]:
+        shutil.rmtree(_set_aside(folder).parent, ignore_errors=True)
+
+
+def _set_aside(folder: Path) -> Path:
+    """Rename, so that a kill during the removal leaves no part of it under its name."""
+    aside = folder.parent / STAGING_FOLDER / f"old-{folder.name}"
+    aside.parent.mkdir(exist_ok=True)
+    return folder.rename(aside)
 
 
 def _flush(path: Path) -> None:
@@ -160,6 +178,8 @@ class AtomicCheckpointTrainer(Trainer):
         position = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
+        if self.args.should_save:  # what an interrupted run left
+            shutil.rmtree(Path(self._get_output_dir(trial)) / STAGING_FOLDER, ignore_errors=True)
         self.last_saved = None
         if resume_from_checkpoint is None:
             return position
@@ -195,9 +215,6 @@ class AtomicCheckpointTrainer(Trainer):
         if self.last_saved == (step, folder.resolve()):
             return
         staged = run_dir / STAGING_FOLDER / folder.name
-        if self.args.should_save:
-            shutil.rmtree(staged.parent, ignore_errors=True)  # what an interrupted run left
-        self.accelerator.wait_for_everyone()
         try:
             self._write_staged(model, trial, staged, folder)
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk in Python, torch and safetensors
@@ -205,13 +222,12 @@ class AtomicCheckpointTrainer(Trainer):
         finally:
             if self.args.should_save:
                 shutil.rmtree(staged.parent, ignore_errors=True)
+        if self.args.should_save:
+            remove_oldest(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()  # it has its name
         self.last_saved = (step, folder.resolve())
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
-        if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(str(run_dir), self.args.save_total_limit, best, use_mtime=True)
 
     def _write_staged(self, model, trial, staged: Path, folder: Path) -> None:
         self._staging = True

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tiny model, data and trainer that the trainers' tests share."""
 
+import gc
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
 
 from ..testing_utils import tiny_model
 
+
+gc.freeze()  # `Trainer.train` begins with a collection, which would go through all that the imports brought
 
 LENGTH, VOCABULARY, MASK = 16, 20, 19
 
@@ -85,3 +88,14 @@ class RecordWeights(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.history.append(weights(model))
+
+
+class CallOnce(TrainerCallback):
+    """Runs `function(model)` just before optimizer step `step`."""
+
+    def __init__(self, step, function):
+        self.step, self.function = step, function
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step + 1 == self.step:
+            self.function(model)
