@@ -189,14 +189,16 @@ class MGMTrainer(AtomicCheckpointTrainer):
         A loss that is not finite on any rank shows here on all of them.
         """
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        scaled = getattr(self.accelerator, "scaler", None) is not None  # float16 skips such steps by itself
-        if not scaled and not math.isfinite(grad_norm):
+        # Float16 skips steps whose gradient overflows by itself, but not for ever: there the loss tells.
+        scaled = getattr(self.accelerator, "scaler", None) is not None
+        if not math.isfinite(self.accelerator.gather(self._tr_loss).sum() if scaled else grad_norm):
             self._stop_on_bad_gradient(model)
         return grad_norm
 
     def _stop_on_bad_gradient(self, model) -> None:
         step, unsaved = self.state.global_step, None
-        if step > 0 and not not_finite(self.model):
+        bad = torch.tensor([len(not_finite(self.model))], device=self.args.device)  # of this rank's part
+        if step > 0 and self.accelerator.gather(bad).sum() == 0:
             try:
                 self._save_checkpoint(model, trial=None)
                 self.callback_handler.on_save(self.args, self.state, self.control)
