@@ -193,8 +193,8 @@ class AtomicCheckpointTrainer(Trainer):
     def _run_epoch(self, *args, **kwargs):
         if self.state.global_step >= self.state.max_steps:  # resumed from the last step: `Trainer` would add one
             self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
 
     # --- saving -------------------------------------------------------------------------------------------------
 
