@@ -91,11 +91,12 @@ class RecordWeights(TrainerCallback):
         self.history.append(weights(model))
 
 
-class RecordGradients(TrainerCallback):
-    """Keeps the gradient of each optimizer step."""
+class CallOnce(TrainerCallback):
+    """Runs `function(model)` just before optimizer step `step`."""
 
-    def __init__(self):
-        self.history = []
+    def __init__(self, step, function):
+        self.step, self.function = step, function
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.history.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step + 1 == self.step:
+            self.function(model)
