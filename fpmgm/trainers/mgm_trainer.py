@@ -130,9 +130,7 @@ class MGMTrainer(AtomicCheckpointTrainer):
         """This micro-batch's part of the loss, and the model's output: what a subclass changes."""
         # 1. corrupt
         masked = micro_batch.uniforms < masked_probability(micro_batch.t)[:, None]
-        corrupted = self.masked_inputs(inputs, masked, micro_batch.t)
-        if self.args.loss_weighting == "uniform":
-            corrupted["loss_weights"] = torch.full_like(corrupted["loss_weights"], MEAN_WEIGHT)
+        corrupted = self.training_inputs(inputs, masked, micro_batch.t)
         # 2. forward
         output = model(**corrupted, **micro_batch.iterations)
         # 3. scale
@@ -159,6 +157,13 @@ class MGMTrainer(AtomicCheckpointTrainer):
         """(B, L): a sequence's stream is as long as the model's longest, so that padding does not change it."""
         longest = max(length, self.model.config.max_position_embeddings)
         return mask_uniforms(longest, *((*key, j) for j in places.tolist()))[:, :length]
+
+    def training_inputs(self, inputs: dict[str, torch.Tensor], masked: torch.Tensor, t: torch.Tensor) -> dict:
+        """As `masked_inputs`, with the weights of the training loss."""
+        arguments = self.masked_inputs(inputs, masked, t)
+        if self.args.loss_weighting == "uniform":
+            arguments["loss_weights"] = torch.full_like(arguments["loss_weights"], MEAN_WEIGHT)
+        return arguments
 
     def masked_inputs(self, inputs: dict[str, torch.Tensor], masked: torch.Tensor, t: torch.Tensor) -> dict:
         """The model's arguments for `inputs` with `masked` (B, L) hidden, but for padding, at times `t` (B,)."""
