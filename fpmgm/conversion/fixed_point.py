@@ -104,12 +104,12 @@ def auto_layer_map(
 def student_config(
     config: PreTrainedConfig, layer_map: dict[str, list[int]], initialize: bool, overrides: dict[str, Any]
 ) -> PreTrainedConfig:
-    """The teacher's `config` with the student's stacks and `overrides`; `initialize`: its injection starts as z = h."""
+    """The teacher's `config` with the student's stacks and `overrides`, and the start of the injection."""
     sizes = {f"num_{name}_layers": len(layer_map[name]) for name in STACKS}
     for name, size in sizes.items():
         if overrides.get(name, size) != size:
             raise ValueError(
-                f"`{name}`={overrides[name]} contradicts `layer_map`={layer_map}: leave it out, or name as many layers."
+                f"`{name}`={overrides[name]} contradicts `layer_map`={layer_map}: leave it out, or name that many."
             )
     values = config.to_dict() | sizes | overrides
     for name in ("architectures", "auto_map"):
