@@ -5,6 +5,7 @@ Shapes: B texts of a batch, L tokens of the longest, V the judge's vocabulary.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 from transformers.utils.import_utils import is_gguf_available
 
 from .store import ResultStore, digest, fingerprint, finish
@@ -112,12 +112,11 @@ def generative_perplexity(
     starts = range(0, len(texts), batch_size)
 
     def score(index: int) -> list[list]:
-        bar.update()
         chunk = texts[starts[index] : starts[index] + batch_size]
         return token_log_probabilities(judge, chunk, max_length, add_start_token)
 
-    with logging.tqdm(total=len(starts), desc=f"scoring by {judge.name}", disable=not progress_bar) as bar:
-        found = finish(store, [keys[start : start + batch_size] for start in starts], score)
+    title = f"scoring by {judge.name}" if progress_bar else None
+    found = finish(store, [keys[start : start + batch_size] for start in starts], score, title)
     scores = [found[key] for key in keys]  # (sum of log p, scored tokens, whether cut) of each text
     scored = [(log_p, count) for log_p, count, _ in scores if count > 0]
     if not scored:
@@ -140,6 +139,17 @@ def generative_perplexity(
             "num_tokens": tokens,
         },
     }
+
+
+def decode_for(
+    judge: Judge, tokenizer: PreTrainedTokenizerBase, sequences: Sequence[Sequence[int]]
+) -> tuple[list[str], str]:
+    """Texts for a judge, and whether special tokens are `"kept"` in them or `"dropped"`.
+
+    They are kept where the judge's end of text is the model's, as for models with GPT-2's tokenizer under GPT-2.
+    """
+    keep = tokenizer.eos_token is not None and tokenizer.eos_token == judge.tokenizer.eos_token
+    return tokenizer.batch_decode(sequences, skip_special_tokens=not keep), "kept" if keep else "dropped"
 
 
 @torch.no_grad()

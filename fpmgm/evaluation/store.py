@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
+from transformers.utils import logging
 
 
 class ResultStore:
@@ -66,7 +67,9 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
-def finish(store: ResultStore, batches: list[list[str]], function: Callable[[int], Iterable[Any]]) -> dict[str, Any]:
+def finish(
+    store: ResultStore, batches: list[list[str]], function: Callable[[int], Iterable[Any]], title: str | None = None
+) -> dict[str, Any]:
     """The values of all keys: those in the store, and `function(index)` for each batch that is not complete there.
 
     The batches are dealt out to the processes of `torch.distributed` and stay whole, so that rounding does not depend
@@ -76,8 +79,10 @@ def finish(store: ResultStore, batches: list[list[str]], function: Callable[[int
         store ([`ResultStore`]): Of the procedure.
         batches (`list[list[str]]`): Keys of each batch.
         function (`Callable`): From the index of a batch to the values of its keys.
+        title (`str`, *optional*): Of a progress bar. `None`: there is none.
     """
-    for index in range(rank(), len(batches), world_size()):
+    mine = range(rank(), len(batches), world_size())
+    for index in logging.tqdm(mine, desc=title, disable=title is None or rank() > 0):
         if not all(key in store.values for key in batches[index]):
             store.add(dict(zip(batches[index], function(index), strict=True)))
     wanted = {key for batch in batches for key in batch}
