@@ -7,6 +7,7 @@ Shapes: B texts of a batch, L tokens of the longest, V the judge's vocabulary.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ class Judge:
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+
+    @cached_property
+    def weights(self) -> str:
+        """Short name of the weights, which scores on disk carry."""
+        return fingerprint(self.model)
 
 
 def load_judge(
@@ -100,7 +106,7 @@ def generative_perplexity(
     protocol = {
         "metric": "generative perplexity",
         "judge": judge.name,
-        "judge_weights": fingerprint(judge.model),
+        "judge_weights": judge.weights,
         "tokenization": "the text, anew, by the judge's tokenizer",
         "max_length": max_length,
         "first_token": "predicted from BOS" if add_start_token else "given",

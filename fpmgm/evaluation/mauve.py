@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .judge import Judge, load_judge
-from .store import ResultStore, digest, fingerprint, finish
+from .store import ResultStore, digest, finish
 
 
 def mauve_score(
@@ -96,7 +96,7 @@ def last_token_features(
 
     An empty text is the judge's end of text.
     """
-    protocol = {"feature": "last hidden state", "judge_weights": fingerprint(judge.model), "max_length": max_length}
+    protocol = {"feature": "last hidden state", "judge_weights": judge.weights, "max_length": max_length}
     store, keys = ResultStore(cache_dir, protocol), [digest(text) for text in texts]
     starts = range(0, len(texts), batch_size)
 
