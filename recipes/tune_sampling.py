@@ -130,7 +130,7 @@ def markdown(found: dict) -> str:
     arguments = found["arguments"]
     lines.append(
         f"\nUnder {found['judge']} (mean over texts first, equation 4), on {arguments['num_samples'][-1]} texts of "
-        f"another seed than the search's; {arguments['num_candidates']} plans, {arguments['num_samples']} texts per rung."
+        f"another seed than the search's; {arguments['num_candidates']} plans, rungs of {arguments['num_samples']}."
     )
     return "\n".join(lines) + "\n"
 
