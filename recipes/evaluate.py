@@ -107,7 +107,7 @@ def cut(files: list[str], tokenizer: PreTrainedTokenizerBase, length: int, count
     blocks = pack(load_text(files), tokenizer, length)
     if len(blocks) < count:
         raise ValueError(f"`{name}` give {len(blocks)} texts of {length} tokens, fewer than `num_samples`={count}.")
-    return blocks.select(range(count))["input_ids"]
+    return list(blocks.select(range(count))["input_ids"])
 
 
 def markdown(found: dict) -> str:

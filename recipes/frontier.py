@@ -97,7 +97,7 @@ def settings(args: FrontierArguments) -> list[dict]:
 
 def point(row: dict) -> dict:
     """A point of a line, with the row it is made of."""
-    label = ", ".join(f"{name[0].upper()} {row[name]}" for name in ("temperature", "top_p") if name in row)
+    label = ", ".join(f"{name} {row[name]}" for name in ("temperature", "top_p") if name in row)
     return {"label": label, "entropy": row["unigram_entropy"], "perplexity": row["generative_perplexity"], "row": row}
 
 

@@ -69,7 +69,7 @@ def measure(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     rows = []
     for corpus, text in corpora(args):
         blocks = pack(text, tokenizer, length)
-        blocks = blocks.select(range(min(len(blocks), args.blocks or len(blocks))))["input_ids"]
+        blocks = list(blocks.select(range(min(len(blocks), args.blocks or len(blocks))))["input_ids"])
         for number in iterations:
             found = elbo_perplexity(
                 model, blocks, num_draws=args.num_draws, num_iterations=number, batch_size=args.batch_size,

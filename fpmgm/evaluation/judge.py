@@ -53,6 +53,8 @@ def load_judge(
     if isinstance(judge, Judge):
         return judge
     name, source, options = str(judge), str(judge), {}
+    if Path(judge).is_dir():
+        name = Path(judge).name
     if name.endswith(".gguf"):
         path = Path(judge)
         if not path.is_file():

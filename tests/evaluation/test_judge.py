@@ -103,7 +103,7 @@ def test_a_judge_is_loaded_from_a_folder(tmp_path):
     options = {"max_length": LENGTH}
     found = generative_perplexity(TEXTS, tmp_path, **options)
     assert found["generative_perplexity"] == generative_perplexity(TEXTS, judge, **options)["generative_perplexity"]
-    assert found["protocol"]["judge"] == str(tmp_path)
+    assert found["protocol"]["judge"] == tmp_path.name
 
 
 def test_a_judge_is_loaded_from_a_gguf_file(tmp_path):
