@@ -13,11 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from ..models.modeling_fpmdlm import masked_cross_entropy
-from ..models.noise import antithetic_times, loss_weight, mask_uniforms, masked_probability, stream_generator
+from ..models.noise import (
+    antithetic_times,
+    loss_weight,
+    mask_tokens,
+    mask_uniforms,
+    masked_probability,
+    stream_generator,
+)
 from .store import ResultStore, digest, fingerprint, finish
 
 
@@ -126,15 +133,23 @@ def negative_elbo(
     totals = torch.zeros(len(rows), dtype=torch.float64)
     if len(positions) == 0:
         return totals
-    device, mask_token_id = model.device, model.config.mask_token_id
-    logits = model(
-        clean.masked_fill(masked, mask_token_id).to(device),
+    device, targets = model.device, clean.flatten()[positions].to(model.device)  # (P,)
+    noisy, labels = mask_tokens(clean, masked, model.config.mask_token_id)
+    losses = torch.zeros(len(positions), dtype=torch.float64)
+
+    def collect(logits: torch.Tensor, chunk: slice) -> torch.Tensor:  # the logits are never all there at once
+        losses[chunk] = F.cross_entropy(logits, targets[chunk], reduction="none").double().cpu()
+        return logits.new_zeros(())
+
+    model(
+        noisy.to(device),
+        labels=labels.to(device),
         timesteps=times.to(device),
         attention_mask=None if bool(real.all()) else real.long().to(device),
         num_iterations=num_iterations,
         logits_positions=positions,
-    ).logits  # (P, V)
-    losses = masked_cross_entropy(logits, clean.flatten()[positions].to(device), mask_token_id).double().cpu()  # (P,)
+        logits_loss=collect,
+    )
     totals.index_add_(0, positions // clean.shape[1], losses)
     return totals * loss_weight(times.double())
 
