@@ -119,5 +119,5 @@ def fingerprint(model: nn.Module) -> str:
     hashed = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(model.state_dict().items()):
         hashed.update(name.encode())
-        hashed.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        hashed.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()

@@ -51,11 +51,13 @@ def test_the_budget_report_has_a_row_for_each_setting_and_says_how_it_was_made(f
     models = ["--model", str(folder / "fp"), str(folder / "plain"), "--budgets", "6", "12"]
     argv = arguments(folder, tmp_path, *models, "--reuse", "none", "3sr", "--top_p", "0.9", "1.0")
     argv += ["--num_samples", "4", "--text_files", str(folder / "text.txt")]
+    argv += ["--reference_files", str(folder / "text.txt")]
     found = load("evaluate").main(argv)
     assert json.loads((tmp_path / "fp.json").read_text()) == found["fp"]
     rows = [(row.get("reuse"), row["top_p"], row["budget"]) for row in found["fp"]["rows"]]
     assert rows == [(r, p, b) for r in ("none", "3sr") for p in (0.9, 1.0) for b in (6, 12)]
     assert [row.get("reuse") for row in found["plain"]["rows"]] == [None] * 4  # nothing to reuse
+    assert all(0 <= row["mauve"] <= 1 and row["protocol"]["mauve"]["num_references"] == 4 for row in found["fp"]["rows"])
     assert found["fp"]["text"]["protocol"]["generative_perplexity"]["num_samples"] == 4
     written = (tmp_path / "fp.md").read_text()
     assert written in capsys.readouterr().out and "| fp, reuse 3sr, top_p 0.9 | Gen. PPL ↓ |" in written
