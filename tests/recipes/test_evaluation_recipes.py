@@ -57,7 +57,9 @@ def test_the_budget_report_has_a_row_for_each_setting_and_says_how_it_was_made(f
     rows = [(row.get("reuse"), row["top_p"], row["budget"]) for row in found["fp"]["rows"]]
     assert rows == [(r, p, b) for r in ("none", "3sr") for p in (0.9, 1.0) for b in (6, 12)]
     assert [row.get("reuse") for row in found["plain"]["rows"]] == [None] * 4  # nothing to reuse
-    assert all(0 <= row["mauve"] <= 1 and row["protocol"]["mauve"]["num_references"] == 4 for row in found["fp"]["rows"])
+    assert all(
+        0 <= row["mauve"] <= 1 and row["protocol"]["mauve"]["num_references"] == 4 for row in found["fp"]["rows"]
+    )
     assert found["fp"]["text"]["protocol"]["generative_perplexity"]["num_samples"] == 4
     written = (tmp_path / "fp.md").read_text()
     assert written in capsys.readouterr().out and "| fp, reuse 3sr, top_p 0.9 | Gen. PPL ↓ |" in written
