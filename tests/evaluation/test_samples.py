@@ -26,7 +26,8 @@ def test_fewer_samples_are_the_first_of_more_and_rows_alone_are_the_same():
     assert torch.equal(few.sequences, many.sequences[:4]) and len(set(map(tuple, many.sequences.tolist()))) > 4
     assert (many.num_steps, many.block_evaluations, many.iterations) == (2, 12, [6, 2])
     assert many.milliseconds_per_sequence > 0
-    assert not torch.equal(sample_sequences(model, 7, seed=3, budget=12, reuse="full").sequences, many.sequences)
+    other = sample_sequences(model, 7, seed=3, budget=12, reuse="full").sequences
+    assert not set(map(tuple, other.tolist())) & set(map(tuple, many.sequences.tolist()))  # no stream is shared
     assert not torch.equal(sample_sequences(model, 7, seed=2, budget=24, reuse="full").sequences, many.sequences)
 
 
