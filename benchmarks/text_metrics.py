@@ -19,7 +19,7 @@ from transformers.utils import logging
 import fpmgm  # noqa: F401  (registers the models)
 from fpmgm.data import load_text, pack
 from fpmgm.evaluation import elbo_perplexity, load_judge, measure_samples, provenance, sample_sequences
-from sampling_speed import commit
+from provenance import commit
 
 
 MEASURES = {
