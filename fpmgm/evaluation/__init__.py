@@ -1,8 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures of generated sequences; each number's name says how it was made."""
+"""Measures of generated sequences; each number's name says how it was made.
 
+`fpmgm.evaluation.metrics` holds them as metrics of Hugging Face's `evaluate`.
+"""
+
+from .budgets import budget_table, evaluate_budgets, measure_samples
+from .frontier import common_entropies, perplexity_at_entropy, undominated
+from .judge import Judge, generative_perplexity, load_judge
+from .likelihood import elbo_perplexity
+from .mauve import mauve_score
 from .ngram import NGramJudge
-from .text import unigram_entropy
+from .provenance import provenance
+from .samples import Samples, sample_sequences
+from .search import Trial, sampling_candidates, successive_halving
+from .text import distinct_n, repetition_rate, unigram_entropy
 
 
-__all__ = ["NGramJudge", "unigram_entropy"]
+__all__ = [
+    "Judge",
+    "NGramJudge",
+    "Samples",
+    "Trial",
+    "budget_table",
+    "common_entropies",
+    "distinct_n",
+    "elbo_perplexity",
+    "evaluate_budgets",
+    "generative_perplexity",
+    "load_judge",
+    "mauve_score",
+    "measure_samples",
+    "perplexity_at_entropy",
+    "provenance",
+    "repetition_rate",
+    "sample_sequences",
+    "sampling_candidates",
+    "successive_halving",
+    "undominated",
+    "unigram_entropy",
+]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every default of `generate`, saved as `generation_config.json` beside the weights."""
 
+from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
@@ -12,6 +13,8 @@ from .reuse import REUSES
 
 
 FINALS = ("sample", "argmax", "none")
+GAMMAS = ("gamma_unchanged", "gamma_masked", "gamma_changed", "gamma_remasked")
+TUNABLE = ("num_steps", "allocation", "reuse", *GAMMAS, "tolerance", "carry_over", "solver", "skip_idle_steps")
 MISPLACED = {
     "max_length": "use `length`: a masked model writes a sequence of fixed length",
     "max_new_tokens": "use `length`: a masked model writes a sequence of fixed length",
@@ -44,6 +47,9 @@ class MGMGenerationConfig(GenerationConfig):
         skip_idle_steps (`bool`, defaults to `False`): With reuse, also skip steps that reveal nothing in a sequence.
             That is another procedure than the plain one: the solution is refined less often. Without reuse such steps
             are always skipped, which changes nothing. What is not spent shows in `block_evaluations`.
+        tuned_plans (`dict[str, dict]`, defaults to `{}`): For a budget, as text, the values that were tuned for it, of
+            the names above but `budget` and `iterations` (`recipes/tune_sampling.py` finds them). A call with that
+            budget uses them all, unless it sets one of them itself: then it uses none.
 
         > Parameters that control the draw
 
@@ -83,6 +89,8 @@ class MGMGenerationConfig(GenerationConfig):
         self.carry_over: bool = kwargs.pop("carry_over", False)
         self.solver: str = kwargs.pop("solver", "picard")
         self.skip_idle_steps: bool = kwargs.pop("skip_idle_steps", False)
+        tuned = kwargs.pop("tuned_plans", {})
+        self.tuned_plans: dict[str, dict] = {str(budget): plan for budget, plan in tuned.items()}
 
         self.temperature: float = kwargs.pop("temperature", 1.0)
         self.top_k: int | None = kwargs.pop("top_k", None)
@@ -109,6 +117,19 @@ class MGMGenerationConfig(GenerationConfig):
         """Raise a `ValueError` that names the first value that is not allowed."""
         _check_computation(self)
         _check_draw(self)
+        for budget, plan in self.tuned_plans.items():
+            _check_tuned_plan(budget, plan)
+
+    def tuned(self, given: Iterable[str] = ()) -> tuple["MGMGenerationConfig", dict[str, Any] | None]:
+        """A copy with the plan that was tuned for the budget, and that plan.
+
+        The plan is a whole: where the caller has `given` one of its values, it is left alone (the config itself and
+        `None` are returned, as for a budget that nothing was tuned for).
+        """
+        plan = self.tuned_plans.get(str(self.budget))
+        if plan is None or set(plan) & set(given):
+            return self, None
+        return self.updated(**plan), dict(plan)
 
     def updated(self, **kwargs: Any) -> "MGMGenerationConfig":
         """A copy with `kwargs` set; a budget given here replaces saved iterations, and the other way round."""
@@ -151,6 +172,18 @@ def _check_computation(config: MGMGenerationConfig) -> None:
         raise ValueError(f"`tolerance`={config.tolerance} must be at least 0; `None` takes every iteration.")
     if config.carry_over and config.tolerance is None:
         raise ValueError("`carry_over`=True has nothing to carry without `tolerance`: give one, such as 0.02.")
+
+
+def _check_tuned_plan(budget: str, plan: dict[str, Any]) -> None:
+    if not budget.isdecimal() or int(budget) < 1 or not isinstance(plan, dict):
+        raise ValueError(f"`tuned_plans` has {budget!r}: {plan!r}, but must map budgets, such as '96', to dicts.")
+    unknown = sorted(set(plan) - set(TUNABLE))
+    if unknown:
+        raise ValueError(f"`tuned_plans`[{budget!r}] sets {unknown}, but may set {TUNABLE} only.")
+    try:
+        MGMGenerationConfig(budget=int(budget), **plan)
+    except ValueError as error:
+        raise ValueError(f"`tuned_plans`[{budget!r}]: {error}") from error
 
 
 def _check_draw(config: MGMGenerationConfig) -> None:

@@ -19,6 +19,9 @@ from .reveal import ORDERS
 from .sampling import time_grid
 
 
+logger = logging.get_logger(__name__)
+
+
 @dataclass
 class MGMGenerationOutput(ModelOutput):
     """Output of `generate(return_dict_in_generate=True)`.
@@ -33,6 +36,8 @@ class MGMGenerationOutput(ModelOutput):
         residuals (`torch.Tensor`): (T, max N, B) relative residual of each iteration; NaN where none was taken.
         reused (`list[dict[str, float]]`): Per step, the share of positions in each reuse state ("changed",
             "unchanged", "masked", "remasked"); an empty dict where nothing was reused.
+        tuned_plan (`dict`, *optional*): What [`MGMGenerationConfig.tuned_plans`] holds for the budget, where it was
+            used.
     """
 
     sequences: torch.LongTensor | None = None
@@ -43,6 +48,7 @@ class MGMGenerationOutput(ModelOutput):
     iterations_taken: torch.LongTensor | None = None
     residuals: torch.Tensor | None = None
     reused: list | None = None
+    tuned_plan: dict | None = None
 
 
 @dataclass(frozen=True)
@@ -190,7 +196,9 @@ class MGMGenerationMixin:
             `ValueError`: names the argument, its value, what is allowed and what to do; also when the model's
                 weights give logits that are not numbers.
         """
-        config = (generation_config or self.generation_config).updated(**kwargs)
+        config, tuned_plan = (generation_config or self.generation_config).updated(**kwargs).tuned(given=kwargs)
+        if tuned_plan is not None:
+            logger.info(f"`budget`={config.budget}: using the tuned plan {tuned_plan}.")
         plan = self._plan(config)
         tokens, attention_mask = self._start(input_ids, batch_size, length, attention_mask)
         check_randomness(seed, generator, len(tokens))
@@ -201,10 +209,13 @@ class MGMGenerationMixin:
         training = [module for module in self.modules() if module.training]
         self.eval()
         try:
-            return self._denoise(tokens, attention_mask, bool(wanted.all()), rule, plan, config, callback, streamer)
+            out = self._denoise(tokens, attention_mask, bool(wanted.all()), rule, plan, config, callback, streamer)
         finally:
             for module in training:
                 module.training = True
+        if config.return_dict_in_generate:
+            out.tuned_plan = tuned_plan
+        return out
 
     def _denoise(self, tokens, attention_mask, all_masked, rule, plan, config, callback, streamer):
         """The loop over steps: start of the solver, denoiser, draw at the revealed positions."""
@@ -333,7 +344,7 @@ class MGMGenerationMixin:
                 pretrained_model_name_or_path, _from_auto=from_auto_class, _from_pipeline=from_pipeline, **kwargs
             )
         except OSError:
-            logging.get_logger(__name__).info("No generation_config.json: using the defaults of `generate`.")
+            logger.info("No generation_config.json: using the defaults of `generate`.")
 
 
 def check_ids(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config) -> None:

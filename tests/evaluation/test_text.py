@@ -7,7 +7,7 @@ from math import exp, log
 import numpy as np
 import pytest
 
-from fpmgm.evaluation import NGramJudge, unigram_entropy
+from fpmgm.evaluation import NGramJudge, distinct_n, repetition_rate, unigram_entropy
 
 
 def witten_bell(train: list[list[int]], context: tuple[int, ...], token: int, vocab_size: int) -> float:
@@ -46,3 +46,29 @@ def test_the_judge_refuses_what_its_keys_cannot_hold():
 
 def test_entropy_is_the_mean_over_texts():
     assert unigram_entropy(np.array([[1, 2, 3, 4], [5, 5, 5, 5]])) == pytest.approx(log(4) / 2)
+
+
+def test_entropy_takes_texts_of_different_lengths():
+    assert unigram_entropy([[1, 2, 3, 4], [5, 5]]) == pytest.approx(log(4) / 2)
+
+
+def test_distinct_and_repetition_count_n_grams_across_and_within_texts():
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 4, length).tolist() for length in (9, 12, 5)]
+    for n in (1, 2, 4):
+        grams = [[tuple(row[i : i + n]) for i in range(len(row) - n + 1)] for row in rows]
+        together = Counter(gram for row in grams for gram in row)
+        assert distinct_n(rows, n) == pytest.approx(len(together) / together.total())
+        repeated = [sum(gram in row[:i] for i, gram in enumerate(row)) / len(row) for row in grams]
+        assert repetition_rate(rows, n) == pytest.approx(np.mean(repeated))
+    assert repetition_rate(np.array([[7] * 8])) == pytest.approx(4 / 5)
+    assert distinct_n([[1], [1, 2]], n=2) == 1.0  # a text shorter than n has no n-gram to count
+
+
+def test_measures_refuse_texts_without_n_grams():
+    with pytest.raises(ValueError, match="`sequences` are 2, the shortest of 3 tokens: give at least one, each of 4"):
+        repetition_rate([[1, 2, 3, 4], [1, 2, 3]])
+    with pytest.raises(ValueError, match="the shortest of 0 tokens"):
+        unigram_entropy([[1], []])
+    with pytest.raises(ValueError, match="no n-gram of `n`=3"):
+        distinct_n([[1, 2]], n=3)

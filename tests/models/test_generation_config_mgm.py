@@ -58,6 +58,46 @@ def test_defaults_and_tokens_survive_saving_and_loading(tmp_path):
     assert AutoModel.from_pretrained(tmp_path).generation_config.to_dict() == MGMGenerationConfig().to_dict()
 
 
+def test_a_tuned_plan_is_used_for_its_budget_as_a_whole(tmp_path):
+    model, call = lively_model(), {"batch_size": 20, "seed": 1, "return_dict_in_generate": True}
+    plan = {"num_steps": 3, "allocation": "fixed", "reuse": "full", "gamma_unchanged": 0.5}
+    by_hand = model.generate(**call, budget=24, **plan)
+    plain, other = model.generate(**call, budget=24), model.generate(**call, budget=30)
+    reuse_only = model.generate(**call, budget=24, reuse="none")
+    model.generation_config = model.generation_config.updated(tuned_plans={24: plan})
+    model.save_pretrained(tmp_path)
+    model = AutoModel.from_pretrained(tmp_path).double()
+
+    tuned = model.generate(**call, budget=24)
+    assert torch.equal(tuned.sequences, by_hand.sequences) and not torch.equal(tuned.sequences, plain.sequences)
+    assert tuned.tuned_plan == plan and tuned.num_steps == 3 and by_hand.tuned_plan is None
+    cooler = model.generate(**call, budget=24, temperature=0.5)  # no part of the plan: it is used
+    assert cooler.tuned_plan == plan and not torch.equal(cooler.sequences, tuned.sequences)
+    # Another budget, a value of the plan set by the caller, or no plans at all: it is not.
+    for options, expected in (({"budget": 30}, other), ({"budget": 24, "reuse": "none"}, reuse_only)):
+        found = model.generate(**call, **options)
+        assert found.tuned_plan is None and torch.equal(found.sequences, expected.sequences)
+    assert torch.equal(model.generate(**call, budget=24, tuned_plans={}).sequences, plain.sequences)
+    assert model.generate(**call, num_steps=3, iterations=6).tuned_plan is None
+    model.generation_config.budget = 24  # also as the model's own default
+    assert torch.equal(model.generate(**call).sequences, tuned.sequences)
+
+
+@pytest.mark.parametrize(
+    ("plans", "message"),
+    [
+        ({"96": {"temperature": 0.5}}, r"`tuned_plans`\['96'\] sets \['temperature'\], but may set"),
+        ({"96": {"iterations": 4}}, r"`tuned_plans`\['96'\] sets \['iterations'\]"),
+        ({"96": {"reuse": "some"}}, r"`tuned_plans`\['96'\]: `reuse`='some' must be one of"),
+        ({"many": {}}, "`tuned_plans` has 'many': {}, but must map budgets, such as '96', to dicts"),
+        ({"96": 4}, "`tuned_plans` has '96': 4"),
+    ],
+)
+def test_tuned_plans_are_checked(plans, message):
+    with pytest.raises(ValueError, match=message):
+        MGMGenerationConfig(tuned_plans=plans)
+
+
 EFFECTIVE_VALUES = {
     "budget": 33,
     "num_steps": 3,
@@ -72,6 +112,7 @@ EFFECTIVE_VALUES = {
     "carry_over": True,
     "solver": "anderson",
     "skip_idle_steps": True,
+    "tuned_plans": {"24": {"num_steps": 3, "reuse": "none"}},
     "remask": 0.5,
     "order": "confidence",
     "temperature": 0.5,

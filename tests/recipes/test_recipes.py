@@ -19,7 +19,7 @@ from tests.testing_utils import tiny_config
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-sys.path.append(str(RECIPES))
+sys.path.append(str(RECIPES))  # last: recipes/evaluate.py has the name of a package
 
 import convert_mdlm  # noqa: E402
 import distill_sdtt  # noqa: E402

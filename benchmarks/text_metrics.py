@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each measure of text says of human text, of the same words shuffled or repeated, and of a model's samples.
+
+    python benchmarks/text_metrics.py --text_files novels.jsonl --model outputs/fp_mdlm_small --judge gpt2-large
+
+Human text is cut into the model's blocks. *Shuffled* has the words of each block in random order; *repeated* says the
+first words of each block over and over. Reference text for MAUVE are other blocks of the same files. Checks that every
+measure orders these as it must, and writes the table with its provenance.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+import fpmgm  # noqa: F401  (registers the models)
+from fpmgm.data import load_text, pack
+from fpmgm.evaluation import elbo_perplexity, load_judge, measure_samples, provenance, sample_sequences
+from provenance import commit
+
+
+MEASURES = {
+    "generative_perplexity": "gen. PPL (eq. 4)",
+    "generative_perplexity_token_weighted": "gen. PPL (tokens)",
+    "unigram_entropy": "entropy",
+    "distinct_2": "distinct-2",
+    "repetition_4": "rep-4",
+    "mauve": "MAUVE",
+    "elbo_perplexity": "model's PPL ≤",
+}
+# What must hold, whatever the model: a measure, and texts of which it gives the first less than the second.
+ORDER = [
+    ("generative_perplexity", "human", "shuffled"),
+    ("generative_perplexity_token_weighted", "human", "shuffled"),
+    ("generative_perplexity", "repeated", "human"),  # perplexity alone rewards degenerate text,
+    ("unigram_entropy", "repeated", "human"),  # which entropy,
+    ("distinct_2", "repeated", "human"),
+    ("repetition_4", "human", "repeated"),  # repetition
+    ("mauve", "repeated", "human"),  # and MAUVE detect
+    ("mauve", "shuffled", "human"),
+    ("elbo_perplexity", "human", "shuffled"),
+]
+
+
+def variants(blocks: list[list[int]], tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[str, list[list[int]]]:
+    """Human blocks, and two kinds of blocks of the same lengths made of their words."""
+    generator, shuffled, repeated = random.Random(seed), [], []
+    ends = [block[-1:] for block in blocks]
+    for block, end in zip(blocks, ends, strict=True):
+        words = tokenizer.decode(block, skip_special_tokens=True).split()
+        mixed = generator.sample(words, len(words))
+        for rows, text in ((shuffled, mixed), (repeated, words[1:5] * len(words))):
+            ids = tokenizer(" ".join(text), add_special_tokens=False)["input_ids"]
+            rows.append([block[0], *ids[: len(block) - 2], *end])
+    return {"human": blocks, "shuffled": shuffled, "repeated": repeated}
+
+
+def measure(
+    name: str, sequences: list[list[int]], references: list[str], model: PreTrainedModel, tokenizer, judge, args
+) -> dict:
+    """One line of the table."""
+    row = measure_samples(
+        sequences, tokenizer, judge, references=references, batch_size=args.batch_size, max_length=args.max_length,
+        cache_dir=args.cache_dir,
+    )  # fmt: skip
+    likelihood = elbo_perplexity(model, sequences, num_draws=args.num_draws, batch_size=32)
+    row["protocol"]["elbo_perplexity"] = likelihood["protocol"]
+    error = likelihood["standard_error_draws"]
+    row |= {"elbo_perplexity": likelihood["perplexity"], "elbo_nats_standard_error_draws": error}
+    return {"text": name, **row, "sample": tokenizer.decode(sequences[0], skip_special_tokens=True)}
+
+
+def broken(rows: list[dict]) -> list[str]:
+    """What of [`ORDER`] does not hold."""
+    by_name = {row["text"]: row for row in rows}
+    return [
+        f"{measure}: {low} {by_name[low][measure]:.4g}, {high} {by_name[high][measure]:.4g}"
+        for measure, low, high in ORDER
+        if not by_name[low][measure] < by_name[high][measure]
+    ]
+
+
+def table(result: dict) -> str:
+    """The lines in Markdown."""
+    lines = [f"| text | {' | '.join(MEASURES.values())} |", f"|---|{'---|' * len(MEASURES)}"]
+    for row in result["rows"]:
+        lines.append(f"| {row['text']} | {' | '.join(f'{row[measure]:.4g}' for measure in MEASURES)} |")
+    protocol = result["rows"][0]["protocol"]["generative_perplexity"]
+    lines.append(
+        f"\n{protocol['num_samples']} texts of at most {result['length']} tokens of the model on every line; judge "
+        f"{protocol['judge']}, also for MAUVE's features (against {protocol['num_samples']} other human blocks; the "
+        f"usual number is 5,000). Model's PPL: ELBO, {result['arguments']['num_draws']} draws. "
+        f"{result['provenance']['device']}; commit {result['commit']}."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, check, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text_files", nargs="+", required=True, help="Human text that the model has not seen.")
+    parser.add_argument("--model", required=True, help="Folder or hub name of a masked model of text.")
+    parser.add_argument("--judge", default="gpt2-large", help="Causal language model: hub name, folder, .gguf file.")
+    parser.add_argument("--num_samples", type=int, default=64, help="Texts on each line.")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[96], help="Of the model's samples.")
+    parser.add_argument("--num_draws", type=int, default=4, help="Of the likelihood.")
+    parser.add_argument("--batch_size", type=int, default=16, help="Texts per call of the judge.")
+    parser.add_argument("--max_length", type=int, default=1024, help="Tokens that the judge reads.")
+    parser.add_argument("--cache_dir", default="outputs/text_metrics", help="Keeps finished batches.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="benchmarks/results/text_metrics.json")
+    args = parser.parse_args()
+
+    tokenizer, model = AutoTokenizer.from_pretrained(args.model), AutoModel.from_pretrained(args.model).eval()
+    judge, length = load_judge(args.judge), model.config.max_position_embeddings
+    model.to(judge.model.device)
+    blocks = pack(load_text(args.text_files), tokenizer, length)
+    if len(blocks) < 2 * args.num_samples:
+        raise ValueError(f"`text_files` give {len(blocks)} blocks, fewer than 2 × `num_samples`={args.num_samples}.")
+    # Spread over the files, every other one a reference.
+    places = [i * len(blocks) // (2 * args.num_samples) for i in range(2 * args.num_samples)]
+    references = tokenizer.batch_decode(list(blocks.select(places[1::2])["input_ids"]), skip_special_tokens=True)
+    texts = variants(list(blocks.select(places[::2])["input_ids"]), tokenizer, args.seed)
+    for budget in args.budgets:
+        samples = sample_sequences(model, args.num_samples, batch_size=20, seed=args.seed, budget=budget)
+        texts[f"samples, budget {budget}"] = samples.sequences.tolist()
+    rows = [
+        measure(name, sequences, references, model, tokenizer, judge, args)
+        for name, sequences in logging.tqdm(texts.items(), desc="texts")
+    ]
+    result = {
+        "arguments": vars(args),
+        "length": length,
+        "commit": commit(),
+        "provenance": provenance(judge.model.device),
+        "rows": rows,
+        "broken": broken(rows),
+    }
+    Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
+    Path(args.output).with_suffix(".md").write_text(table(result))
+    print(table(result))
+    if result["broken"]:
+        raise SystemExit("a measure does not order the texts as it must: " + "; ".join(result["broken"]))
+
+
+if __name__ == "__main__":
+    main()

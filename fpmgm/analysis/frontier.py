@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A picture of perplexity against entropy: one line per model and budget."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+
+def plot_frontier(
+    curves: dict[str, list[dict[str, Any]]],
+    path: str | Path,
+    judge: str,
+    matched: list[float] | None = None,
+) -> Path:
+    """Draw swept models; lower and further right is better.
+
+    Args:
+        curves (`dict[str, list[dict]]`): For each line its points, with `entropy`, `perplexity` and `label`.
+        path (`str` or `Path`): Picture to write; the suffix is the format.
+        judge (`str`): Name of the judge, for the axis.
+        matched (`list[float]`, *optional*): Entropies where the models are compared, drawn as vertical lines. `None`:
+            none.
+
+    Returns:
+        `Path` of the picture.
+    """
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for name, points in curves.items():
+        points = sorted(points, key=lambda point: point["entropy"])
+        axes.plot([p["entropy"] for p in points], [p["perplexity"] for p in points], marker="o", label=name)
+        for point in points:
+            place = (point["entropy"], point["perplexity"])
+            axes.annotate(point["label"], place, textcoords="offset points", xytext=(4, 4), fontsize=7)
+    for entropy in matched or []:
+        axes.axvline(entropy, color="#bbbbbb", linewidth=0.8, zorder=0)
+    axes.set_yscale("log")
+    axes.set_xlabel("unigram entropy (nats)")
+    axes.set_ylabel(f"generative perplexity ({judge})")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    return Path(path)

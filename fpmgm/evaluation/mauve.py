@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MAUVE: the gap between the distributions of generated and of human text (Section F.1.5)."""
+
+import base64
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .judge import Judge, load_judge
+from .store import ResultStore, digest, finish
+
+
+def mauve_score(
+    texts: list[str],
+    references: list[str],
+    featurizer: str | Path | Judge | Callable[[list[str]], np.ndarray] = "gpt2-large",
+    *,
+    num_samples: int = 5000,
+    max_length: int = 1024,
+    batch_size: int = 8,
+    scaling_factor: float = 5.0,
+    seed: int = 25,
+    cache_dir: str | Path | None = None,
+) -> dict[str, Any]:
+    """MAUVE of generated texts against references, by the authors' package mauve-text (GPL-3.0, not part of fpmgm).
+
+    The score moves with the number of texts, their length, the features and the scaling factor: compare scores of one
+    protocol only.
+
+    Args:
+        texts, references (`list[str]`): Generated and human texts; the first `num_samples` of each are used.
+        featurizer (`str`, `Path`, [`Judge`] or `Callable`, defaults to `"gpt2-large"`): A causal language model, whose
+            last hidden state at a text's last token is its feature, or a function from texts to an array (N, D).
+        num_samples (`int`, defaults to 5000): Texts on each side.
+        max_length (`int`, defaults to 1024): Tokens of a text that a language model reads.
+        batch_size (`int`, defaults to 8): Texts per batch of a language model.
+        scaling_factor (`float`, defaults to 5.0): The constant c of the divergence curve.
+        seed (`int`, defaults to 25): Of the clustering; both defaults are the package's.
+        cache_dir (`str` or `Path`, *optional*): Keeps the features of finished batches. `None`: nothing is kept.
+
+    Returns:
+        `dict`: `mauve` in (0, 1], higher is closer; `mauve_star`, its smoothed variant; and the `protocol`.
+
+    Raises:
+        `ValueError`: if either side has fewer than `num_samples` texts.
+        `ImportError`: if mauve-text is not installed.
+    """
+    try:
+        from mauve import compute_mauve
+    except ImportError as error:
+        raise ImportError("MAUVE needs mauve-text: pip install 'fpmgm[eval]'") from error
+    for name, given in (("texts", texts), ("references", references)):
+        if len(given) < num_samples:
+            raise ValueError(
+                f"`{name}` are {len(given)}, fewer than `num_samples`={num_samples}: give more texts, or a smaller "
+                "`num_samples` for both sides (scores of different numbers do not compare)."
+            )
+    if callable(featurizer):
+        name, features = getattr(featurizer, "__name__", type(featurizer).__name__), featurizer
+    else:
+        judge = load_judge(featurizer)
+        name = f"{judge.name}, last hidden state at the last token"
+
+        def features(chunk: list[str]) -> np.ndarray:
+            return last_token_features(judge, chunk, max_length, batch_size, cache_dir)
+
+    generated, human = (np.asarray(features(given[:num_samples])) for given in (texts, references))
+    found = compute_mauve(generated, human, mauve_scaling_factor=scaling_factor, seed=seed)
+    return {
+        "mauve": float(found.mauve),
+        "mauve_star": float(found.mauve_star),
+        "protocol": {
+            "metric": "MAUVE",
+            "featurizer": name,
+            "max_length": None if callable(featurizer) else max_length,
+            "num_samples": num_samples,
+            "num_references": num_samples,
+            "num_buckets": found.num_buckets,
+            "scaling_factor": scaling_factor,
+            "seed": seed,
+        },
+    }
+
+
+def last_token_features(
+    judge: Judge,
+    texts: list[str],
+    max_length: int = 1024,
+    batch_size: int = 8,
+    cache_dir: str | Path | None = None,
+) -> np.ndarray:
+    """(N, D) float32: the judge's last hidden state at each text's last token, of at most `max_length`.
+
+    An empty text is the judge's end of text.
+    """
+    protocol = {"feature": "last hidden state", "judge_weights": judge.weights, "max_length": max_length}
+    store, keys = ResultStore(cache_dir, protocol), [digest(text) for text in texts]
+    starts = range(0, len(texts), batch_size)
+
+    def encode(index: int) -> list[str]:
+        features = _batch_features(judge, texts[starts[index] : starts[index] + batch_size], max_length)
+        return [base64.b64encode(row.tobytes()).decode() for row in features]
+
+    found = finish(store, [keys[start : start + batch_size] for start in starts], encode)
+    return np.stack([np.frombuffer(base64.b64decode(found[key]), dtype=np.float32) for key in keys])
+
+
+@torch.no_grad()
+def _batch_features(judge: Judge, texts: list[str], max_length: int) -> np.ndarray:
+    encoded = judge.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    rows = [torch.tensor((ids or [judge.tokenizer.eos_token_id])[:max_length]) for ids in encoded]
+    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, L)
+    lengths = torch.tensor([len(row) for row in rows])
+    real = torch.arange(input_ids.shape[1]) < lengths[:, None]
+    device = judge.model.device
+    states = judge.model.base_model(input_ids.to(device), attention_mask=real.long().to(device)).last_hidden_state
+    return states[torch.arange(len(rows)), lengths - 1].float().cpu().numpy()  # (B, D)

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many samples of a model, in batches that an interruption does not lose, with their cost."""
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .store import ResultStore, fingerprint, finish
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Sequences of one setting and what each cost.
+
+    Args:
+        sequences (`torch.LongTensor`): (N, L) token ids.
+        num_steps (`int`): Denoising steps.
+        iterations (`list[int]`): Fixed-point iterations of each step.
+        block_evaluations (`int`): Of the most costly sequence.
+        milliseconds_per_sequence (`float`): Median over batches of their time over their size; the first batch of
+            each process, which warms up, is left out where there are others.
+        tuned_plan (`dict`, *optional*): The checkpoint's tuned plan for this budget, where it was used.
+        protocol (`dict`): Model, options, seed and batch size.
+    """
+
+    sequences: torch.LongTensor
+    num_steps: int
+    iterations: list[int]
+    block_evaluations: int
+    milliseconds_per_sequence: float
+    tuned_plan: dict | None
+    protocol: dict[str, Any]
+
+
+def sample_sequences(
+    model: PreTrainedModel,
+    num_samples: int,
+    *,
+    batch_size: int = 8,
+    length: int | None = None,
+    seed: int = 0,
+    cache_dir: str | Path | None = None,
+    progress_bar: bool = False,
+    **options: Any,
+) -> Samples:
+    """Sample `num_samples` sequences by `model.generate`; fewer of them are the first ones of more.
+
+    With `torch.distributed` initialized, the processes share the batches and all return the same.
+
+    Args:
+        model (`PreTrainedModel`): A masked generative model.
+        num_samples (`int`): Sequences N.
+        batch_size (`int`, defaults to 8): Sequences per call of `generate`.
+        length (`int`, *optional*): Tokens of a sequence. `None`: the model's longest.
+        seed (`int`, defaults to 0): Sequence k has a seed of its own, made of this one and k.
+        cache_dir (`str` or `Path`, *optional*): Keeps finished batches, so that a run that was interrupted goes on.
+            `None`: nothing is kept.
+        progress_bar (`bool`, defaults to `False`): Whether to show the batches.
+        options: Passed to `generate`: `budget`, `reuse`, `temperature`, `top_p`, …
+
+    Returns:
+        [`Samples`].
+
+    Raises:
+        `ValueError`: from `generate`.
+    """
+    defaults = {name: value for name, value in model.generation_config.to_dict().items() if not name.startswith("_")}
+    protocol = {
+        "model": model.name_or_path,
+        "model_weights": fingerprint(model),
+        "generation_defaults": {name: value for name, value in defaults.items() if name != "transformers_version"},
+        "options": options,
+        "length": length or model.config.max_position_embeddings,
+        "batch_size": batch_size,
+        "seed": seed,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    store = ResultStore(cache_dir, protocol)
+    spans = [(start, min(start + batch_size, num_samples)) for start in range(0, num_samples, batch_size)]
+    keys = [f"{start}-{stop}" for start, stop in spans]
+
+    ran = []
+
+    def run(index: int) -> list[dict]:
+        ran.append(index)
+        seeds = [(seed << 32) + row for row in range(*spans[index])]
+        return [{**_timed_batch(model, seeds, length, options), "warms_up": len(ran) == 1}]
+
+    title = f"sampling {', '.join(f'{name} {value}' for name, value in options.items())}"
+    found = finish(store, [[key] for key in keys], run, title if progress_bar else None)
+    batches = [found[key] for key in keys]
+    warm = [batch for batch in batches if not batch["warms_up"]] or batches
+    return Samples(
+        sequences=torch.tensor([row for batch in batches for row in batch["sequences"]]),
+        num_steps=batches[0]["num_steps"],
+        iterations=batches[0]["iterations"],
+        block_evaluations=max(batch["block_evaluations"] for batch in batches),
+        milliseconds_per_sequence=1000 * statistics.median(b["seconds"] / len(b["sequences"]) for b in warm),
+        tuned_plan=batches[0]["tuned_plan"],
+        protocol=protocol,
+    )
+
+
+def _timed_batch(model: PreTrainedModel, seeds: list[int], length: int | None, options: dict[str, Any]) -> dict:
+    _wait(model.device)
+    start = time.perf_counter()
+    out = model.generate(
+        batch_size=len(seeds), length=length, seed=seeds, **{**options, "return_dict_in_generate": True}
+    )
+    _wait(model.device)
+    return {
+        "seconds": time.perf_counter() - start,
+        "sequences": out.sequences.tolist(),
+        "num_steps": out.num_steps,
+        "iterations": out.iterations,
+        "block_evaluations": out.block_evaluations,
+        "tuned_plan": getattr(out, "tuned_plan", None),  # a checkpoint's own code may be older
+    }
+
+
+def _wait(device: torch.device) -> None:
+    """Until the device is done, so that a clock measures its work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

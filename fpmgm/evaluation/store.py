@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finished pieces of a long evaluation, kept on disk and shared among processes."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from transformers.utils import logging
+
+
+class ResultStore:
+    """What one procedure has finished: a value for each key, in a .jsonl file per process.
+
+    A run that was interrupted, or another one with the same procedure, finds the values again.
+
+    Args:
+        folder (`str` or `Path`, *optional*): Where the files are. `None`: nothing is kept.
+        protocol (`dict`): All that the values depend on; another protocol has other files.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     ResultStore(folder, {"judge": "mine"}).add({"a": 1.5})
+    ...     ResultStore(folder, {"judge": "mine"}).values, ResultStore(folder, {"judge": "yours"}).values
+    ({'a': 1.5}, {})
+
+    ```
+    """
+
+    def __init__(self, folder: str | Path | None, protocol: dict[str, Any]):
+        self.values: dict[str, Any] = {}
+        self.path = None
+        if folder is None:
+            return
+        name = digest(protocol)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for path in sorted(Path(folder).glob(f"{name}-*.jsonl")):
+            self.values.update(_read(path))
+        self.path = Path(folder) / f"{name}-{rank()}.jsonl"
+        (Path(folder) / f"{name}.json").write_text(json.dumps(protocol, indent=2, sort_keys=True) + "\n")
+
+    def add(self, values: dict[str, Any]) -> None:
+        """Keep `values`, on disk before this returns."""
+        self.values.update(values)
+        if self.path is not None:
+            lines = "".join(json.dumps([key, value]) + "\n" for key, value in values.items())
+            with self.path.open("a+") as file:
+                # What an interruption tore off ends its own line and is not read again.
+                torn = file.tell() > 0 and not self.path.read_bytes().endswith(b"\n")
+                file.write("\n" * torn + lines)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    values = {}
+    for line in path.read_text().splitlines():
+        try:
+            key, value = json.loads(line)
+        except ValueError:  # torn
+            continue
+        values[key] = value
+    return values
+
+
+def finish(
+    store: ResultStore, batches: list[list[str]], function: Callable[[int], Iterable[Any]], title: str | None = None
+) -> dict[str, Any]:
+    """The values of all keys: those in the store, and `function(index)` for each batch that is not complete there.
+
+    The batches are dealt out to the processes of `torch.distributed` and stay whole, so that rounding does not depend
+    on interruptions or the number of processes.
+
+    Args:
+        store ([`ResultStore`]): Of the procedure.
+        batches (`list[list[str]]`): Keys of each batch.
+        function (`Callable`): From the index of a batch to the values of its keys.
+        title (`str`, *optional*): Of a progress bar. `None`: there is none.
+    """
+    mine = range(rank(), len(batches), world_size())
+    for index in logging.tqdm(mine, desc=title, disable=title is None or rank() > 0):
+        if not all(key in store.values for key in batches[index]):
+            store.add(dict(zip(batches[index], function(index), strict=True)))
+    wanted = {key for batch in batches for key in batch}
+    return merged({key: value for key, value in store.values.items() if key in wanted})
+
+
+def merged(values: dict[str, Any]) -> dict[str, Any]:
+    """The union over processes."""
+    if world_size() == 1:
+        return values
+    everyone = [None] * world_size()
+    distributed.all_gather_object(everyone, values)
+    return {key: value for part in everyone for key, value in part.items()}
+
+
+def rank() -> int:
+    """Of this process; 0 without `torch.distributed`."""
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes; 1 without `torch.distributed`."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def digest(value: Any) -> str:
+    """A short name for a value of plain types."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """A short name for a model's weights, whatever their device."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(model.state_dict().items()):
+        hashed.update(name.encode())
+        hashed.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return hashed.hexdigest()

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The budget report: perplexity, entropy and cost of a checkpoint's samples under budgets, in the paper's layout.
+
+    python recipes/evaluate.py --model org/cofre-owt --budgets 96 192 384 768 --reuse none full 3sr
+    python recipes/evaluate.py --model quickstart/fp_mdlm --judge judges/SmolLM2-135M.gguf --num_samples 64
+    torchrun --nproc_per_node 8 recipes/evaluate.py --model org/cofre-owt --num_samples 5000
+
+Writes NAME.json (with provenance) and NAME.md to `output_dir`, for each model. The same command goes on where it was
+interrupted. `--text_files` scores existing texts beside the samples, such as human ones.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import fpmgm  # noqa: F401  (registers the models)
+from fpmgm.data import load_text, pack
+from fpmgm.evaluation import Judge, budget_table, evaluate_budgets, load_judge, measure_samples, provenance
+from fpmgm.trainers.arguments import parse_arguments
+
+
+@dataclass
+class EvaluationArguments:
+    """What to sample and how to judge it; an option of sampling left out takes the checkpoint's default."""
+
+    model: list[str] = field(metadata={"help": "Folders or hub names."})
+    budgets: list[int] = field(default_factory=lambda: [96, 192, 384, 768], metadata={"help": "Block evaluations."})
+    reuse: list[str] | None = field(default=None, metadata={"help": "none, full, 3sr; null: the checkpoint's."})
+    top_p: list[float] | None = field(default=None, metadata={"help": "Nucleus sampling; 1: all tokens."})
+    temperature: float | None = field(default=None, metadata={"help": "Divides the logits."})
+    num_steps: int | None = field(default=None, metadata={"help": "Denoising steps; null: from the budget."})
+    allocation: str | None = field(default=None, metadata={"help": "fixed, decreasing, increasing, cosine, ..."})
+    num_samples: int = field(default=1024, metadata={"help": "Texts per row; the paper's MAUVE takes 5000."})
+    length: int | None = field(default=None, metadata={"help": "Tokens of a text; null: the model's longest."})
+    batch_size: int = field(default=8, metadata={"help": "Texts per call of the model."})
+    judge: str = field(default="gpt2-large", metadata={"help": "Causal language model: hub name, folder, .gguf file."})
+    judge_batch_size: int = field(default=8, metadata={"help": "Texts per call of the judge."})
+    max_length: int = field(default=1024, metadata={"help": "Tokens of a text that the judge reads."})
+    reference_files: list[str] | None = field(default=None, metadata={"help": "Human text: gives MAUVE."})
+    text_files: list[str] | None = field(default=None, metadata={"help": "Text to score like samples, cut alike."})
+    output_dir: str = field(default="evaluation", metadata={"help": "Where everything is written."})
+    seed: int = field(default=0, metadata={"help": "Of the samples."})
+    device: str | None = field(default=None, metadata={"help": "Where to run; null: a GPU where there is one."})
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict]:
+    """Report on each model; returns what the JSON files hold."""
+    (args,) = parse_arguments((EvaluationArguments,), __doc__, argv)
+    state = PartialState(cpu=args.device == "cpu")
+    device = args.device or str(state.device)
+    folder = Path(args.output_dir)
+    judge = load_judge(args.judge, device)
+    reports = {}
+    for path in args.model:
+        tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).to(device).eval()
+        name = Path(path).name
+        reports[name] = report(model, tokenizer, judge, args)
+        reports[name] |= {"name": name, "arguments": asdict(args), "provenance": provenance(device)}
+        if state.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{name}.json").write_text(json.dumps(reports[name], indent=1) + "\n")
+            (folder / f"{name}.md").write_text(markdown(reports[name]))
+            print(f"\n{markdown(reports[name])}\n{folder / name}.json, {folder / name}.md")
+    return reports
+
+
+def report(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, judge: Judge, args) -> dict:
+    """Rows of samples, and of the texts given."""
+    length = args.length or model.config.max_position_embeddings
+    shared = {
+        "max_length": args.max_length,
+        "cache_dir": Path(args.output_dir) / "cache",
+        "progress_bar": PartialState().is_main_process,
+    }
+    references = None
+    if args.reference_files is not None:
+        blocks = cut(args.reference_files, tokenizer, length, args.num_samples, "reference_files")
+        references = tokenizer.batch_decode(blocks, skip_special_tokens=True)
+    rows = evaluate_budgets(
+        model, tokenizer, judge, args.budgets, settings(args, model), num_samples=args.num_samples, length=args.length,
+        batch_size=args.batch_size, judge_batch_size=args.judge_batch_size, references=references, seed=args.seed,
+        **shared,
+    )  # fmt: skip
+    found = {"parameters": model.num_parameters(), "rows": rows}
+    if args.text_files is not None:
+        blocks = cut(args.text_files, tokenizer, length, args.num_samples, "text_files")
+        found["text"] = measure_samples(blocks, tokenizer, judge, batch_size=args.judge_batch_size, **shared)
+    return found
+
+
+def settings(args: EvaluationArguments, model: PreTrainedModel) -> list[dict]:
+    """Options of `generate` beside the budget: every reuse with every top_p, and what is the same in all rows."""
+    same = {name: getattr(args, name) for name in ("temperature", "num_steps", "allocation")}
+    same = {name: value for name, value in same.items() if value is not None}
+    # A model without fixed-point layers has nothing to reuse: one row says it all.
+    reuses = args.reuse if model.config.num_fixed_point_layers else None
+    choices = [[("reuse", value) for value in reuses or []], [("top_p", value) for value in args.top_p or []]]
+    return [{**dict(pairs), **same} for pairs in product(*filter(None, choices))]
+
+
+def cut(files: list[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int, name: str) -> list[list[int]]:
+    """`count` blocks of `length` ids, as in training."""
+    blocks = pack(load_text(files), tokenizer, length)
+    if len(blocks) < count:
+        raise ValueError(f"`{name}` give {len(blocks)} texts of {length} tokens, fewer than `num_samples`={count}.")
+    return list(blocks.select(range(count))["input_ids"])
+
+
+def markdown(found: dict) -> str:
+    """The table and how it was made."""
+    lines = [budget_table(found["rows"], found["name"])]
+    first = found["rows"][0]
+    protocol, sampling = first["protocol"]["generative_perplexity"], first["sampling"]
+    if "text" in found:
+        text = found["text"]
+        lines.append(
+            f"The text given: Gen. PPL {text['generative_perplexity']:.3f}, entropy {text['unigram_entropy']:.3f}.\n"
+        )
+    lines.append(
+        f"{found['parameters']:,} parameters. Gen. PPL: under {protocol['judge']}, mean over texts first (eq. 4); "
+        f"texts tokenized anew, special tokens {protocol['special_tokens']}, at most {protocol['max_length']} tokens. "
+        f"Each row: {protocol['num_samples']} texts of {sampling['length']} tokens, in batches of "
+        f"{sampling['batch_size']}. Entropy: nats, of the model's tokens. ms: generation only, "
+        f"on {found['provenance']['device']}.\n"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Perplexity against entropy: sweep temperature or top-p for several models and budgets, compare at equal entropy.
+
+    python recipes/frontier.py --model org/mdlm-owt org/cofre-owt --budgets 96 384 --temperature 0.7 0.8 0.9 1.0
+    python recipes/frontier.py --model org/mdlm-owt org/cofre-owt --budgets 96 --top_p 0.8 0.9 0.95 1.0
+
+Writes frontier.json (with provenance), frontier.md and frontier.png to `output_dir`. The same command goes on where it
+was interrupted.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import AutoModel, AutoTokenizer
+
+import fpmgm  # noqa: F401  (registers the models)
+from fpmgm.analysis import plot_frontier
+from fpmgm.evaluation import (
+    common_entropies,
+    evaluate_budgets,
+    load_judge,
+    perplexity_at_entropy,
+    provenance,
+    undominated,
+)
+from fpmgm.trainers.arguments import parse_arguments
+
+
+@dataclass
+class FrontierArguments:
+    """What to sweep; other options of sampling are the checkpoints' defaults."""
+
+    model: list[str] = field(metadata={"help": "Folders or hub names."})
+    budgets: list[int] = field(default_factory=lambda: [96], metadata={"help": "Block evaluations."})
+    temperature: list[float] | None = field(default=None, metadata={"help": "Temperatures to sweep."})
+    top_p: list[float] | None = field(default=None, metadata={"help": "Nucleus probabilities to sweep, instead."})
+    reuse: str | None = field(default=None, metadata={"help": "none, full or 3sr; null: the checkpoint's."})
+    entropies: list[float] | None = field(
+        default=None, metadata={"help": "Where to compare; null: three over the range that all reach."}
+    )
+    num_samples: int = field(default=256, metadata={"help": "Texts per point."})
+    length: int | None = field(default=None, metadata={"help": "Tokens of a text; null: the model's longest."})
+    batch_size: int = field(default=8, metadata={"help": "Texts per call of the model."})
+    judge: str = field(default="gpt2-large", metadata={"help": "Causal language model: hub name, folder, .gguf file."})
+    judge_batch_size: int = field(default=8, metadata={"help": "Texts per call of the judge."})
+    max_length: int = field(default=1024, metadata={"help": "Tokens of a text that the judge reads."})
+    output_dir: str = field(default="evaluation", metadata={"help": "Where everything is written."})
+    seed: int = field(default=0, metadata={"help": "Of the samples."})
+    device: str | None = field(default=None, metadata={"help": "Where to run; null: a GPU where there is one."})
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Sweep, compare, draw; returns what the JSON file holds."""
+    (args,) = parse_arguments((FrontierArguments,), __doc__, argv)
+    if (args.temperature is None) == (args.top_p is None):
+        raise ValueError("give `temperature` or `top_p`, one of them: the values to sweep.")
+    state = PartialState(cpu=args.device == "cpu")
+    device, folder = args.device or str(state.device), Path(args.output_dir)
+    judge = load_judge(args.judge, device)
+    curves: dict[str, list[dict]] = {}
+    for path in args.model:
+        tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).to(device).eval()
+        rows = evaluate_budgets(
+            model, tokenizer, judge, args.budgets, settings(args), num_samples=args.num_samples, length=args.length,
+            batch_size=args.batch_size, judge_batch_size=args.judge_batch_size, max_length=args.max_length,
+            seed=args.seed, cache_dir=folder / "cache", progress_bar=True,
+        )  # fmt: skip
+        for row in rows:
+            curves.setdefault(f"{Path(path).name}, budget {row['budget']}", []).append(point(row))
+    entropies = args.entropies or common_entropies([[p["entropy"] for p in points] for points in curves.values()])
+    found = {
+        "curves": curves,
+        "undominated": {name: [p["label"] for p in undominated(points)] for name, points in curves.items()},
+        "entropies": entropies,
+        "perplexity_at_entropy": {name: [at(points, h) for h in entropies] for name, points in curves.items()},
+        "judge": judge.name,
+        "arguments": asdict(args),
+        "provenance": provenance(device),
+    }
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "frontier.json").write_text(json.dumps(found, indent=1) + "\n")
+        (folder / "frontier.md").write_text(markdown(found))
+        plot_frontier(curves, folder / "frontier.png", judge.name, entropies)
+        print(f"\n{markdown(found)}\n{folder / 'frontier.png'}")
+    return found
+
+
+def settings(args: FrontierArguments) -> list[dict]:
+    """Options of `generate` beside the budget, one setting per point."""
+    swept = "temperature" if args.temperature is not None else "top_p"
+    same = {} if args.reuse is None else {"reuse": args.reuse}
+    return [{**same, swept: value} for value in getattr(args, swept)]
+
+
+def point(row: dict) -> dict:
+    """A point of a line, with the row it is made of."""
+    label = ", ".join(f"{name} {row[name]}" for name in ("temperature", "top_p") if name in row)
+    return {"label": label, "entropy": row["unigram_entropy"], "perplexity": row["generative_perplexity"], "row": row}
+
+
+def at(points: list[dict], entropy: float) -> float | None:
+    """Perplexity of a line where its entropy is `entropy`."""
+    return perplexity_at_entropy([p["entropy"] for p in points], [p["perplexity"] for p in points], entropy)
+
+
+def markdown(found: dict) -> str:
+    """Perplexity at equal entropy."""
+    header = " | ".join(f"entropy {entropy:.3f}" for entropy in found["entropies"])
+    lines = [f"| model | {header} |", f"|---|{'---|' * len(found['entropies'])}"]
+    for name, values in found["perplexity_at_entropy"].items():
+        lines.append(f"| {name} | {' | '.join('' if v is None else f'{v:.2f}' for v in values)} |")
+    lines.append(
+        f"\nGenerative perplexity under {found['judge']} (mean over texts first, equation 4), log-linear in entropy "
+        "between the points of a sweep; empty where a sweep does not reach that entropy."
+    )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Perplexity of held-out text, or of other corpora (zero-shot), under trained models: the ELBO and its error.
+
+    python recipes/likelihood.py --model org/fp-mdlm-owt --text_files wikitext.txt ptb.txt --num_draws 4
+    python recipes/likelihood.py --model org/fp-mdlm-owt --dataset_name Salesforce/wikitext --dataset_config \\
+        wikitext-2-raw-v1 --split validation --iterations 1 2 4 6 12
+
+Each file is a corpus of its own. Writes likelihood.json (with provenance) and likelihood.md to `output_dir`. The same
+command goes on where it was interrupted; more draws or iterations keep what is there.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import fpmgm  # noqa: F401  (registers the models)
+from fpmgm.data import load_text, pack
+from fpmgm.evaluation import elbo_perplexity, provenance
+from fpmgm.trainers.arguments import parse_arguments
+
+
+@dataclass
+class LikelihoodArguments:
+    """Which text under which models."""
+
+    model: list[str] = field(metadata={"help": "Folders or hub names."})
+    text_files: list[str] | None = field(default=None, metadata={"help": "Local files, each a corpus."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub dataset, instead of local files."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub dataset."})
+    split: str = field(default="validation", metadata={"help": "Split of the hub dataset."})
+    text_column: str = field(default="text", metadata={"help": "Column of the text."})
+    blocks: int | None = field(default=None, metadata={"help": "Most blocks of a corpus; null: all."})
+    length: int | None = field(default=None, metadata={"help": "Tokens of a block; null: the model's longest."})
+    iterations: list[int] | None = field(
+        default=None, metadata={"help": "Fixed-point iterations, a row for each; null: the model's own number."}
+    )
+    num_draws: int = field(default=1, metadata={"help": "Passes over the text; two or more give a standard error."})
+    batch_size: int = field(default=8, metadata={"help": "Blocks per call of the model."})
+    output_dir: str = field(default="evaluation", metadata={"help": "Where everything is written."})
+    seed: int = field(default=0, metadata={"help": "Of times and masks."})
+    device: str | None = field(default=None, metadata={"help": "Where to run; null: a GPU where there is one."})
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """A row for each model, corpus and number of iterations; returns what the JSON file holds."""
+    (args,) = parse_arguments((LikelihoodArguments,), __doc__, argv)
+    state = PartialState(cpu=args.device == "cpu")
+    device, folder = args.device or str(state.device), Path(args.output_dir)
+    rows = []
+    for path in args.model:
+        tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).to(device).eval()
+        rows += measure(Path(path).name, model, tokenizer, args)
+    found = {"rows": rows, "arguments": asdict(args), "provenance": provenance(device)}
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "likelihood.json").write_text(json.dumps(found, indent=1) + "\n")
+        (folder / "likelihood.md").write_text(markdown(rows))
+        print(f"\n{markdown(rows)}")
+    return found
+
+
+def measure(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args) -> list[dict]:
+    """Rows of one model."""
+    length = args.length or model.config.max_position_embeddings
+    iterations = args.iterations if args.iterations and model.config.num_fixed_point_layers else [None]
+    rows = []
+    for corpus, text in corpora(args):
+        blocks = pack(text, tokenizer, length)
+        blocks = list(blocks.select(range(min(len(blocks), args.blocks or len(blocks))))["input_ids"])
+        for number in iterations:
+            found = elbo_perplexity(
+                model, blocks, num_draws=args.num_draws, num_iterations=number, batch_size=args.batch_size,
+                seed=args.seed, cache_dir=Path(args.output_dir) / "cache", progress_bar=True,
+            )  # fmt: skip
+            rows.append({"model": name, "corpus": corpus, "length": length, **found})
+    return rows
+
+
+def corpora(args: LikelihoodArguments) -> list[tuple]:
+    """Names and documents."""
+    if args.text_files is None:
+        options = {"dataset_name": args.dataset_name, "dataset_config": args.dataset_config, "split": args.split}
+        return [(args.dataset_name, load_text(**options, column=args.text_column))]
+    return [(Path(file).name, load_text(file, args.dataset_name, column=args.text_column)) for file in args.text_files]
+
+
+def markdown(rows: list[dict]) -> str:
+    """The rows, with the standard error of the perplexity over draws where there are several."""
+    lines = ["| model | corpus | tokens | draws | iterations | perplexity ≤ | ± (draws) |", f"|{'---|' * 7}"]
+    for row in rows:
+        protocol, error = row["protocol"], row["standard_error_draws"]
+        shown = "" if error is None else f"{row['perplexity'] * error:.2f}"
+        lines.append(
+            f"| {row['model']} | {row['corpus']} | {protocol['num_tokens']:,} | {protocol['num_draws']} "
+            f"| {protocol['num_iterations'] or ''} | {row['perplexity']:.2f} | {shown} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

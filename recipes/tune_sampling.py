@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find the steps, allocation, reuse and γ that serve a checkpoint best under a budget, and store them with it.
+
+    python recipes/tune_sampling.py --model outputs/cofre --budgets 96 192 --judge gpt2-large
+
+Successive halving over random plans: few texts for each, more for the better ones. The score is generative perplexity;
+a plan whose entropy falls more than `entropy_slack` under that of the defaults is out. The winner is kept only if it
+beats the defaults on texts of another seed. It goes to `tuned_plans` in the checkpoint's generation_config.json, and
+`generate(budget=96)` uses it from then on. Writes tuning.json (with provenance) and tuning.md to `output_dir`. The
+same command goes on where it was interrupted.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import AutoModel, AutoTokenizer
+
+import fpmgm  # noqa: F401  (registers the models)
+from fpmgm.evaluation import evaluate_budgets, load_judge, provenance, sampling_candidates, successive_halving
+from fpmgm.trainers.arguments import parse_arguments
+
+
+@dataclass
+class TuningArguments:
+    """What to tune, on which judge, with how many texts."""
+
+    model: str = field(metadata={"help": "Folder, whose generation_config.json is rewritten, or hub name."})
+    budgets: list[int] = field(default_factory=lambda: [96, 192, 384, 768], metadata={"help": "Block evaluations."})
+    num_candidates: int = field(default=27, metadata={"help": "Plans tried for a budget, the defaults among them."})
+    num_samples: list[int] = field(default_factory=lambda: [32, 96, 288], metadata={"help": "Texts of each rung."})
+    factor: float = field(default=3.0, metadata={"help": "How many times fewer plans a rung has."})
+    entropy_slack: float = field(default=0.05, metadata={"help": "Nats that a plan may lose against the defaults."})
+    min_entropy: float | None = field(default=None, metadata={"help": "Least entropy, instead of the slack."})
+    length: int | None = field(default=None, metadata={"help": "Tokens of a text; null: the model's longest."})
+    batch_size: int = field(default=8, metadata={"help": "Texts per call of the model."})
+    judge: str = field(default="gpt2-large", metadata={"help": "Causal language model: hub name, folder, .gguf file."})
+    judge_batch_size: int = field(default=8, metadata={"help": "Texts per call of the judge."})
+    max_length: int = field(default=1024, metadata={"help": "Tokens of a text that the judge reads."})
+    output_dir: str = field(default="evaluation", metadata={"help": "Where the report is written."})
+    seed: int = field(default=0, metadata={"help": "Of the plans and the samples."})
+    device: str | None = field(default=None, metadata={"help": "Where to run; null: a GPU where there is one."})
+
+
+class Study:
+    """A model under a judge: measures plans, and keeps what it measured on disk."""
+
+    def __init__(self, args: TuningArguments, device: str):
+        self.args = args
+        self.judge = load_judge(args.judge, device)
+        self.tokenizer = AutoTokenizer.from_pretrained(args.model)
+        self.model = AutoModel.from_pretrained(args.model).to(device).eval()
+
+    def measure(self, budget: int, plan: dict, num_samples: int, seed: int) -> dict:
+        """The row of a plan; earlier tuned plans play no part."""
+        args, setting = self.args, {**plan, "tuned_plans": {}}
+        return evaluate_budgets(
+            self.model, self.tokenizer, self.judge, [budget], [setting], num_samples=num_samples, length=args.length,
+            batch_size=args.batch_size, judge_batch_size=args.judge_batch_size, max_length=args.max_length, seed=seed,
+            cache_dir=Path(args.output_dir) / "cache",
+        )[0]  # fmt: skip
+
+    def allowed(self, row: dict, default: dict) -> bool:
+        """Whether a row keeps enough entropy."""
+        args = self.args
+        least = default["unigram_entropy"] - args.entropy_slack if args.min_entropy is None else args.min_entropy
+        return row["unigram_entropy"] >= least
+
+    def tune(self, budget: int) -> dict:
+        """The best plan for a budget, and whether it beats the defaults on new texts."""
+        args = self.args
+        plans = sampling_candidates(self.model.config, budget, args.num_candidates, args.seed)
+
+        def score(plan: dict, num_samples: int) -> float:
+            row = self.measure(budget, plan, num_samples, args.seed)
+            default = self.measure(budget, {}, num_samples, args.seed)  # of the cache, after the first time
+            say(f"budget {budget}, {num_samples} texts: {row['generative_perplexity']:.2f} "
+                f"(entropy {row['unigram_entropy']:.3f}) {plan or 'defaults'}")  # fmt: skip
+            return row["generative_perplexity"] if self.allowed(row, default) else math.inf
+
+        rungs = successive_halving(plans, score, args.num_samples, args.factor, keep=[0])
+        winner = plans[rungs[-1][0].index]
+        rows = {}
+        for name, plan in (("default", {}), ("tuned", winner)):
+            rows[name] = self.measure(budget, plan, args.num_samples[-1], args.seed + 1)
+        better = rows["tuned"]["generative_perplexity"] < rows["default"]["generative_perplexity"]
+        kept = bool(winner) and better and self.allowed(rows["tuned"], rows["default"])
+        trials = [[{"plan": plans[trial.index], **asdict(trial)} for trial in rung] for rung in rungs]
+        return {"budget": budget, "plan": winner, "kept": kept, "new_texts": rows, "rungs": trials}
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Tune each budget and store the plans that win; returns what the JSON file holds."""
+    (args,) = parse_arguments((TuningArguments,), __doc__, argv)
+    state = PartialState(cpu=args.device == "cpu")
+    device, folder = args.device or str(state.device), Path(args.output_dir)
+    study = Study(args, device)
+    results = [study.tune(budget) for budget in args.budgets]
+    found = {"budgets": results, "judge": study.judge.name, "arguments": asdict(args)}
+    found["provenance"] = provenance(device)
+    if state.is_main_process:
+        config = study.model.generation_config
+        plans = {**config.tuned_plans, **{str(r["budget"]): r["plan"] if r["kept"] else None for r in results}}
+        config = config.updated(tuned_plans={budget: plan for budget, plan in plans.items() if plan is not None})
+        target = args.model if Path(args.model).is_dir() else folder
+        folder.mkdir(parents=True, exist_ok=True)
+        config.save_pretrained(target)
+        (folder / "tuning.json").write_text(json.dumps(found, indent=1) + "\n")
+        (folder / "tuning.md").write_text(markdown(found))
+        print(f"\n{markdown(found)}\ntuned plans: {Path(target) / 'generation_config.json'}")
+    return found
+
+
+def say(line: str) -> None:
+    """Print on the main process."""
+    if PartialState().is_main_process:
+        print(line, flush=True)
+
+
+def markdown(found: dict) -> str:
+    """Defaults and winners on new texts."""
+    lines = ["| budget | plan | Gen. PPL | entropy | defaults: Gen. PPL | entropy | stored |", f"|{'---|' * 7}"]
+    for result in found["budgets"]:
+        rows = [result["new_texts"][name] for name in ("tuned", "default")]
+        cells = [f"{row['generative_perplexity']:.2f} | {row['unigram_entropy']:.3f}" for row in rows]
+        plan = ", ".join(f"{name} {value}" for name, value in result["plan"].items()) or "defaults"
+        lines.append(f"| {result['budget']} | {plan} | {' | '.join(cells)} | {'yes' if result['kept'] else 'no'} |")
+    arguments = found["arguments"]
+    lines.append(
+        f"\nUnder {found['judge']} (mean over texts first, equation 4), on {arguments['num_samples'][-1]} texts of "
+        f"another seed than the search's; {arguments['num_candidates']} plans, rungs of {arguments['num_samples']}."
+    )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples do not depend on how many more are drawn nor on an interruption; the report measures what was drawn."""
+
+import json
+
+import pytest
+import torch
+
+from fpmgm.evaluation import (
+    budget_table,
+    distinct_n,
+    evaluate_budgets,
+    generative_perplexity,
+    sample_sequences,
+    unigram_entropy,
+)
+from fpmgm.evaluation.store import ResultStore, fingerprint
+from tests.evaluation.helpers import tiny_judge
+from tests.testing_utils import tiny_model
+
+
+def test_fewer_samples_are_the_first_of_more_and_rows_alone_are_the_same():
+    model = tiny_model().double()
+    many = sample_sequences(model, 7, batch_size=3, seed=2, budget=12, reuse="full")
+    few = sample_sequences(model, 4, batch_size=2, seed=2, budget=12, reuse="full")
+    assert torch.equal(few.sequences, many.sequences[:4]) and len(set(map(tuple, many.sequences.tolist()))) > 4
+    assert (many.num_steps, many.block_evaluations, many.iterations) == (2, 12, [6, 2])
+    assert many.milliseconds_per_sequence > 0
+    other = sample_sequences(model, 7, seed=3, budget=12, reuse="full").sequences
+    assert not set(map(tuple, other.tolist())) & set(map(tuple, many.sequences.tolist()))  # no stream is shared
+    assert not torch.equal(sample_sequences(model, 7, seed=2, budget=24, reuse="full").sequences, many.sequences)
+
+
+def test_interrupted_sampling_goes_on_to_the_same_samples(tmp_path, monkeypatch):
+    model, options = tiny_model(), {"batch_size": 2, "budget": 12, "length": 5}
+    straight = sample_sequences(model, 6, **options)
+    generate, calls = model.generate, []
+
+    def interrupted(**arguments):
+        calls.append(arguments["seed"])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(**arguments)
+
+    monkeypatch.setattr(model, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sample_sequences(model, 6, cache_dir=tmp_path, **options)
+    found = sample_sequences(model, 6, cache_dir=tmp_path, **options)
+    assert torch.equal(found.sequences, straight.sequences) and found.sequences.shape == (6, 5)
+    assert calls == [[0, 1], [2, 3], [4, 5], [4, 5]]
+    # Changed weights or defaults are another model.
+    model.generation_config.temperature = 0.5
+    sample_sequences(model, 2, cache_dir=tmp_path, **options)
+    with torch.no_grad():
+        model.lm_head.bias[0] += 1
+    sample_sequences(model, 2, cache_dir=tmp_path, **options)
+    assert len(calls) == 6
+
+
+def test_a_store_of_another_protocol_is_another_store(tmp_path):
+    ResultStore(tmp_path, {"a": 1}).add({"x": [1, "two"], "y": None})
+    ResultStore(tmp_path, {"a": 1}).add({"x": 3})
+    assert ResultStore(tmp_path, {"a": 1}).values == {"x": 3, "y": None}
+    assert ResultStore(tmp_path, {"a": 2}).values == {}
+    assert fingerprint(tiny_model()) == fingerprint(tiny_model()) != fingerprint(tiny_model(seed=1))
+
+
+def test_the_report_measures_each_setting_at_each_budget(tmp_path):
+    judge = tiny_judge(length=64)
+    model = tiny_model(vocab_size=len(judge.tokenizer), mask_token_id=judge.tokenizer.mask_token_id)
+    settings = [{"reuse": "none"}, {"reuse": "3sr", "top_p": 0.9}]
+    options = {"num_samples": 4, "max_length": 64, "length": 8, "cache_dir": tmp_path}
+    rows = evaluate_budgets(model, judge.tokenizer, judge, [6, 12], settings, **options)
+    assert [(row["budget"], row["reuse"], row.get("top_p")) for row in rows] == [
+        (6, "none", None), (12, "none", None), (6, "3sr", 0.9), (12, "3sr", 0.9),
+    ]  # fmt: skip
+    for row, setting in zip(rows, [settings[0]] * 2 + [settings[1]] * 2, strict=True):
+        seeds = list(range(4))
+        drawn = model.generate(batch_size=4, length=8, seed=seeds, budget=row["budget"], **setting).tolist()
+        assert row["unigram_entropy"] == unigram_entropy(drawn) and row["distinct_2"] == distinct_n(drawn, 2)
+        texts = judge.tokenizer.batch_decode(drawn)
+        expected = generative_perplexity(texts, judge, max_length=64)
+        assert row["generative_perplexity"] == pytest.approx(expected["generative_perplexity"])
+        assert row["protocol"]["generative_perplexity"]["special_tokens"] == "kept"
+        assert row["sample"] == texts[0] and row["sampling"]["options"] == {"budget": row["budget"], **setting}
+    assert json.loads(json.dumps(rows)) == rows
+    assert evaluate_budgets(model, judge.tokenizer, judge, [6, 12], settings, **options) == rows  # times are kept too
+
+    table = budget_table(rows, "tiny").splitlines()
+    assert table[0] == "| Method | Metric | 6 | 12 |"
+    perplexities = " | ".join(f"{row['generative_perplexity']:.3f}" for row in rows[2:])
+    assert f"| tiny, reuse 3sr, top_p 0.9 | Gen. PPL ↓ | {perplexities} |" in table
+    assert table[5] == "|  | steps (iterations) | 1 (4) | 2 (6…2) |"

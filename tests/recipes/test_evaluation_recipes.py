@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipes that judge samples, on a tiny model under a tiny judge."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModel
+
+from fpmgm.evaluation import elbo_perplexity, perplexity_at_entropy
+from tests.evaluation.helpers import tiny_judge
+from tests.testing_utils import tiny_model
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def load(name: str):
+    """A recipe under a name of its own: `evaluate` is also a package."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Two models and a judge that share a tokenizer, and some text."""
+    folder, judge = tmp_path_factory.mktemp("evaluation"), tiny_judge(length=64)
+    sizes = {"vocab_size": len(judge.tokenizer), "mask_token_id": judge.tokenizer.mask_token_id}
+    for name, layers in (("fp", 1), ("plain", 0)):
+        tiny_model(num_fixed_point_layers=layers, **sizes).save_pretrained(folder / name)
+        judge.tokenizer.save_pretrained(folder / name)
+    judge.model.float().save_pretrained(folder / "judge")
+    judge.tokenizer.save_pretrained(folder / "judge")
+    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 10)
+    return folder
+
+
+def arguments(folder: Path, output: Path, *extra: str) -> list[str]:
+    shared = ["--judge", str(folder / "judge"), "--max_length", "64", "--device", "cpu", "--batch_size", "2"]
+    shared += ["--judge_batch_size", "3"]
+    return [*shared, "--output_dir", str(output), *extra]
+
+
+def test_the_budget_report_has_a_row_for_each_setting_and_says_how_it_was_made(folder, tmp_path, capsys):
+    models = ["--model", str(folder / "fp"), str(folder / "plain"), "--budgets", "6", "12"]
+    argv = arguments(folder, tmp_path, *models, "--reuse", "none", "3sr", "--top_p", "0.9", "1.0")
+    argv += ["--num_samples", "4", "--text_files", str(folder / "text.txt")]
+    argv += ["--reference_files", str(folder / "text.txt")]
+    found = load("evaluate").main(argv)
+    assert json.loads((tmp_path / "fp.json").read_text()) == found["fp"]
+    rows = [(row.get("reuse"), row["top_p"], row["budget"]) for row in found["fp"]["rows"]]
+    assert rows == [(r, p, b) for r in ("none", "3sr") for p in (0.9, 1.0) for b in (6, 12)]
+    assert [row.get("reuse") for row in found["plain"]["rows"]] == [None] * 4  # nothing to reuse
+    assert all(
+        0 <= row["mauve"] <= 1 and row["protocol"]["mauve"]["num_references"] == 4 for row in found["fp"]["rows"]
+    )
+    assert found["fp"]["text"]["protocol"]["generative_perplexity"]["num_samples"] == 4
+    written = (tmp_path / "fp.md").read_text()
+    assert written in capsys.readouterr().out and "| fp, reuse 3sr, top_p 0.9 | Gen. PPL ↓ |" in written
+    assert "mean over texts first" in written and "The text given: Gen. PPL" in written
+    provenance = found["fp"]["provenance"]
+    assert "torch" in provenance["versions"] and provenance["device"] and "pytest" in provenance["command"]
+
+
+def test_mauve_against_too_little_text_is_refused(folder, tmp_path):
+    argv = arguments(folder, tmp_path, "--model", str(folder / "fp"), "--num_samples", "500", "--budgets", "6")
+    with pytest.raises(ValueError, match="`reference_files` give 75 texts of 8 tokens, fewer than `num_samples`=500"):
+        load("evaluate").main([*argv, "--reference_files", str(folder / "text.txt")])
+
+
+def test_the_frontier_compares_at_equal_entropy(folder, tmp_path, capsys):
+    argv = arguments(folder, tmp_path, "--model", str(folder / "fp"), "--budgets", "6", "12", "--num_samples", "6")
+    with pytest.raises(ValueError, match="give `temperature` or `top_p`"):
+        load("frontier").main(argv)
+    found = load("frontier").main([*argv, "--temperature", "0.2", "0.5", "1.0"])
+    assert json.loads((tmp_path / "frontier.json").read_text()) == found
+    assert [p["label"] for p in found["curves"]["fp, budget 6"]] == [f"temperature {t}" for t in (0.2, 0.5, 1.0)]
+    assert len(found["entropies"]) == 3
+    for name, points in found["curves"].items():
+        sweep = [p["entropy"] for p in points], [p["perplexity"] for p in points]
+        expected = [perplexity_at_entropy(*sweep, h) for h in found["entropies"]]
+        assert found["perplexity_at_entropy"][name] == expected and None not in expected
+    assert (tmp_path / "frontier.png").stat().st_size > 1000
+    assert (tmp_path / "frontier.md").read_text() in capsys.readouterr().out
+
+
+def test_likelihood_has_a_row_for_each_model_corpus_and_number_of_iterations(folder, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("Pack my box with five dozen liquor jugs.\n" * 4)
+    argv = ["--model", str(folder / "fp"), str(folder / "plain"), "--text_files", str(folder / "text.txt"), str(other)]
+    argv += ["--iterations", "1", "4", "--num_draws", "2", "--device", "cpu", "--output_dir", str(tmp_path)]
+    rows = load("likelihood").main([*argv, "--blocks", "10"])["rows"]
+    assert [(r["model"], r["corpus"], r["protocol"]["num_iterations"]) for r in rows] == [
+        *(("fp", corpus, n) for corpus in ("text.txt", "other.txt") for n in (1, 4)),
+        *(("plain", corpus, None) for corpus in ("text.txt", "other.txt")),
+    ]
+    model, tokenizer = AutoModel.from_pretrained(folder / "fp"), tiny_judge().tokenizer
+    ids = tokenizer((folder / "text.txt").read_text())["input_ids"]
+    end = tokenizer.eos_token_id
+    blocks = [[end, *ids[6 * i : 6 * i + 6], end] for i in range(10)]
+    expected = elbo_perplexity(model, blocks, num_draws=2, num_iterations=4)
+    assert rows[1]["perplexity"] == pytest.approx(expected["perplexity"])
+    assert (tmp_path / "likelihood.md").read_text().count("\n") == 8
+
+
+def test_tuning_stores_what_wins_and_generate_uses_it(folder, tmp_path):
+    model = AutoModel.from_pretrained(folder / "fp")
+    model.save_pretrained(tmp_path / "fp")
+    tiny_judge().tokenizer.save_pretrained(tmp_path / "fp")
+    argv = arguments(folder, tmp_path, "--model", str(tmp_path / "fp"), "--num_candidates", "6")
+    argv += ["--num_samples", "2", "6"]
+    config_file = tmp_path / "fp" / "generation_config.json"
+
+    # Nothing keeps that much entropy: the defaults stay.
+    found = load("tune_sampling").main([*argv, "--budgets", "24", "--min_entropy", "99"])
+    assert found["budgets"][0]["plan"] == {} and not found["budgets"][0]["kept"]
+    assert json.loads(config_file.read_text())["tuned_plans"] == {}
+
+    found = load("tune_sampling").main([*argv, "--budgets", "24", "36", "--entropy_slack", "9"])
+    kept = {str(result["budget"]): result["plan"] for result in found["budgets"] if result["kept"]}
+    assert kept and json.loads(config_file.read_text())["tuned_plans"] == kept
+    for result in found["budgets"]:
+        tuned, default = (result["new_texts"][name] for name in ("tuned", "default"))
+        assert result["kept"] == (tuned["generative_perplexity"] < default["generative_perplexity"])
+        assert [len(rung) for rung in result["rungs"]] in ([6, 2], [6, 3])
+        assert [{trial["resource"] for trial in rung} for rung in result["rungs"]] == [{2}, {6}]
+    (budget, plan) = next(iter(kept.items()))
+    tuned = AutoModel.from_pretrained(tmp_path / "fp").generate(budget=int(budget), return_dict_in_generate=True)
+    assert tuned.tuned_plan == plan and tuned.num_steps == plan["num_steps"]
+
+
+@pytest.mark.slow
+def test_two_processes_report_what_one_does(folder, tmp_path):
+    argv = ["--model", str(folder / "fp"), "--budgets", "6", "--num_samples", "7", "--reuse", "full"]
+    single = load("evaluate").main(arguments(folder, tmp_path / "one", *argv))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(RECIPES / "evaluate.py"), *arguments(folder, tmp_path / "two", *argv)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(RECIPES.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    several = json.loads((tmp_path / "two" / "fp.json").read_text())
+    assert several["provenance"]["processes"] == 2
+    assert len(list((tmp_path / "two" / "cache").glob("*-1.jsonl"))) == 2  # the second process sampled and scored
+    (row,), (expected,) = several["rows"], single["fp"]["rows"]
+    del row["milliseconds_per_sequence"], expected["milliseconds_per_sequence"]
+    assert row == expected
