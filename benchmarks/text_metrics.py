@@ -97,7 +97,7 @@ def measure(
     row["protocol"]["elbo_perplexity"] = likelihood["protocol"]
     error = likelihood["standard_error_draws"]
     row |= {"elbo_perplexity": likelihood["perplexity"], "elbo_nats_standard_error_draws": error}
-    return {"text": name, **row, "sample": tokenizer.decode(sequences[0], skip_special_tokens=True)}
+    return {"text": name, **row}
 
 
 def broken(rows: list[dict]) -> list[str]:
