@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import AutoModel, PreTrainedModel, Trainer
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import cached_file
 
 from fpmgm import load_mdlm
-from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
+from fpmgm.trainers import MGMTrainer, MGMTrainingConfig, last_checkpoint
 from fpmgm.trainers.arguments import LoraArguments, parse_arguments
 from fpmgm.trainers.peft import lora_config
 from text_data import DataArguments, load_blocks, load_tokenizer
@@ -39,8 +38,10 @@ def train_and_export(trainer: Trainer) -> dict[str, float]:
     Returns:
         `dict[str, float]` of the exported weights' metrics.
     """
-    last = trainer.args.resume_from_checkpoint or get_last_checkpoint(trainer.args.output_dir)
-    trainer.save_metrics("train", trainer.train(resume_from_checkpoint=last).metrics)
+    last = trainer.args.resume_from_checkpoint or last_checkpoint(trainer.args.output_dir)
+    trained = trainer.train(resume_from_checkpoint=last).metrics
+    if trained["train_steps_per_second"] > 0:  # else an earlier run was cut off after its last step
+        trainer.save_metrics("train", trained)
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)
     trainer.save_model()

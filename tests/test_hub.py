@@ -54,10 +54,12 @@ words = "the other cat – 😀"
 (folder / "tokens.json").write_text(json.dumps([words, tokenizer(words)["input_ids"]]))
 
 rows = Dataset.from_dict({"input_ids": [tokenizer(text)["input_ids"][:8] for text in texts]})
+common = dict(
+    max_steps=3, learning_rate=1e-2, warmup_steps=0, per_device_train_batch_size=2, use_cpu=True, report_to="none",
+    disable_tqdm=True, data_description="cats and mats",
+)
 arguments = MGMTrainingConfig(
-    output_dir=str(folder / "run"), hub_model_id="tester/trained", max_steps=3, learning_rate=1e-2, warmup_steps=0,
-    per_device_train_batch_size=2, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
-    data_description="cats and mats",
+    output_dir=str(folder / "run"), hub_model_id="tester/trained", save_strategy="no", **common
 )
 trainer = MGMTrainer(
     model=model, args=arguments, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
@@ -76,6 +78,12 @@ trainer.train()
 trainer.push_to_hub()
 with trainer.ema.applied():
     save_file({"logits": trainer.model.eval()(ids).logits.detach()}, folder / "adapted.safetensors")
+
+saving = MGMTrainingConfig(
+    output_dir=str(folder / "saved"), hub_model_id="tester/saved", push_to_hub=True, hub_strategy="checkpoint",
+    save_steps=3, **common
+)
+MGMTrainer(model=model, args=saving, train_dataset=rows).train()
 """
 
 LOAD = """
@@ -214,6 +222,14 @@ def test_a_pushed_adapter_is_loaded_with_the_model_that_its_card_names(hub):
     card = ModelCard(files["README.md"].decode())
     assert (card.data.library_name, card.data.base_model) == ("peft", "tester/tiny")
     assert 'from_pretrained("tester/adapter"' in card.text and "cats and mats" in card.text
+
+
+def test_a_pushed_checkpoint_is_whole(hub):
+    files = hub[0].repositories["tester/saved"]
+    pushed = {name.removeprefix("last-checkpoint/"): data for name, data in files.items() if "/" in name}
+    listed = json.loads(pushed.pop("checkpoint_files.json"))
+    assert {"model.safetensors", "ema.safetensors", "optimizer.pt", "trainer_state.json"} < listed.keys()
+    assert {name: len(data) for name, data in pushed.items()} == listed
 
 
 def test_no_code_but_the_models_folder_is_pushed(hub):

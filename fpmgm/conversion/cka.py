@@ -47,11 +47,12 @@ def layer_similarity(
     layers, batches = explicit_layers(model), list(batches)
     if not batches:
         raise ValueError("`batches` is empty: give some real text as (batch, length) ids.")
-    model.eval()
+    training = model.training
     outputs: list[list[torch.Tensor]] = [[] for _ in layers]
     hooks = [layer.register_forward_hook(_keeper(kept)) for layer, kept in zip(layers, outputs, strict=True)]
     similarities = []
     try:
+        model.eval()
         for time in times:
             for kept in outputs:
                 kept.clear()
@@ -64,6 +65,7 @@ def layer_similarity(
             features = [torch.cat(kept) for kept in outputs]  # each (N, D)
             similarities.append(torch.tensor([[linear_cka(x, y) for y in features] for x in features]))
     finally:
+        model.train(training)
         for hook in hooks:
             hook.remove()
     return torch.stack(similarities).mean(dim=0)

@@ -5,11 +5,13 @@ The shared block starts as a layer of the teacher that is iterated: its injectio
 training against the teacher (`ConversionTrainer`) does the rest.
 """
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from ..models.noise import stream_generator
 from .cka import explicit_layers, layer_similarity, strongest_boundary
@@ -37,7 +39,7 @@ def convert_to_fixed_point(
             stacks have by `overrides` (1 by default), chosen by [`auto_layer_map`] on `batches`.
         batches (`Iterable[torch.Tensor]`, *optional*): (B, L) ids for `"auto"`.
         initialize (`bool`, defaults to `True`): Copy embeddings, layers, final norm, head and time embedding. `False`:
-            a fresh model of the same shape, the paper's ablation.
+            a fresh model of the same shape, the paper's ablation; its injection starts as z = h/2 + u/2.
         injection_noise (`float`, defaults to 1e-3): Standard deviation of what is added to the injection's weights for
             u, which start at 0 and would pass no gradient to the pre-stack.
         overrides: Fields of the student's configuration, such as `input_injection` (`"mlp"` by default, started as
@@ -47,7 +49,8 @@ def convert_to_fixed_point(
         A model of the teacher's class, with random parts from PyTorch's global generator, in evaluation mode.
 
     Raises:
-        `ValueError`: for a fixed-point teacher, or a layer beyond its depth.
+        `ValueError`: for a fixed-point teacher, a layer beyond its depth, or a number of layers in `overrides` that
+            is not that of `layer_map`.
 
     Example:
 
@@ -65,14 +68,10 @@ def convert_to_fixed_point(
     layers = explicit_layers(model)
     if layer_map == "auto":
         sizes = {name: overrides.get(f"num_{name}_layers", 1) for name in STACKS}
-        layer_map, _ = auto_layer_map(model, batches or (), sizes)
+        layer_map, _ = auto_layer_map(model, () if batches is None else batches, sizes)
     check_layer_map(layer_map, len(layers))
-    config = model.config.to_dict() | {f"num_{name}_layers": len(layer_map[name]) for name in STACKS}
-    for name in ("architectures", "auto_map"):
-        config.pop(name, None)
-    config["injection_init"] = "contraction" if overrides.get("input_injection") == "diagonal" else "identity"
-    student = type(model)(type(model.config)(**(config | overrides)))
-    student.generation_config = model.generation_config
+    student = type(model)(student_config(model.config, layer_map, initialize, overrides))
+    student.generation_config = copy.deepcopy(model.generation_config)
     if initialize:
         copy_weights(model, student, layer_map)
         add_noise(student, injection_noise)
@@ -100,6 +99,24 @@ def auto_layer_map(
         "post": list(range(depth - sizes["post"] + 1, depth + 1)),
     }
     return layer_map, similarity
+
+
+def student_config(
+    config: PreTrainedConfig, layer_map: dict[str, list[int]], initialize: bool, overrides: dict[str, Any]
+) -> PreTrainedConfig:
+    """The teacher's `config` with the student's stacks and `overrides`, and the start of the injection."""
+    sizes = {f"num_{name}_layers": len(layer_map[name]) for name in STACKS}
+    for name, size in sizes.items():
+        if overrides.get(name, size) != size:
+            raise ValueError(
+                f"`{name}`={overrides[name]} contradicts `layer_map`={layer_map}: leave it out, or name that many."
+            )
+    values = config.to_dict() | sizes | overrides
+    for name in ("architectures", "auto_map"):
+        values.pop(name, None)
+    identity = initialize and values["input_injection"] != "diagonal"
+    values["injection_init"] = overrides.get("injection_init", "identity" if identity else "contraction")
+    return type(config)(**values)
 
 
 @torch.no_grad()

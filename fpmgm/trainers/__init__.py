@@ -7,6 +7,7 @@ from transformers.utils import is_accelerate_available
 if not is_accelerate_available():
     raise ImportError("fpmgm.trainers needs accelerate and datasets: pip install 'fpmgm[train]'")
 
+from .checkpoints import last_checkpoint
 from .consistency_config import ConsistencyConfig
 from .consistency_trainer import ConsistencyTrainer
 from .conversion_config import ConversionConfig
@@ -32,4 +33,5 @@ __all__ = [
     "MGMTrainingConfig",
     "SDTTConfig",
     "SDTTTrainer",
+    "last_checkpoint",
 ]

@@ -55,14 +55,14 @@ class ConsistencyTrainer(NestedTrainer):
 
     def __init__(self, model: nn.Module, args: ConsistencyConfig, **kwargs):
         if args.consistency_loss == "projected_cosine":
-            if hasattr(model, "peft_config"):
+            if hasattr(model, "peft_config") or kwargs.get("peft_config") is not None:
                 raise ValueError(
                     "`consistency_loss`='projected_cosine' trains a projection beside the model, which adapters "
                     "alone would not save: use another loss, or train the whole model."
                 )
             projection = IdentityLinear(model.config.hidden_size, [[1.0]])
             projection.initialize()
-            model.add_module(PROJECTION, projection.to(model.device))
+            model.add_module(PROJECTION, projection.to(model.device, model.dtype))
         if kwargs.get("eval_dataset") is None:
             _without_evaluation(args)
         super().__init__(model, args, **kwargs)

@@ -11,7 +11,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 EMA_FILE = "ema.safetensors"
@@ -77,8 +76,8 @@ class EMACallback(TrainerCallback):
         path = Path(folder) / EMA_FILE
         if not path.is_file():
             raise ValueError(
-                f"`resume_from_checkpoint`={str(folder)!r} holds no {EMA_FILE}: it was trained without EMA or its "
-                "writing was interrupted. Resume from another checkpoint or with `ema_decay=None`."
+                f"`resume_from_checkpoint`={str(folder)!r} holds no {EMA_FILE}: it was trained without EMA. "
+                "Resume from another checkpoint or with `ema_decay=None`."
             )
         with safe_open(path, framework="pt") as file:
             self.num_updates = int(file.metadata()["num_updates"])
@@ -93,10 +92,6 @@ class EMACallback(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.update()
-
-    def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from ..models.noise import (
     stream_generator,
 )
 from .batch import GlobalBatch, MicroBatch, count_positions, place
+from .checkpoints import AtomicCheckpointTrainer
 from .collator import stack_and_pad
 from .ema import EMACallback
 from .mgm_config import MGMTrainingConfig
@@ -43,7 +44,7 @@ MEAN_WEIGHT = 2.0  # 1 over the mean share of masked positions: the loss stays n
 GROWING_RESIDUAL = 1e-3  # below this relative residual the solver has converged, whatever the last ratio
 
 
-class MGMTrainer(Trainer):
+class MGMTrainer(AtomicCheckpointTrainer):
     """Trains a masked generative model on a dataset that yields `input_ids` (and `attention_mask` where padded).
 
     Args:
@@ -60,6 +61,7 @@ class MGMTrainer(Trainer):
             already where there is a `peft_config`.
         `FloatingPointError`: when the loss or its gradient is not finite, after saving a checkpoint of the last good
             step.
+        `OSError`: when a checkpoint cannot be written, say to a full disk. Those written before are left intact.
 
     Example:
 
@@ -116,13 +118,6 @@ class MGMTrainer(Trainer):
         self._tokens += self._global_batch.positions
         return samples, None
 
-    def _run_epoch(self, *args, **kwargs) -> None:
-        """As in `Trainer`, which would add a step to a run that is resumed when nothing is left to do."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        if not self.control.should_training_stop:
-            super()._run_epoch(*args, **kwargs)
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of one micro-batch, scaled so that micro-batches add up and ranks average to the global batch's."""
         micro_batch = self._draw(inputs)
@@ -135,9 +130,7 @@ class MGMTrainer(Trainer):
         """This micro-batch's part of the loss, and the model's output: what a subclass changes."""
         # 1. corrupt
         masked = micro_batch.uniforms < masked_probability(micro_batch.t)[:, None]
-        corrupted = self.masked_inputs(inputs, masked, micro_batch.t)
-        if self.args.loss_weighting == "uniform":
-            corrupted["loss_weights"] = torch.full_like(corrupted["loss_weights"], MEAN_WEIGHT)
+        corrupted = self.training_inputs(inputs, masked, micro_batch.t)
         # 2. forward
         output = model(**corrupted, **micro_batch.iterations)
         # 3. scale
@@ -164,6 +157,13 @@ class MGMTrainer(Trainer):
         """(B, L): a sequence's stream is as long as the model's longest, so that padding does not change it."""
         longest = max(length, self.model.config.max_position_embeddings)
         return mask_uniforms(longest, *((*key, j) for j in places.tolist()))[:, :length]
+
+    def training_inputs(self, inputs: dict[str, torch.Tensor], masked: torch.Tensor, t: torch.Tensor) -> dict:
+        """As `masked_inputs`, with the weights of the training loss."""
+        arguments = self.masked_inputs(inputs, masked, t)
+        if self.args.loss_weighting == "uniform":
+            arguments["loss_weights"] = torch.full_like(arguments["loss_weights"], MEAN_WEIGHT)
+        return arguments
 
     def masked_inputs(self, inputs: dict[str, torch.Tensor], masked: torch.Tensor, t: torch.Tensor) -> dict:
         """The model's arguments for `inputs` with `masked` (B, L) hidden, but for padding, at times `t` (B,)."""
@@ -194,23 +194,26 @@ class MGMTrainer(Trainer):
         A loss that is not finite on any rank shows here on all of them.
         """
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        scaled = getattr(self.accelerator, "scaler", None) is not None  # float16 skips such steps by itself
-        if not scaled and not math.isfinite(grad_norm):
+        # Float16 skips steps whose gradient overflows by itself, but not for ever: there the loss tells.
+        scaled = getattr(self.accelerator, "scaler", None) is not None
+        if not math.isfinite(self.accelerator.gather(self._tr_loss).sum() if scaled else grad_norm):
             self._stop_on_bad_gradient(model)
         return grad_norm
 
     def _stop_on_bad_gradient(self, model) -> None:
-        step, folder = self.state.global_step, None
-        if step > 0:
-            folder = Path(self.args.output_dir) / f"checkpoint-{step}"
-            self._save_checkpoint(model, trial=None)
-            self.callback_handler.on_save(self.args, self.state, self.control)
+        step, unsaved = self.state.global_step, None
+        bad = torch.tensor([len(not_finite(self.model))], device=self.args.device)  # of this rank's part
+        if step > 0 and self.accelerator.gather(bad).sum() == 0:
+            try:
+                self._save_checkpoint(model, trial=None)
+                self.callback_handler.on_save(self.args, self.state, self.control)
+            except OSError as error:
+                unsaved = error
+        saved = "Step {} is saved in {}.".format(*self.last_saved) if self.last_saved else "No step is saved."
         raise FloatingPointError(
-            f"the loss or its gradient is not finite at step {step + 1}. "
-            + (f"The weights before it are saved in {folder}. " if folder else "No step was completed. ")
-            + "Lower `learning_rate`, keep `max_grad_norm` at 1, or use `input_injection='diagonal'`, whose fixed "
-            "point is stable for any weights."
-        )
+            f"the loss or its gradient is not finite at step {step + 1}. {saved} Lower `learning_rate`, keep "
+            "`max_grad_norm` at 1, or use `input_injection='diagonal'`, whose fixed point is stable for any weights."
+        ) from unsaved
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 
@@ -309,6 +312,11 @@ class MGMTrainer(Trainer):
         if self.is_world_process_zero():
             write_model_card(self.args.output_dir, self.model, self.args, self.state.global_step)
 
+    def save_beside(self, folder: Path) -> None:
+        """Write the EMA into a checkpoint."""
+        if self.ema is not None and self.args.should_save:
+            self.ema.save(folder)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.ema is not None:
@@ -325,9 +333,14 @@ def check_model(model: nn.Module) -> None:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type != "fpmdlm":
         raise ValueError(f"`model` is of `model_type`={model_type!r}, but must be 'fpmdlm': see `FPMDLMConfig`.")
-    bad = [name for name, p in model.named_parameters() if not p.is_meta and not p.isfinite().all()]
+    bad = not_finite(model)
     if bad:
         raise ValueError(f"`model` has weights that are not finite: {bad}. Start from another checkpoint.")
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """Names of the parameters that are not finite."""
+    return [name for name, p in model.named_parameters() if not p.is_meta and not p.isfinite().all()]
 
 
 def check_unsharded(trainer: Trainer) -> None:

@@ -72,7 +72,7 @@ class NestedTrainer(MGMTrainer):
         masked, still_masked = nested_masks(
             micro_batch.uniforms, masked_probability(t), masked_probability(t_clean), maskable
         )
-        noisy, clean = self.masked_inputs(inputs, masked, t), self.masked_inputs(inputs, still_masked, t_clean)
+        noisy, clean = self.training_inputs(inputs, masked, t), self.masked_inputs(inputs, still_masked, t_clean)
         clean["logits_positions"] = noisy["logits_positions"]
         for name in ("labels", "loss_weights"):
             del clean[name]

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import ModelOutput
 
 from ..models.noise import masked_probability, stream_generator
@@ -124,9 +123,10 @@ class SDTTTrainer(MGMTrainer):
         with self._averaged():
             self.teacher = copy.deepcopy(self.model)
 
-    def save_teacher(self, folder: Path) -> None:
-        """Write those of the teacher's weights that the student trains; in the first round none are needed."""
-        if self.state.global_step < self.args.steps_per_round:
+    def save_beside(self, folder: Path) -> None:
+        """Also those of the teacher's weights that the student trains; in the first round none are needed."""
+        super().save_beside(folder)
+        if self.state.global_step < self.args.steps_per_round or not self.args.should_save:
             return
         trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         teacher = {name: p.detach().contiguous() for name, p in self.teacher.named_parameters() if name in trained}
@@ -140,7 +140,7 @@ class SDTTTrainer(MGMTrainer):
 
 
 class NextRound(TrainerCallback):
-    """Changes the teacher between rounds, and saves it with each checkpoint."""
+    """Changes the teacher between rounds."""
 
     def __init__(self, trainer: SDTTTrainer):
         self.trainer = trainer
@@ -148,7 +148,3 @@ class NextRound(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % args.steps_per_round == 0 and state.global_step < args.rounds * args.steps_per_round:
             self.trainer.promote_student()
-
-    def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self.trainer.save_teacher(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")

@@ -2,6 +2,7 @@
 """Recipes are used as a person would: every YAML is read by its recipe, and each recipe runs on a little text."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -101,6 +102,11 @@ def test_training_goes_on_from_its_last_checkpoint_and_the_result_can_be_sampled
     assert {entry["step"] for entry in history if "eval_loss" in entry} == {2, 4}  # the second run went on
     straight = train_owt.main([*argv, "--max_steps", "4", "--output_dir", str(tmp_path / "straight")])
     assert straight["eval_loss"] == metrics["eval_loss"]
+    os.truncate(folder / "checkpoint-4/ema.safetensors", 100)  # so that it goes on from checkpoint-2
+    assert train_owt.main([*argv, "--max_steps", "4"])["eval_loss"] == metrics["eval_loss"]
+    trained = (folder / "train_results.json").read_text()
+    assert train_owt.main([*argv, "--max_steps", "4"])["eval_loss"] == metrics["eval_loss"]  # nothing is left to do
+    assert (folder / "train_results.json").read_text() == trained
     assert json.loads((folder / "eval_results.json").read_text())["eval_loss"] == metrics["eval_loss"]
     assert "1 local file(s)" in (folder / "README.md").read_text()
 

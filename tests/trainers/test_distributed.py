@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fpmgm.trainers import last_checkpoint
+
 from . import distributed_script
 
 
@@ -84,3 +86,8 @@ def test_all_ranks_stop_where_the_loss_of_one_is_not_finite(runs):
         assert "checkpoint-1" in rank["failure"]
     saved = load_file(folder / "failure/checkpoint-1/model.safetensors")
     assert all(tensor.isfinite().all() for tensor in saved.values())
+    assert last_checkpoint(folder / "failure") == str(folder / "failure/checkpoint-1")
+    assert {path.name for path in (folder / "failure/checkpoint-1").glob("rng*")} == {
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+    }

@@ -18,7 +18,6 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     HfArgumentParser,
-    TrainerCallback,
     TrainingArguments,
     dynamic_module_utils,
 )
@@ -32,6 +31,7 @@ from .training_utils import (
     LENGTH,
     MASK,
     VOCABULARY,
+    CallOnce,
     RecordWeights,
     make_trainer,
     record_calls,
@@ -54,17 +54,6 @@ def assert_close(actual: dict, expected: dict, tolerance: float = 1e-6) -> None:
 
 def is_finite(state: dict) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in state.values())
-
-
-class CallOnce(TrainerCallback):
-    """Runs `function(model)` just before optimizer step `step`."""
-
-    def __init__(self, step, function):
-        self.step, self.function = step, function
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        if state.global_step + 1 == self.step:
-            self.function(model)
 
 
 # --- the training step -----------------------------------------------------------------------------------------------

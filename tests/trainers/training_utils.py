@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tiny model, data and trainer that the trainers' tests share."""
 
+import gc
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -13,6 +15,8 @@ from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
 
 from ..testing_utils import tiny_model
 
+
+gc.freeze()  # `Trainer.train` begins with a collection, which would go through all that the imports brought
 
 LENGTH, VOCABULARY, MASK = 16, 20, 19
 
@@ -34,13 +38,14 @@ def token_rows(count: int, ragged: bool = False, seed: int = 0) -> Dataset:
     )
 
 
-def make_trainer(folder: Path | str, model: nn.Module | None = None, **arguments) -> MGMTrainer:
-    """A trainer that logs every step and saves nothing; `arguments` of the trainer and of its configuration mixed."""
-    of_trainer = {
-        name: arguments.pop(name)
-        for name in ("train_dataset", "eval_dataset", "callbacks", "processing_class", "peft_config")
-        if name in arguments
-    }
+def make_trainer(
+    folder: Path | str,
+    model: nn.Module | None = None,
+    trainer_class: type[MGMTrainer] = MGMTrainer,
+    config_class: type[MGMTrainingConfig] = MGMTrainingConfig,
+    **arguments,
+) -> MGMTrainer:
+    """A trainer that logs every step and saves nothing; `arguments` of its configuration and of the trainer mixed."""
     defaults = {
         "per_device_train_batch_size": 4,
         "max_steps": 3,
@@ -53,10 +58,12 @@ def make_trainer(folder: Path | str, model: nn.Module | None = None, **arguments
         "use_cpu": True,
         "disable_tqdm": True,
     }
-    return MGMTrainer(
+    of_config = {f.name for f in fields(config_class)} & arguments.keys()
+    of_config = {name: arguments.pop(name) for name in of_config}
+    return trainer_class(
         model=training_model() if model is None else model,
-        args=MGMTrainingConfig(output_dir=str(folder), **{**defaults, **arguments}),
-        **{"train_dataset": token_rows(24), **of_trainer},
+        args=config_class(output_dir=str(folder), **{**defaults, **of_config}),
+        **{"train_dataset": token_rows(24), **arguments},
     )
 
 
@@ -85,3 +92,14 @@ class RecordWeights(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.history.append(weights(model))
+
+
+class CallOnce(TrainerCallback):
+    """Runs `function(model)` just before optimizer step `step`."""
+
+    def __init__(self, step, function):
+        self.step, self.function = step, function
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step + 1 == self.step:
+            self.function(model)

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Similarity of layers against its definition by kernel matrices, on layers that are run one after another."""
+
+import math
+
+import pytest
+import torch
+
+from fpmgm.conversion import auto_layer_map, layer_similarity, linear_cka, strongest_boundary
+from fpmgm.models.noise import stream_generator
+
+from ..testing_utils import tiny_model
+
+
+DEPTH, MASK, LENGTH = 6, 10, 8
+
+
+def cka_by_kernels(x: torch.Tensor, y: torch.Tensor) -> float:
+    """HSIC(K, L)/√(HSIC(K, K) HSIC(L, L)) with K = XXᵀ, L = YYᵀ, HSIC(K, L) = tr(KHLH), H = 1 − 11ᵀ/N."""
+    n = len(x)
+    centre = torch.eye(n, dtype=torch.float64) - torch.full((n, n), 1 / n, dtype=torch.float64)
+    k, other = (z.double() @ z.double().T for z in (x, y))
+
+    def hsic(a, b):
+        return torch.trace(a @ centre @ b @ centre).item()
+
+    return hsic(k, other) / math.sqrt(hsic(k, k) * hsic(other, other))
+
+
+def explicit_model(pre: int = DEPTH, **overrides):
+    sizes = {"num_pre_layers": pre, "num_fixed_point_layers": 0, "num_post_layers": DEPTH - pre}
+    return tiny_model(**{**sizes, **overrides})
+
+
+def batches(count: int = 2) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(0, MASK, (4, LENGTH), generator=generator) for _ in range(count)]
+
+
+def test_cka_is_that_of_the_kernels():
+    x, y = torch.randn(30, 7) + 3, torch.randn(30, 4) - 1
+    y[:, :2] += 2 * x[:, :2]
+    assert linear_cka(x, y) == pytest.approx(cka_by_kernels(x, y), rel=1e-9)
+    assert 0.1 < linear_cka(x, y) < 0.9
+    rotation = torch.linalg.qr(torch.randn(7, 7, dtype=torch.float64))[0]
+    assert linear_cka(x, 5 * x.double() @ rotation + 2) == pytest.approx(1, abs=1e-6)
+    assert linear_cka(torch.tensor([[1.0], [-1], [0], [0]]), torch.tensor([[0.0], [0], [1], [-1]])) == 0
+
+
+@pytest.mark.parametrize("pre", [DEPTH, 2])
+def test_similarities_are_means_over_times_of_layers_run_one_by_one(pre):
+    model = explicit_model(pre, time_conditioning=True)
+    layers = [*model.pre_layers, *model.post_layers]
+    expected = torch.zeros(DEPTH, DEPTH, dtype=torch.float64)
+    times = (0.2, 0.7, 0.9)
+    with torch.no_grad():
+        for t in times:
+            features = [[] for _ in layers]
+            for i, batch in enumerate(batches()):
+                for row, ids in enumerate(batch):
+                    uniforms = torch.rand(LENGTH, generator=stream_generator(5, i, row))
+                    h = model.embed_tokens(ids.masked_fill(uniforms < 0.999 * t, MASK)[None])
+                    conditioning = model.conditioning(torch.tensor([t]), h.device)
+                    for kept, layer in zip(features, layers, strict=True):
+                        h = layer(h, layer.modulation(conditioning), model.rotary(h))
+                        kept.append(h[0])
+            features = [torch.cat(kept) for kept in features]
+            table = [[cka_by_kernels(x, y) for y in features] for x in features]
+            expected += torch.tensor(table, dtype=torch.float64) / len(times)
+    found = layer_similarity(model, batches(), times, seed=5)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
+    assert found.diagonal(offset=1).std() > 0.01
+
+
+def test_a_generator_of_batches_is_read_once_and_the_model_left_as_it_is():
+    model = explicit_model(dropout=0.5).train()
+    hooks = [len(layer._forward_hooks) for layer in model.pre_layers]
+    found = layer_similarity(model, (batch for batch in batches()))
+    assert torch.equal(found, layer_similarity(model.eval(), batches(), (0.1, 0.3, 0.5, 0.7, 0.9), seed=0))
+    model.train()
+    layer_similarity(model, batches(1))
+    assert model.training
+    assert [len(layer._forward_hooks) for layer in model.pre_layers] == hooks
+
+
+def planted_model(boundary: int, pre: int = DEPTH):
+    """Layers that hardly change their input, but for the one after `boundary`, which overwrites it."""
+    model = explicit_model(pre)
+    with torch.no_grad():
+        for i, layer in enumerate([*model.pre_layers, *model.post_layers], start=1):
+            layer.modulation.weight.zero_()
+            layer.modulation.bias.zero_()
+            layer.modulation.bias.chunk(6)[5].fill_(30.0 if i == boundary + 1 else 0.05)  # the MLP's gate
+    return model
+
+
+@pytest.mark.parametrize("boundary", [1, 3, 5])
+def test_a_planted_boundary_is_found(boundary):
+    model = planted_model(boundary, pre=4)
+    layer_map, similarity = auto_layer_map(model, batches(), {"pre": 1, "fixed_point": 1, "post": 1})
+    neighbours = similarity.diagonal(offset=1)
+    assert strongest_boundary(similarity) == boundary
+    assert neighbours[boundary - 1] < 0.9 and all(x > 0.95 for i, x in enumerate(neighbours, 1) if i != boundary)
+    assert layer_map == {"pre": [1], "fixed_point": [boundary + 1], "post": [DEPTH]}
+
+
+def test_larger_stacks_stay_inside_the_model():
+    sizes = {"pre": 2, "fixed_point": 3, "post": 2}
+    assert auto_layer_map(planted_model(1), batches(), sizes)[0] == {
+        "pre": [1, 2], "fixed_point": [2, 3, 4], "post": [5, 6],
+    }  # fmt: skip
+    assert auto_layer_map(planted_model(5), batches(), sizes)[0]["fixed_point"] == [4, 5, 6]
+
+
+def test_what_has_no_layers_to_compare_is_refused():
+    with pytest.raises(ValueError, match="`num_fixed_point_layers`=1"):
+        layer_similarity(tiny_model(), batches())
+    with pytest.raises(ValueError, match="`batches` is empty"):
+        layer_similarity(explicit_model(), [])

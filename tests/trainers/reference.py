@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An optimizer step written from the formulas: each sequence alone and without padding, all of its logits at once.
+
+Shapes: L length of a sequence, D hidden size, V vocabulary without the mask id, which is the last.
+"""
+
+import copy
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from fpmgm.models.noise import stream_generator
+
+from .training_utils import LENGTH, MASK, weights
+
+
+SEED = 42  # the configuration's default
+
+
+# --- what a run did --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Step:
+    """An optimizer step: the weights before it, its gradient, and the rows and iterations that the model saw."""
+
+    weights: dict[str, torch.Tensor]
+    rows: list[torch.Tensor] = field(default_factory=list)
+    iterations: dict[str, int] = field(default_factory=dict)
+    gradient: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class RecordSteps(TrainerCallback):
+    """Keeps each optimizer step of a run of `model`, with its rows in the order of the data."""
+
+    def __init__(self, model: nn.Module):
+        self.steps: list[Step] = []
+        self.hook = model.register_forward_pre_hook(self._record, with_kwargs=True)
+
+    def _record(self, module, args, kwargs):
+        if not module.training:
+            return
+        step, labels = self.steps[-1], kwargs["labels"]
+        clean = torch.where(labels == -100, kwargs["input_ids"], labels)
+        lengths = kwargs.get("attention_mask", torch.ones_like(clean)).sum(dim=1)
+        step.rows += [ids[:length] for ids, length in zip(clean, lengths.tolist(), strict=True)]
+        step.iterations = {name: kwargs[name] for name in ("num_no_grad_iterations", "num_iterations")}
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.steps.append(Step(weights(model)))
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps[-1].gradient = {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.hook.remove()
+
+
+def with_weights(model: nn.Module, values: dict[str, torch.Tensor]) -> nn.Module:
+    """A copy of `model` that holds `values`."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(values[name])
+    return model
+
+
+def averages(history: list[dict[str, torch.Tensor]], decay: float) -> list[dict[str, torch.Tensor]]:
+    """The average of the weights before each step: s ← ds + (1 − d)w with d = min(`decay`, (1 + n)/(10 + n))."""
+    result = [history[0]]
+    for n, current in enumerate(history[1:], start=1):
+        d = min(decay, (1 + n) / (10 + n))
+        result.append({name: d * old + (1 - d) * current[name] for name, old in result[-1].items()})
+    return result
+
+
+def assert_gradient(model: nn.Module, loss: torch.Tensor, gradient: dict, tolerance: float = 1e-6) -> None:
+    """Assert that `gradient` is that of `loss` for every parameter of `model`, up to a share of its largest entry."""
+    parameters = dict(model.named_parameters())
+    expected = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+    assert gradient.keys() == expected.keys()
+    wrong = {name: (gradient[name] - g).abs().max() / g.abs().max().clamp(min=1e-12) for name, g in expected.items()}
+    assert {name: error.item() for name, error in wrong.items() if not error <= tolerance} == {}
+
+
+# --- noise -----------------------------------------------------------------------------------------------------------
+
+
+class Noisy(NamedTuple):
+    """A sequence `ids` (L,), hidden at `masked` (L,) at time `t`, and at a part of it at the earlier `t_clean`."""
+
+    place: int
+    ids: torch.Tensor
+    uniforms: torch.Tensor
+    t: float
+    masked: torch.Tensor
+    t_clean: float
+    still_masked: torch.Tensor
+
+
+def corrupt(rows: list[torch.Tensor], step: int, gap_range: tuple[float, float] = (0.05, 0.30)) -> list[Noisy]:
+    """The global batch `rows` of optimizer step `step`."""
+    key, result = (SEED, "train", step), []
+    shift = torch.rand((), generator=stream_generator(*key, "shift")).item()
+    for j, ids in enumerate(rows):
+        t = 1e-3 + (1 - 1e-3) * ((shift + j / len(rows)) % 1)
+        uniforms = torch.rand(LENGTH, generator=stream_generator(*key, j))[: len(ids)]
+        gap = torch.rand((), generator=stream_generator(*key, j, "gap")).item()
+        t_clean = max(t - gap_range[0] - (gap_range[1] - gap_range[0]) * gap, 1e-3)
+        masked, still_masked = uniforms < 0.999 * t, uniforms < 0.999 * t_clean
+        if masked.any() and masked.equal(still_masked):
+            still_masked[max((u, i) for i, u in enumerate(uniforms.tolist()) if masked[i])[1]] = False
+        result.append(Noisy(j, ids, uniforms, t, masked, t_clean, still_masked))
+    return result
+
+
+# --- what a model says -----------------------------------------------------------------------------------------------
+
+
+class Belief(NamedTuple):
+    """Logits (L, V) and hidden states (L, D), before and after the final norm."""
+
+    logits: torch.Tensor
+    last: torch.Tensor
+    normed: torch.Tensor
+
+
+def believe(model: nn.Module, ids: torch.Tensor, t: float, **iterations: int) -> Belief:
+    """What `model` says of one sequence at time `t`, in evaluation mode."""
+    output = model.eval()(ids[None], timesteps=torch.tensor([t]), **iterations)
+    return Belief(output.logits[0, :, :MASK], output.last_hidden_state[0], output.normed_hidden_state[0])
+
+
+def of_student(model: nn.Module, noisy: list[Noisy], step: Step) -> list[Belief]:
+    """With gradient, at the noisier states."""
+    return [believe(model, n.ids.masked_fill(n.masked, MASK), n.t, **step.iterations) for n in noisy]
+
+
+@torch.no_grad()
+def of_teacher(model: nn.Module, noisy: list[Noisy], **iterations: int) -> list[Belief]:
+    """Without gradient, at the cleaner states."""
+    return [believe(model, n.ids.masked_fill(n.still_masked, MASK), n.t_clean, **iterations) for n in noisy]
+
+
+# --- losses ----------------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(beliefs: list[Belief], noisy: list[Noisy], weight: float | None = None) -> torch.Tensor:
+    """Σ over masked positions of w·(−log p(x_i)), per position of the batch; w = 1/t, or `weight`."""
+    total = 0.0
+    for belief, n in zip(beliefs, noisy, strict=True):
+        log_p = belief.logits.log_softmax(dim=-1)[torch.arange(len(n.ids)), n.ids]  # (L,)
+        total = total - log_p[n.masked].sum() * (1 / n.t if weight is None else weight)
+    return total / sum(len(n.ids) for n in noisy)
+
+
+def mean_of_means(distances: list[torch.Tensor], noisy: list[Noisy]) -> torch.Tensor:
+    """The mean of `distances` (L,) over a sequence's masked positions, 0 where there is none, then over sequences."""
+    means = [d[n.masked].mean() if n.masked.any() else d.sum() * 0 for d, n in zip(distances, noisy, strict=True)]
+    return torch.stack(means).mean()
+
+
+def divergence(logits: torch.Tensor, other: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """KL(p ‖ q) of softmax(`logits`/τ) from softmax(`other`/τ), (L,)."""
+    p, q = (logits / temperature).softmax(dim=-1), (other / temperature).softmax(dim=-1)
+    return (p * (p / q).log()).sum(dim=-1)

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Self-distillation through time against an ancestral teacher written out position by position."""
+
+import re
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from fpmgm.models.noise import stream_generator
+from fpmgm.trainers import SDTTConfig, SDTTTrainer
+
+from .reference import (
+    SEED,
+    Noisy,
+    RecordSteps,
+    assert_gradient,
+    averages,
+    believe,
+    corrupt,
+    divergence,
+    mean_of_means,
+    of_student,
+    with_weights,
+)
+from .training_utils import LENGTH, MASK, CallOnce, make_trainer, token_rows, training_model, weights
+
+
+EXPLICIT = {"num_pre_layers": 2, "num_fixed_point_layers": 0, "num_post_layers": 1}
+
+
+def sdtt_trainer(folder, model=None, **arguments) -> SDTTTrainer:
+    defaults = {"rounds": 2, "steps_per_round": 2, "first_step_size": 0.2}
+    return make_trainer(folder, model, SDTTTrainer, SDTTConfig, **{**defaults, **arguments})
+
+
+# --- the loss --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def ancestral_logits(teacher, noisy: Noisy, step: int, step_size: float, teacher_steps: int) -> tuple:
+    """(L, V) logits that each masked position had when it was revealed, or at the end, and how many were before."""
+    draws = torch.rand(
+        LENGTH, generator=stream_generator(SEED, "train", step, noisy.place, "draw"), dtype=torch.float64
+    ).tolist()
+    tokens = noisy.ids.masked_fill(noisy.masked, MASK)
+    waiting = noisy.masked.nonzero().flatten().tolist()
+    result = torch.zeros(len(tokens), MASK, dtype=torch.float64)
+    early = 0
+    for k in range(teacher_steps):
+        t, after = (max(noisy.t - i * step_size, 0.0) for i in (k, k + 1))
+        logits, seen = believe(teacher, tokens, t).logits, tokens.clone()
+        for i in list(waiting):
+            result[i] = logits[i]
+            # masked at t where its uniform is under P(t); shown from the first time on whose P is not above it
+            if noisy.uniforms[i].item() >= 0.999 * after:
+                cumulative = logits[i].softmax(dim=-1).cumsum(dim=-1).tolist()
+                seen[i] = next(token for token, share in enumerate(cumulative) if share > draws[i])
+                waiting.remove(i)
+                early += k < teacher_steps - 1
+        tokens = seen
+    return result, early
+
+
+# Options, the model, the teacher of the first round (none: the model), sequences in a micro-batch.
+LOSSES = {
+    "two_steps": ({}, EXPLICIT, None, 2),
+    "three_steps": ({"teacher_steps": 3, "first_step_size": 0.1}, {}, None, 4),
+    "in_time": ({}, {"time_conditioning": True}, None, 1),
+    "forward": ({"divergence": "forward_kl"}, {}, EXPLICIT, 2),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_and_gradient_are_those_of_an_ancestral_teacher(tmp_path, name):
+    options, architecture, of_teacher, batch = LOSSES[name]
+    model = training_model(0, 0.2, **architecture).double()
+    given = None if of_teacher is None else training_model(1, 0.3, **of_teacher).double()
+    first = with_weights(model, weights(model)) if given is None else given
+    before = weights(first)
+    record = RecordSteps(model)
+    trainer = sdtt_trainer(
+        tmp_path, model, teacher=given, callbacks=[record], max_steps=-1, ema_decay=0.5, optim="sgd",
+        learning_rate=0.05, max_grad_norm=0.0, train_dataset=token_rows(6, ragged=True, seed=1),
+        per_device_train_batch_size=batch, gradient_accumulation_steps=4 // batch, **options,
+    )  # fmt: skip
+    trainer.train()
+    assert [len(step.rows) for step in record.steps] == [4, 2, 4, 2]
+    assert all(torch.equal(parameter, before[name]) for name, parameter in first.named_parameters())
+    average = averages([step.weights for step in record.steps], decay=0.5)
+    revealed = 0
+    for k, step in enumerate(record.steps):
+        teacher = first if k < 2 else with_weights(model, average[2])
+        number = options.get("teacher_steps", 2)
+        size = options.get("first_step_size", 0.2) * (1 if k < 2 else number)
+        student, noisy = with_weights(model, step.weights), corrupt(step.rows, k)
+        targets, early = zip(*(ancestral_logits(teacher, n, k, size, number) for n in noisy), strict=True)
+        beliefs = of_student(student, noisy, step)
+        pairs = [(b.logits, t) for b, t in zip(beliefs, targets, strict=True)]  # reverse: KL(student ‖ target)
+        if name == "forward":
+            pairs = [pair[::-1] for pair in pairs]
+        loss = mean_of_means([divergence(*pair) for pair in pairs], noisy)
+        assert_gradient(student, loss, step.gradient, tolerance=1e-6 if k < 2 else 1e-5)  # the average is in float32
+        line = trainer.state.log_history[k]
+        assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert line["divergence"] == pytest.approx(loss.item(), rel=1e-5)
+        revealed += sum(early)
+    assert revealed > 10
+
+
+# --- rounds ----------------------------------------------------------------------------------------------------------
+
+
+def test_rounds_and_steps_are_counted_and_the_teachers_step_grows(tmp_path):
+    trainer = sdtt_trainer(tmp_path, rounds=3, steps_per_round=2, first_step_size=0.1, max_steps=-1)
+    assert trainer.args.max_steps == 6
+    sizes = []
+    for trainer.state.global_step in range(8):
+        sizes.append(trainer.step_size)
+    assert sizes == pytest.approx([0.1, 0.1, 0.2, 0.2, 0.4, 0.4, 0.4, 0.4])
+    tripled = sdtt_trainer(tmp_path, teacher_steps=3, first_step_size=0.1, max_steps=5)
+    tripled.state.global_step = 2
+    assert tripled.step_size == pytest.approx(0.3)
+    assert tripled.args.max_steps == 5
+
+
+@pytest.mark.parametrize("ema_decay", [0.5, None])
+def test_the_next_teacher_is_the_average_with_what_wraps_it(tmp_path, ema_decay):
+    ids, seen = torch.randint(0, MASK + 1, (2, LENGTH)), []
+
+    def compare(model):
+        with trainer._averaged():
+            expected = model.eval()(ids).logits
+        seen.extend([trainer.teacher.eval()(ids).logits, expected, model(ids).logits])
+
+    trainer = sdtt_trainer(
+        tmp_path, training_model(0, 0.3), peft_config=LoraConfig(r=2), callbacks=[CallOnce(3, compare)],
+        ema_decay=ema_decay, max_steps=3, learning_rate=0.1,
+    )  # fmt: skip
+    trainer.train()
+    teacher, average, raw = seen
+    assert torch.equal(teacher, average)
+    assert torch.equal(teacher, raw) == (ema_decay is None)
+
+
+@pytest.mark.parametrize("adapter", [None, LoraConfig(r=2)])
+def test_a_resumed_run_equals_an_uninterrupted_one_across_rounds(tmp_path, adapter):
+    def trainer(folder, seed=0, **arguments):
+        torch.manual_seed(seed)
+        model = training_model(0 if adapter else seed, 0.3, dropout=0.1)
+        return sdtt_trainer(
+            tmp_path / folder, model, peft_config=adapter, ema_decay=0.5, save_strategy="steps", save_steps=1,
+            first_step_size=0.1, rounds=3, **arguments,
+        )  # fmt: skip
+
+    straight = trainer("straight", max_steps=5)
+    straight.train()
+    for step in (2, 3):  # at a boundary; inside the second round, before another
+        resumed = trainer("resumed", seed=step, max_steps=5)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"straight/checkpoint-{step}"))
+        for name, expected in straight.model.named_parameters():
+            assert torch.equal(resumed.model.get_parameter(name), expected), name
+            assert expected.requires_grad is False or torch.equal(resumed.ema.shadow[name], straight.ema.shadow[name])
+
+
+def test_the_first_round_is_resumed_from_what_was_given(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    straight = sdtt_trainer(tmp_path / "straight", teacher=training_model(7, **EXPLICIT), **options)
+    straight.train()
+    resumed = sdtt_trainer(tmp_path, training_model(1), teacher=training_model(7, **EXPLICIT), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight/checkpoint-1"))
+    for name, expected in straight.model.named_parameters():
+        assert torch.equal(resumed.model.get_parameter(name), expected), name
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"divergence": "js"}, "`divergence`='js'.*reverse_kl"),
+        ({"rounds": 0}, "`rounds`=0"),
+        ({"steps_per_round": 1.5}, "`steps_per_round`=1.5"),
+        ({"teacher_steps": 0}, "`teacher_steps`=0"),
+        ({"first_step_size": 0.0}, "`first_step_size`=0.0"),
+        ({"first_step_size": 0.2, "rounds": 3}, "`rounds`=3.*1.6"),
+    ],
+)
+def test_values_that_are_not_allowed_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        SDTTConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+def test_a_teacher_of_other_tokens_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=re.escape("`teacher` has `vocab_size`=30")):
+        sdtt_trainer(tmp_path, teacher=training_model(vocab_size=30))
