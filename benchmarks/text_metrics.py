@@ -13,12 +13,25 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
+import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 import fpmgm  # noqa: F401  (registers the models)
 from fpmgm.data import load_text, pack
-from fpmgm.evaluation import elbo_perplexity, load_judge, measure_samples, provenance, sample_sequences
+from fpmgm.evaluation import (
+    distinct_n,
+    elbo_perplexity,
+    generative_perplexity,
+    load_judge,
+    mauve_score,
+    provenance,
+    repetition_rate,
+    sample_sequences,
+    unigram_entropy,
+)
+from fpmgm.evaluation.judge import decode_for
 from provenance import commit
 
 
@@ -61,16 +74,30 @@ def variants(blocks: list[list[int]], tokenizer: PreTrainedTokenizerBase, seed: 
 def measure(
     name: str, sequences: list[list[int]], references: list[str], model: PreTrainedModel, tokenizer, judge, args
 ) -> dict:
-    """One line of the table."""
-    row = measure_samples(
-        sequences, tokenizer, judge, references=references, batch_size=args.batch_size, max_length=args.max_length,
-        cache_dir=args.cache_dir,
-    )  # fmt: skip
+    """One line of the table; the judge, which costs most, reads the first texts only."""
+    texts, special_tokens = decode_for(judge, tokenizer, sequences[: args.num_judged])
+    options = {"batch_size": args.batch_size, "max_length": args.max_length, "cache_dir": args.cache_dir}
+    row = generative_perplexity(texts, judge, **options)
+    row["protocol"] = {"generative_perplexity": {**row["protocol"], "special_tokens": special_tokens}}
+    row["unigram_entropy"], row["distinct_2"] = unigram_entropy(sequences), distinct_n(sequences, 2)
+    row["repetition_4"] = repetition_rate(sequences, 4)
+
+    @torch.no_grad()
+    def mean_hidden_state(texts: list[str]) -> np.ndarray:
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"][: args.length] for text in texts]
+        return np.stack(
+            [model(torch.tensor([row]).to(model.device)).last_hidden_state[0].mean(0).cpu() for row in ids]
+        )
+
+    plain = tokenizer.batch_decode(sequences, skip_special_tokens=True)
+    featurizer = judge if args.featurizer == "judge" else mean_hidden_state
+    found = mauve_score(plain, references, featurizer, num_samples=len(plain), **options)
+    row["mauve"], row["protocol"]["mauve"] = found["mauve"], found["protocol"]
     likelihood = elbo_perplexity(model, sequences, num_draws=args.num_draws, batch_size=32)
     row["protocol"]["elbo_perplexity"] = likelihood["protocol"]
     error = likelihood["standard_error_draws"]
     row |= {"elbo_perplexity": likelihood["perplexity"], "elbo_nats_standard_error_draws": error}
-    return {"text": name, **row, "sample": tokenizer.decode(sequences[0], skip_special_tokens=True)}
+    return {"text": name, **row}
 
 
 def broken(rows: list[dict]) -> list[str]:
@@ -89,11 +116,12 @@ def table(result: dict) -> str:
     for row in result["rows"]:
         lines.append(f"| {row['text']} | {' | '.join(f'{row[measure]:.4g}' for measure in MEASURES)} |")
     protocol = result["rows"][0]["protocol"]["generative_perplexity"]
+    mauve = result["rows"][0]["protocol"]["mauve"]
     lines.append(
-        f"\n{protocol['num_samples']} texts of at most {result['length']} tokens of the model on every line; judge "
-        f"{protocol['judge']}, also for MAUVE's features (against {protocol['num_samples']} other human blocks; the "
-        f"usual number is 5,000). Model's PPL: ELBO, {result['arguments']['num_draws']} draws. "
-        f"{result['provenance']['device']}; commit {result['commit']}."
+        f"\n{mauve['num_samples']} texts of {result['length']} tokens of the model on every line, of which the judge "
+        f"{protocol['judge']} reads {protocol['num_samples']}. MAUVE against as many other human blocks (the usual "
+        f"number is 5,000), features: {mauve['featurizer']}. Model's PPL: ELBO, "
+        f"{result['arguments']['num_draws']} draws. {result['provenance']['device']}; commit {result['commit']}."
     )
     return "\n".join(lines) + "\n"
 
@@ -104,7 +132,11 @@ def main() -> None:
     parser.add_argument("--text_files", nargs="+", required=True, help="Human text that the model has not seen.")
     parser.add_argument("--model", required=True, help="Folder or hub name of a masked model of text.")
     parser.add_argument("--judge", default="gpt2-large", help="Causal language model: hub name, folder, .gguf file.")
-    parser.add_argument("--num_samples", type=int, default=64, help="Texts on each line.")
+    parser.add_argument("--num_samples", type=int, default=200, help="Texts on each line.")
+    parser.add_argument("--num_judged", type=int, default=200, help="Of these, texts that the judge reads.")
+    parser.add_argument(
+        "--featurizer", choices=["judge", "model"], default="judge", help="Whose hidden states MAUVE compares."
+    )
     parser.add_argument("--budgets", type=int, nargs="+", default=[96], help="Of the model's samples.")
     parser.add_argument("--num_draws", type=int, default=4, help="Of the likelihood.")
     parser.add_argument("--batch_size", type=int, default=16, help="Texts per call of the judge.")
@@ -116,6 +148,7 @@ def main() -> None:
 
     tokenizer, model = AutoTokenizer.from_pretrained(args.model), AutoModel.from_pretrained(args.model).eval()
     judge, length = load_judge(args.judge), model.config.max_position_embeddings
+    args.length = length
     model.to(judge.model.device)
     blocks = pack(load_text(args.text_files), tokenizer, length)
     if len(blocks) < 2 * args.num_samples:
