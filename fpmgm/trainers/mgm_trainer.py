@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer
 from transformers.utils import ModelOutput, logging
 
 from ..models.noise import (
