@@ -11,6 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fpmgm/__init__.py").read_t
 EXTRAS = {
     "train": ["accelerate>=1.10", "datasets>=4.0", "peft>=0.18"],
     "eval": ["evaluate>=0.4.6", "gguf>=0.17", "mauve-text>=0.4", "matplotlib>=3.8"],
+    "distributed": ["accelerate>=1.10", "deepspeed>=0.19"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["train"],

@@ -20,6 +20,7 @@ from .batch import MicroBatch
 from .consistency_config import ConsistencyConfig
 from .distillation import check_head, denoise, divergence_from
 from .nested_trainer import NestedTrainer, Target
+from .shards import part_of, whole_from
 
 
 logger = logging.get_logger(__name__)
@@ -79,9 +80,11 @@ class ConsistencyTrainer(NestedTrainer):
         with self._averaged() if self.args.teacher == "ema" else nullcontext():
             output = denoise(model, **clean, **iterations)
             head = self.accelerator.unwrap_model(model).get_output_embeddings()
-            weight, bias = head.weight.detach(), head.bias.detach()
-            if self.args.teacher == "ema" and self.args.consistency_loss == "logit_kl":
-                weight, bias = weight.clone(), bias.clone()  # the average's, which the model holds only here
+            weight = bias = None
+            if self.args.consistency_loss == "logit_kl":
+                weight, bias = (whole_from(part_of(p).detach(), p) for p in (head.weight, head.bias))
+                if self.args.teacher == "ema":
+                    weight, bias = weight.clone(), bias.clone()  # the average's, which the model holds only here
         return Target(output.last_hidden_state, output.normed_hidden_state, weight, bias)
 
     def distance_weight(self) -> float:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exponential moving average of the weights, as a callback: updated after each optimizer step, saved with each
-checkpoint, and lent to the model for evaluation and export."""
+checkpoint, and lent to the model for evaluation and export. Each rank averages what it holds of the weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +12,16 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback
 
+from .shards import forget_gathered, part_from, part_of, whole_from
+
 
 EMA_FILE = "ema.safetensors"
 
 
 class EMACallback(TrainerCallback):
     """Keeps s ← d_n·s + (1 − d_n)·w with d_n = min(`decay`, (1 + n)/(10 + n)) after the n-th update, in float32.
+
+    Where an engine splits the weights over ranks (ZeRO-3, FSDP2), each rank averages its part; the file is whole.
 
     Args:
         model (`nn.Module`): The model, unwrapped; its trainable parameters are averaged.
@@ -28,7 +32,7 @@ class EMACallback(TrainerCallback):
         self.model = model
         self.decay = decay
         self.num_updates = 0
-        self.shadow: dict[str, torch.Tensor] | None = None  # None: training has not begun
+        self.shadow: dict[str, torch.Tensor] | None = None  # this rank's parts; None: training has not begun
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -37,14 +41,14 @@ class EMACallback(TrainerCallback):
     def start(self) -> None:
         """Begin from the current weights."""
         self.num_updates = 0
-        self.shadow = {name: p.detach().float().clone() for name, p in self._parameters().items()}
+        self.shadow = {name: part_of(p).float().clone() for name, p in self._parameters().items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """One step of the average."""
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        weights = [p.detach().float() for p in self._parameters().values()]
+        weights = [part_of(p).float() for p in self._parameters().values()]
         torch._foreach_lerp_(list(self.shadow.values()), weights, 1 - decay)
 
     @contextmanager
@@ -53,19 +57,31 @@ class EMACallback(TrainerCallback):
         if self.shadow is None:
             yield
             return
-        parameters = self._parameters()
-        own = {name: p.detach().clone() for name, p in parameters.items()}
-        _copy(parameters, self.shadow)
+        forget_gathered(self.model)
+        with torch.no_grad():
+            own = {name: part_of(p).clone() for name, p in self._parameters().items()}
+        self._set_weights(self.shadow)
         try:
             yield
         finally:
-            _copy(parameters, own)
+            forget_gathered(self.model)
+            self._set_weights(own)
 
-    def save(self, folder: str | Path) -> None:
-        """Write the average to `folder`."""
-        metadata = {"num_updates": str(self.num_updates), "decay": str(self.decay)}
-        tensors = {name: tensor.contiguous() for name, tensor in self.shadow.items()}
-        save_file(tensors, Path(folder) / EMA_FILE, metadata=metadata)
+    @torch.no_grad()
+    def _set_weights(self, parts: dict[str, torch.Tensor]) -> None:
+        for name, parameter in self._parameters().items():
+            part_of(parameter).copy_(parts[name])
+
+    def save(self, folder: str | Path, write: bool = True) -> None:
+        """Write the average to `folder`, whole. Every rank must call it; one without `write` only lends its part."""
+        tensors = {}
+        for name, parameter in self._parameters().items():
+            whole = whole_from(self.shadow[name], parameter)
+            if write:
+                tensors[name] = whole.cpu().contiguous()
+        if write:
+            metadata = {"num_updates": str(self.num_updates), "decay": str(self.decay)}
+            save_file(tensors, Path(folder) / EMA_FILE, metadata=metadata)
 
     def load(self, folder: str | Path) -> None:
         """Go on from the average in `folder`.
@@ -81,8 +97,7 @@ class EMACallback(TrainerCallback):
             )
         with safe_open(path, framework="pt") as file:
             self.num_updates = int(file.metadata()["num_updates"])
-            parameters = self._parameters()
-            self.shadow = {name: file.get_tensor(name).to(p.device) for name, p in parameters.items()}
+            self.shadow = {name: part_from(file.get_tensor(name), p) for name, p in self._parameters().items()}
 
     # --- events -------------------------------------------------------------------------------------------------
 
@@ -92,9 +107,3 @@ class EMACallback(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.update()
-
-
-@torch.no_grad()
-def _copy(parameters: dict[str, nn.Parameter], values: dict[str, torch.Tensor]) -> None:
-    for name, parameter in parameters.items():
-        parameter.copy_(values[name])

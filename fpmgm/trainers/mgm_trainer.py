@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer
 from transformers.utils import ModelOutput, logging
 
 from ..models.noise import (
@@ -33,6 +32,7 @@ from .batch import GlobalBatch, MicroBatch, count_positions, place
 from .checkpoints import AtomicCheckpointTrainer
 from .collator import stack_and_pad
 from .ema import EMACallback
+from .engines import check_engine, compile_blocks, skips_bad_steps
 from .mgm_config import MGMTrainingConfig
 from .model_card import write_model_card
 from .peft import with_adapter
@@ -58,7 +58,7 @@ class MGMTrainer(AtomicCheckpointTrainer):
 
     Raises:
         `ValueError`: if the model is of another architecture, holds weights that are not finite, or has an adapter
-            already where there is a `peft_config`.
+            already where there is a `peft_config`; if DeepSpeed or FSDP is set such that nothing could be exported.
         `FloatingPointError`: when the loss or its gradient is not finite, after saving a checkpoint of the last good
             step.
         `OSError`: when a checkpoint cannot be written, say to a full disk. Those written before are left intact.
@@ -98,9 +98,10 @@ class MGMTrainer(AtomicCheckpointTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        check_engine(self)
+        compile_blocks(self)
         self.ema = None
         if args.ema_decay is not None:
-            check_unsharded(self)
             self.ema = EMACallback(self.model, args.ema_decay)
             self.add_callback(self.ema)
         self._global_batch: GlobalBatch | None = None
@@ -195,8 +196,7 @@ class MGMTrainer(AtomicCheckpointTrainer):
         """
         grad_norm = super()._get_grad_norm(model, grad_norm)
         # Float16 skips steps whose gradient overflows by itself, but not for ever: there the loss tells.
-        scaled = getattr(self.accelerator, "scaler", None) is not None
-        if not math.isfinite(self.accelerator.gather(self._tr_loss).sum() if scaled else grad_norm):
+        if not math.isfinite(self.accelerator.gather(self._tr_loss).sum() if skips_bad_steps(self) else grad_norm):
             self._stop_on_bad_gradient(model)
         return grad_norm
 
@@ -314,8 +314,8 @@ class MGMTrainer(AtomicCheckpointTrainer):
 
     def save_beside(self, folder: Path) -> None:
         """Write the EMA into a checkpoint."""
-        if self.ema is not None and self.args.should_save:
-            self.ema.save(folder)
+        if self.ema is not None:
+            self.ema.save(folder, write=self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -341,17 +341,6 @@ def check_model(model: nn.Module) -> None:
 def not_finite(model: nn.Module) -> list[str]:
     """Names of the parameters that are not finite."""
     return [name for name, p in model.named_parameters() if not p.is_meta and not p.isfinite().all()]
-
-
-def check_unsharded(trainer: Trainer) -> None:
-    """Raise a `ValueError` where the weights are split over ranks, so that no rank could average them."""
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    if trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
-        engine = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed ZeRO-3"
-        raise ValueError(
-            f"`ema_decay`={trainer.args.ema_decay} cannot be kept under {engine}, which splits the weights: use "
-            "ZeRO-1 or ZeRO-2 (DDP), or `ema_decay=None`."
-        )
 
 
 def _current_device() -> list[int]:

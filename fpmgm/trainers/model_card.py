@@ -49,7 +49,7 @@ def write_model_card(folder: str | Path, model: nn.Module, args: TrainingArgumen
         name=getattr(args, "hub_model_id", None) or folder.resolve().name,
         kind=kind,
         adapter=adapter,
-        parameters=f"{sum(p.numel() for p in parameters):,}",
+        parameters=f"{sum(getattr(p, 'ds_numel', p.numel()) for p in parameters):,}",  # ZeRO-3's are split
         version=version("fpmgm"),
         config=config,
         data=args.data_description,

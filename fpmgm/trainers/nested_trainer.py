@@ -18,12 +18,13 @@ from .mgm_trainer import MGMTrainer
 
 
 class Target(NamedTuple):
-    """What a teacher holds at P positions: hidden states before and after the final norm (P, D), and its head."""
+    """What a teacher holds at P positions: hidden states before and after the final norm (P, D); and its head, `None`
+    where the distance is not one of logits."""
 
     last_hidden_state: torch.Tensor
     normed_hidden_state: torch.Tensor
-    head_weight: torch.Tensor
-    head_bias: torch.Tensor
+    head_weight: torch.Tensor | None
+    head_bias: torch.Tensor | None
 
 
 class NestedTrainer(MGMTrainer):

@@ -19,6 +19,7 @@ from ..models.noise import masked_probability, stream_generator
 from ..models.sampling import draw_tokens
 from .batch import MicroBatch
 from .distillation import check_head, check_teacher, denoise, divergence_from, mean_over_sequences
+from .engines import splits_weights
 from .mgm_trainer import MGMTrainer
 from .sdtt_config import SDTTConfig
 
@@ -56,6 +57,11 @@ class SDTTTrainer(MGMTrainer):
         super().__init__(model, args, **kwargs)  # may wrap the model, but not the teacher
         check_teacher(teacher, self.model)
         check_head(self.model)
+        if args.rounds > 1 and splits_weights(self):
+            raise ValueError(
+                f"`rounds`={args.rounds} makes a copy of the student its teacher, but ZeRO-3 and FSDP split the "
+                "student over ranks: use DDP, ZeRO-1 or ZeRO-2, or run one round at a time (`rounds=1`)."
+            )
         self.teacher = teacher.to(self.args.device)
         self.add_callback(NextRound(self))
 

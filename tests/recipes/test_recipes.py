@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 from transformers import AutoModel
 
@@ -71,6 +73,17 @@ def test_every_yaml_is_read_by_its_recipe(config):
     read = {name: value for instance in parse_arguments(types, "", argv) for name, value in vars(instance).items()}
     assert {name: read[name] for name in values} == values
     assert parse_arguments(types, "", [*argv, "--max_steps", "7"])[-1].max_steps == 7
+
+
+@pytest.mark.parametrize("config", sorted(RECIPES.glob("accelerate/*.yaml")), ids=lambda path: path.name)
+def test_every_launch_configuration_is_read_by_accelerate(config):
+    engines = {"ddp": "MULTI_GPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "fsdp2": "FSDP"}
+    read = load_config_from_file(str(config))  # refuses unknown names, but not inside the engine's part
+    assert read.distributed_type == engines[config.stem]
+    options = vars(launch_command_parser().parse_args(["script.py"]))
+    assert set(read.deepspeed_config) | set(read.fsdp_config) <= set(options)
+    if read.distributed_type == "DEEPSPEED":
+        assert read.deepspeed_config["zero_stage"] == int(config.stem[-1])
 
 
 def test_a_yaml_with_an_unknown_name_or_without_a_file_is_refused(tmp_path):

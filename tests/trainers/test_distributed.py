@@ -1,90 +1,114 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run in two processes against the same run in one."""
+"""Runs in two processes, under every engine that has a configuration in `recipes/accelerate`, against one process."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from fpmgm.trainers import last_checkpoint
+from fpmgm.trainers.ema import EMA_FILE
 
 from . import distributed_script
+from .distributed_script import STEPS
 
 
 RANKS = 2
+ROOT = Path(__file__).parents[2]
+SPLIT = {  # what a rank holds a half of
+    "ddp": set(),
+    "zero1": {"optimizer"},
+    "zero2": {"optimizer"},
+    "zero3": {"optimizer", "weights", "average"},
+    "fsdp2": {"optimizer", "weights", "average"},
+}
+ENGINES = [name if name == "ddp" else pytest.param(name, marks=pytest.mark.distributed) for name in SPLIT]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """The run in one process, and what each of two ranks wrote."""
-    folder = tmp_path_factory.mktemp("distributed")
+def single(tmp_path_factory):
+    """The runs in one process, and their folder."""
+    folder = tmp_path_factory.mktemp("single")
+    return SimpleNamespace(
+        folder=folder,
+        plain=distributed_script.plain(folder / "plain", ranks=1),
+        adam=distributed_script.adam(folder / "adam", ranks=1),
+    )
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def runs(request, tmp_path_factory):
+    """What each of two ranks reports, and the folder they wrote to."""
+    folder = tmp_path_factory.mktemp(request.param)
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)),
+        *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(RANKS)),
+        *("--config_file", str(ROOT / f"recipes/accelerate/{request.param}.yaml"), "--main_process_port", "0"),
         *("--module", distributed_script.__name__, str(folder)),
     ]
     done = subprocess.run(
         command,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    several = []
-    for rank in range(RANKS):
-        result = json.loads((folder / f"result-{rank}.json").read_text())
-        tensors = {name: load_file(folder / f"{name}-{rank}.safetensors") for name in ("weights", "average")}
-        several.append({**result, **tensors})
-    return distributed_script.train(folder / "single", ranks=1), several, folder
+    assert done.returncode == 0, done.stderr[-6000:]
+    ranks = [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(RANKS)]
+    return SimpleNamespace(engine=request.param, folder=folder, ranks=ranks)
 
 
-def test_two_ranks_reach_the_weights_of_one_process(runs):
-    single, several, _ = runs
-    for name in ("weights", "average"):
-        for rank in several:
-            assert rank[name].keys() == single[name].keys()
-            for key, tensor in single[name].items():
-                torch.testing.assert_close(rank[name][key], tensor, atol=1e-6, rtol=0, msg=f"{name} {key}")
-        assert all(torch.equal(several[0][name][key], several[1][name][key]) for key in single[name])
+def assert_same_file(actual: Path, expected: Path, tolerance: float) -> None:
+    actual, expected = load_file(actual), load_file(expected)
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, atol=tolerance, rtol=0, msg=f"{name} differs")
 
 
-def test_two_ranks_share_times_and_iterations_of_the_global_batch(runs):
-    single, several, _ = runs
+def test_two_ranks_reach_the_weights_of_one_process(single, runs):
+    for file in (
+        f"checkpoint-{STEPS}/model.safetensors",
+        f"checkpoint-{STEPS}/{EMA_FILE}",
+        "exported/model.safetensors",
+    ):
+        assert_same_file(runs.folder / "plain" / file, single.folder / "plain" / file, tolerance=1e-6)
+
+
+def test_two_ranks_share_times_and_iterations_of_the_global_batch(single, runs):
+    first, second = (rank["plain"] for rank in runs.ranks)
     # the rows of a step lie in the order of the data: micro-batch, then rank
-    interleaved = [times for pair in zip(*(rank["times"] for rank in several), strict=True) for times in pair]
-    assert interleaved == single["times"]
-    assert several[0]["iterations"] == several[1]["iterations"] == single["iterations"][::RANKS]
+    interleaved = [times for pair in zip(first["times"], second["times"], strict=True) for times in pair]
+    assert interleaved == single.plain["times"]
+    assert first["iterations"] == second["iterations"] == single.plain["iterations"][::RANKS]
 
 
-@pytest.mark.parametrize("rows", distributed_script.EVALUATION_SETS)
-def test_two_ranks_evaluate_what_one_process_does(runs, rows):
-    single, several, _ = runs
-    for rank in several:
-        assert rank["evaluations"][rows] == pytest.approx(single["evaluations"][rows], rel=1e-5)
+def test_two_ranks_evaluate_what_one_process_does(single, runs):
+    for rank in runs.ranks:
+        assert rank["plain"]["evaluations"] == pytest.approx(single.plain["evaluations"], rel=1e-5)
 
 
-def test_two_ranks_log_what_one_process_does(runs):
-    single, several, _ = runs
-    assert len(several[0]["logs"]) == distributed_script.STEPS
-    for line, expected in zip(several[0]["logs"], single["logs"], strict=True):
-        names = ("loss", "grad_norm", "masked_accuracy", "residual", "iterations", "state_norm")
-        assert {name: line[name] for name in names} == pytest.approx(
-            {name: expected[name] for name in names}, rel=1e-4
-        )
+@pytest.mark.parametrize("run", ["plain", "adam"])
+def test_two_ranks_log_what_one_process_does(single, runs, run):
+    names = ("loss", "grad_norm", "masked_accuracy", "residual", "iterations", "state_norm")
+    actual, expected = runs.ranks[0][run]["logs"], getattr(single, run)["logs"]
+    assert len(actual) == STEPS
+    for line, reference in zip(actual, expected, strict=True):
+        assert [line[name] for name in names] == pytest.approx([reference[name] for name in names], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", distributed_script.POST_TRAINING)
 def test_two_ranks_learn_from_a_teacher_what_one_process_does(runs, name):
-    _, several, folder = runs
-    single = distributed_script.post_train(folder / f"single-{name}", 1, name)
-    for number, rank in enumerate(several):
-        found = load_file(folder / f"{name}-{number}.safetensors")
+    if runs.engine != "ddp":
+        pytest.skip("run under DDP")
+    single = distributed_script.post_train(runs.folder / f"single-{name}", 1, name)
+    for number, rank in enumerate(runs.ranks):
+        found = load_file(runs.folder / f"{name}-{number}.safetensors")
         assert found.keys() == single["weights"].keys()
         for key, tensor in single["weights"].items():
             torch.testing.assert_close(found[key], tensor, atol=1e-6, rtol=0, msg=f"{name} {key}")
@@ -92,15 +116,32 @@ def test_two_ranks_learn_from_a_teacher_what_one_process_does(runs, name):
     assert len(single["distances"]) == 3 and all(distance > 1e-4 for distance in single["distances"])
 
 
-def test_all_ranks_stop_where_the_loss_of_one_is_not_finite(runs):
-    _, several, folder = runs
-    for rank in several:
+def test_a_resumed_run_of_two_ranks_equals_the_uninterrupted_one(runs):
+    for file in ("model.safetensors", EMA_FILE):
+        parts = [runs.folder / run / f"checkpoint-{STEPS}" / file for run in ("resumed", "adam")]
+        assert_same_file(*parts, tolerance=0)
+    assert runs.ranks[0]["resumed"]["logs"][2]["loss"] == runs.ranks[0]["adam"]["logs"][2]["loss"]
+
+
+def test_bfloat16_stays_near_float32(single, runs):
+    actual, expected = ([line["loss"] for line in run["logs"]] for run in (runs.ranks[0]["bf16"], single.adam))
+    assert actual == pytest.approx(expected, rel=5e-3)
+    assert actual != pytest.approx(expected, rel=1e-6)
+
+
+def test_each_rank_holds_a_half_of_what_its_engine_splits(runs):
+    for rank in runs.ranks:
+        expected = {name: 1 / RANKS if name in SPLIT[runs.engine] else 1 for name in rank["adam"]["held"]}
+        assert rank["adam"]["held"] == pytest.approx(expected, rel=0.05)  # padding
+
+
+def test_all_ranks_stop_before_a_step_whose_loss_is_not_finite_on_one(single, runs):
+    for rank in runs.ranks:
         assert "step 2" in rank["failure"]
         assert "checkpoint-1" in rank["failure"]
-    saved = load_file(folder / "failure/checkpoint-1/model.safetensors")
-    assert all(tensor.isfinite().all() for tensor in saved.values())
-    assert last_checkpoint(folder / "failure") == str(folder / "failure/checkpoint-1")
-    assert {path.name for path in (folder / "failure/checkpoint-1").glob("rng*")} == {
-        "rng_state_0.pth",
-        "rng_state_1.pth",
-    }
+    for file in ("model.safetensors", EMA_FILE):
+        saved = runs.folder / "failure/checkpoint-1" / file
+        assert_same_file(saved, single.folder / "plain/checkpoint-1" / file, tolerance=1e-6)
+    folder = runs.folder / "failure"
+    assert last_checkpoint(folder) == str(folder / "checkpoint-1")
+    assert {path.name for path in (folder / "checkpoint-1").glob("rng*")} == {"rng_state_0.pth", "rng_state_1.pth"}
