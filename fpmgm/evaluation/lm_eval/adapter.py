@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from inspect import signature
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -13,7 +13,7 @@ from accelerate.utils import gather
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook, TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import simple_parse_args_string
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -33,6 +33,7 @@ from .loading import (
 )
 from .protocols import PROTOCOLS, Request, assemble, thinned
 from .scoring import Block, Denoiser, collate, greedy_matches, weighted_sums
+from .writing import Job, write
 
 
 logger = logging.get_logger(__name__)
@@ -174,8 +175,7 @@ class MGMLM(TemplateLM):
         }
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
-        """Called with `--use_cache`: answers of another model or protocol are refused, for lm-eval does not tell them
-        apart."""
+        """Called with `--use_cache`, whose files do not say what answered: those of another procedure are refused."""
         super().set_cache_hook(cache_hook)
         answers, procedure = cache_hook.dbdict, str(self._procedure())
         if answers is None:
@@ -201,11 +201,8 @@ class MGMLM(TemplateLM):
     def _start_processes(self, device: str | None) -> None:
         state = PartialState(cpu=device == "cpu")
         self._rank, self._world_size = state.process_index, state.num_processes
-        if state.num_processes == 1:
-            state_device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        else:
-            state_device = state.device
-        self._device = torch.device(state_device)
+        alone = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = torch.device(alone if state.num_processes == 1 else state.device)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """(processes, …) `tensor` of every process."""
@@ -337,13 +334,13 @@ class MGMLM(TemplateLM):
                 alike = list(alike)
                 for first in range(0, len(alike), self.batch_size):
                     group = alike[first : first + self.batch_size]
-                    for job, text in zip(group, self._write(group), strict=True):
+                    for job, text in zip(group, write(self.model, self.tokenizer, group), strict=True):
                         texts[job.number] = text
                         self.cache_hook.add_partial("generate_until", requests[job.number].args, text)
                     bar.update(len(group))
         return texts
 
-    def _job(self, number: int, context: str, gen_kwargs: dict[str, Any], repeat: int) -> "Job":
+    def _job(self, number: int, context: str, gen_kwargs: dict[str, Any], repeat: int) -> Job:
         options = normalize_gen_kwargs(gen_kwargs, default_max_gen_toks=min(256, self.max_length // 2))
         until, new_tokens, sample = options.pop("until"), options.pop("max_gen_toks"), options.pop("do_sample")
         options["temperature"] = options.get("temperature", 1.0) if sample else 0.0
@@ -358,45 +355,3 @@ class MGMLM(TemplateLM):
         self._count_truncated(len(prompt) > room)
         seed = stream_generator(self.seed, "generate_until", context, repeat).initial_seed()
         return Job(number, begin + prompt[-room:], new_tokens, until, {**self.generation, **options}, seed)
-
-    def _write(self, group: list["Job"]) -> list[str]:
-        """The texts of jobs with the same options."""
-        new_tokens, options = group[0].new_tokens, group[0].options
-        ends = [len(job.prompt) + new_tokens for job in group]
-        input_ids = torch.zeros(len(group), max(ends), dtype=torch.long)
-        for row, job, end in zip(input_ids, group, ends, strict=True):
-            row[: len(job.prompt)] = torch.tensor(job.prompt)
-            row[len(job.prompt) : end] = self.model.config.mask_token_id
-        real = (torch.arange(max(ends)) < torch.tensor(ends)[:, None]).long()
-        tokens = self.model.generate(
-            input_ids,
-            attention_mask=None if real.all() else real,
-            seed=[job.seed for job in group],
-            **options,
-        ).tolist()
-        return [
-            self._read(row[len(job.prompt) : end], job.until)
-            for row, job, end in zip(tokens, group, ends, strict=True)
-        ]
-
-    def _read(self, tokens: list[int], until: list[str]) -> str:
-        """The text up to the first end-of-text token and the first stop string."""
-        if self.tokenizer.eos_token_id in tokens:
-            tokens = tokens[: tokens.index(self.tokenizer.eos_token_id)]
-        return postprocess_generated_text(self.tokenizer.decode(tokens, skip_special_tokens=True), until, None)
-
-
-class Job(NamedTuple):
-    """A text to write: `prompt` ids, then `new_tokens` masks; jobs of equal options run together."""
-
-    number: int
-    prompt: list[int]
-    new_tokens: int
-    until: list[str]
-    options: dict[str, Any]
-    seed: int
-
-    @property
-    def batched_with(self) -> str:
-        """Equal for jobs that one call of `generate` can write."""
-        return repr((self.new_tokens, sorted(self.options.items())))

@@ -31,7 +31,7 @@ class Block(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """On the CPU: `input_ids` (R, L) unmasked, `masked` (R, L) bool, `attention_mask` (R, L) or `None`, `times` (R,)."""
+    """Rows on the CPU: `input_ids` and `masked` (bool), `attention_mask` or `None`, each (R, L); `times` (R,)."""
 
     input_ids: torch.Tensor
     masked: torch.Tensor
