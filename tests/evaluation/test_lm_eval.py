@@ -360,6 +360,7 @@ def test_the_command_line_alone_and_in_two_processes(folder, tmp_path):
     for name, launcher in (("alone", ()), ("two", torchrun)):
         table = command(folder, tmp_path / name, *launcher)
         assert table.count("(pgm, 8 draws)") == 3
+        assert "'protocol': 'pgm'" in table  # in the line above it
         [saved] = (tmp_path / name).rglob("results_*.json")
         saved = json.loads(saved.read_text())
         assert saved["config"]["protocol"] == "pgm"
