@@ -18,6 +18,7 @@ import os
 import platform
 import statistics
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -28,6 +29,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fpmgm import __version__
 from fpmgm.evaluation.lm_eval import MGMLM, PROTOCOLS
+from fpmgm.evaluation.lm_eval.protocols import Draws, thinned
 from fpmgm.models.noise import stream_generator
 from sampling_speed import ARCHITECTURES, commit, now, random_model
 
@@ -51,25 +53,43 @@ def log_probabilities(model, input_ids: torch.Tensor) -> torch.Tensor:
     return logits.log_softmax(dim=-1)
 
 
-def plain(model, protocol: str, prefix: list[int], target: list[int], mc_num: int, batch_size: int) -> float:
-    """The score of one request as the published scripts compute it."""
-    rule, mask = PROTOCOLS[protocol], model.config.mask_token_id
+class Drawn(NamedTuple):
+    """A request with its draws; of its tokens, `start` … `stop` − 1 are the target, `first` … `last` − 1 maskable."""
+
+    ids: list[int]
+    start: int
+    stop: int
+    first: int
+    last: int
+    draws: Draws
+
+
+def draw(protocol: str, prefix: list[int], target: list[int], mc_num: int) -> Drawn:
+    """The draws that ours makes too."""
+    rule = PROTOCOLS[protocol]
     ids = [EOS, *prefix, *target, EOS] if rule.joint else prefix + target
     start = len(prefix) + rule.joint
-    first, last = (0, len(ids)) if rule.joint else (start, start + len(target))
-    noise = stream_generator(0, protocol, tuple(ids), start, start + len(target))
-    draws = rule.draws(last - first, mc_num, noise)
-    masked = torch.zeros(mc_num, len(ids), dtype=torch.bool)
-    masked[:, first:last] = draws.masked
-    masked, weights, ids = masked.to(model.device), draws.weights.to(model.device), torch.tensor(ids).to(model.device)
-    total = 0.0
+    stop = start + len(target)
+    first, last = (0, len(ids)) if rule.joint else (start, stop)
+    noise = stream_generator(0, protocol, tuple(ids), start, stop)
+    return Drawn(ids, start, stop, first, last, rule.draws(last - first, mc_num, noise))
+
+
+def plain(model, protocol: str, prefix: list[int], target: list[int], mc_num: int, batch_size: int) -> float:
+    """The score of one request as the published scripts compute it."""
+    request = draw(protocol, prefix, target, mc_num)
+    masked = torch.zeros(mc_num, len(request.ids), dtype=torch.bool)
+    masked[:, request.first : request.last] = request.draws.masked
+    masked, weights = masked.to(model.device), request.draws.weights.to(model.device)
+    ids, total = torch.tensor(request.ids, device=model.device), 0.0
     for some, weight in zip(masked.split(batch_size), weights.split(batch_size), strict=True):
         labels = ids.expand(len(some), -1)
-        found = log_probabilities(model, labels.masked_fill(some, mask)).gather(2, labels[..., None])[..., 0]
+        noisy = labels.masked_fill(some, model.config.mask_token_id)
+        found = log_probabilities(model, noisy).gather(2, labels[..., None])[..., 0]
         total += (weight[:, None] * torch.where(some, found, 0.0)).sum().item()
     if protocol != "smdm":
-        greedy(model, ids, start, start + len(target), rule.greedy_at_once)
-    return total / mc_num / (len(ids) if rule.joint else 1)
+        greedy(model, ids, request.start, request.stop, PROTOCOLS[protocol].greedy_at_once)
+    return total / mc_num / (len(ids) if PROTOCOLS[protocol].joint else 1)
 
 
 def greedy(model, ids: torch.Tensor, start: int, stop: int, at_once: bool) -> bool:
@@ -84,12 +104,9 @@ def greedy(model, ids: torch.Tensor, start: int, stop: int, at_once: bool) -> bo
     return torch.equal(written, ids)
 
 
-def distinct_masks(lm: MGMLM, pairs: list, mc_num: int | None = None) -> int:
+def copies(protocol: str, pairs: list, mc_num: int) -> int:
     """Masked copies that ours runs for the draws of all requests."""
-    lm.mc_num, own = mc_num or lm.mc_num, lm.mc_num
-    rows = sum(len(lm._block(0, lm._assemble(*pair)).masked) for pair in pairs)
-    lm.mc_num = own
-    return rows
+    return sum(len(thinned(draw(protocol, *pair, mc_num).draws).masked) for pair in pairs)
 
 
 def measure(args, model, protocol: str) -> dict:
@@ -108,7 +125,6 @@ def measure(args, model, protocol: str) -> dict:
         batch_size=args.batch_size,
         device=args.device,
     )
-    rows = distinct_masks(lm, pairs)
     seconds = {"plain": [], "ours": []}
     for _ in range(args.repetitions):
         begin = now(args.device)
@@ -122,9 +138,9 @@ def measure(args, model, protocol: str) -> dict:
         "protocol": protocol,
         "mc_num": mc_num,
         "draws": mc_num * len(pairs),
-        "rows_of_ours": rows,
+        "copies_of_ours": copies(protocol, pairs, mc_num),
         "own_mc_num": PROTOCOLS[protocol].mc_num,
-        "rows_of_ours_with_own_mc_num": distinct_masks(lm, pairs, PROTOCOLS[protocol].mc_num),
+        "copies_of_ours_with_own_mc_num": copies(protocol, pairs, PROTOCOLS[protocol].mc_num),
         "seconds": seconds,
         "ratio": statistics.median(p / o for p, o in zip(seconds["plain"], seconds["ours"], strict=True)),
         "largest_relative_difference": max(abs(f / e - 1) for f, e in zip(found, expected, strict=True)),
@@ -141,9 +157,9 @@ def markdown(result: dict) -> str:
     for row in result["rows"]:
         plain_seconds, our_seconds = (statistics.median(row["seconds"][name]) for name in ("plain", "ours"))
         lines.append(
-            f"| {row['protocol']} | {row['mc_num']} | {row['rows_of_ours']} / {row['draws']} | {plain_seconds:.1f} "
+            f"| {row['protocol']} | {row['mc_num']} | {row['copies_of_ours']} / {row['draws']} | {plain_seconds:.1f} "
             f"| {our_seconds:.1f} | {row['ratio']:.1f} "
-            f"| {row['rows_of_ours_with_own_mc_num']} / {row['own_mc_num'] * result['arguments']['requests']} |"
+            f"| {row['copies_of_ours_with_own_mc_num']} / {row['own_mc_num'] * result['arguments']['requests']} |"
         )
     a, machine = result["arguments"], result["machine"]
     return "\n".join([
