@@ -9,7 +9,8 @@ log-probabilities of the whole vocabulary at every position of every draw. *ours
 the same draws, and their scores must agree. Both check greediness where the published script does so by default; for
 smdm, where it does not, only ours does.
 
-The two take turns; a protocol's ratio is the median over the turns of plain seconds / our seconds.
+The two take turns; a protocol's ratio is the median over the turns of plain seconds / our seconds. On a CPU the seconds
+are those that it worked for this process, so that others' work on a shared machine does not count.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import json
 import os
 import platform
 import statistics
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +33,7 @@ from fpmgm import __version__
 from fpmgm.evaluation.lm_eval import MGMLM, PROTOCOLS
 from fpmgm.evaluation.lm_eval.protocols import Draws, thinned
 from fpmgm.models.noise import stream_generator
-from sampling_speed import ARCHITECTURES, commit, now, random_model
+from sampling_speed import ARCHITECTURES, commit, random_model
 
 
 EOS = 0
@@ -109,6 +111,14 @@ def copies(protocol: str, pairs: list, mc_num: int) -> int:
     return sum(len(thinned(draw(protocol, *pair, mc_num).draws).masked) for pair in pairs)
 
 
+def now(device: str) -> float:
+    """Seconds, after the device has finished."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def measure(args, model, protocol: str) -> dict:
     """Seconds of both for the same requests, taking turns."""
     mc_num = args.mc_num or PROTOCOLS[protocol].mc_num
@@ -167,8 +177,8 @@ def markdown(result: dict) -> str:
         "",
         f"{a['requests']} request(s) of {a['prefix']} + {a['target']} tokens, {a['architecture']} at width "
         f"{a['hidden_size']}, vocabulary {a['vocab_size']:,}, random weights, batches of {a['batch_size']}; "
-        f"{machine['threads']} thread(s) of a {machine['device']} that others used too, torch {machine['torch']}, "
-        f"commit {machine['commit']}; medians of {a['repetitions']} turns, the ratio that of the turns' ratios.",
+        f"{machine['threads']} thread(s) of a {machine['device']}, torch {machine['torch']}, commit {machine['commit']}; "
+        f"medians of {a['repetitions']} turn(s), the ratio that of the turns' ratios; on a CPU the process's own time.",
     ])  # fmt: skip
 
 
