@@ -9,8 +9,8 @@ log-probabilities of the whole vocabulary at every position of every draw. *ours
 the same draws, and their scores must agree. Both check greediness where the published script does so by default; for
 smdm, where it does not, only ours does.
 
-The two take turns; a protocol's ratio is the median over the turns of plain seconds / our seconds. On a CPU the seconds
-are those that it worked for this process, so that others' work on a shared machine does not count.
+The two take turns; a protocol's ratio is the median over the turns of plain seconds / our seconds. On a CPU the
+seconds are those that it worked for this process, so that others' work on a shared machine does not count.
 """
 
 import argparse
@@ -177,8 +177,8 @@ def markdown(result: dict) -> str:
         "",
         f"{a['requests']} request(s) of {a['prefix']} + {a['target']} tokens, {a['architecture']} at width "
         f"{a['hidden_size']}, vocabulary {a['vocab_size']:,}, random weights, batches of {a['batch_size']}; "
-        f"{machine['threads']} thread(s) of a {machine['device']}, torch {machine['torch']}, commit {machine['commit']}; "
-        f"medians of {a['repetitions']} turn(s), the ratio that of the turns' ratios; on a CPU the process's own time.",
+        f"{machine['device']}, {machine['threads']} thread(s), torch {machine['torch']}, commit {machine['commit']}. "
+        f"Medians of {a['repetitions']} turns, the ratio that of the turns' ratios; on a CPU its own time.",
     ])  # fmt: skip
 
 
