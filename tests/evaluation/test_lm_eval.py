@@ -261,6 +261,13 @@ def test_a_tokenizer_that_does_not_fit_is_refused():
         evaluated(tiny_model(num_fixed_point_layers=0), iterations=3)
 
 
+def test_a_score_that_is_no_number_is_an_error():
+    model = tiny_model()
+    model.lm_head.weight.data[3] = torch.nan
+    with pytest.raises(ValueError, match="a score is not finite"):
+        scores(evaluated(model, mc_num=2), ("a", " b"))
+
+
 # --- through lm-eval -------------------------------------------------------------------------------------------------
 
 

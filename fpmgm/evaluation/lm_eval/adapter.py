@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from inspect import signature
 from itertools import groupby
+from math import isfinite
 from typing import Any
 
 import torch
@@ -293,7 +294,13 @@ class MGMLM(TemplateLM):
     def _nats(self, group: list[Request]) -> list[float]:
         """The bound on −log-likelihood of each request: the mean over its draws."""
         blocks = (self._block(number, item) for number, item in enumerate(group))
-        return [total / self.mc_num for total in weighted_sums(self.denoiser, blocks, self.batch_size, len(group))]
+        totals = weighted_sums(self.denoiser, blocks, self.batch_size, len(group))
+        if not all(map(isfinite, totals)):
+            raise ValueError(
+                "a score is not finite: check the checkpoint with `all(p.isfinite().all() for p in "
+                f"model.parameters())`, and the task's texts for the mask token {self.tokenizer.mask_token!r}."
+            )
+        return [total / self.mc_num for total in totals]
 
     def _block(self, number: int, item: Request) -> Block:
         """The masked copies of a request; their noise depends on the seed and the request alone."""
