@@ -10,7 +10,14 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fpmgm/__init__.py").read_t
 
 EXTRAS = {
     "train": ["accelerate>=1.10", "datasets>=4.0", "peft>=0.18"],
-    "eval": ["evaluate>=0.4.6", "gguf>=0.17", "mauve-text>=0.4", "matplotlib>=3.8"],
+    "eval": [
+        "accelerate>=1.10",
+        "evaluate>=0.4.6",
+        "gguf>=0.17",
+        "lm-eval>=0.4.13",
+        "matplotlib>=3.8",
+        "mauve-text>=0.4",
+    ],
     "distributed": ["accelerate>=1.10", "deepspeed>=0.19"],
 }
 EXTRAS["dev"] = [
@@ -35,6 +42,7 @@ setup(
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "transformers>=5.23,<6", "numpy"],
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["fpmgm-eval = fpmgm.evaluation.lm_eval.__main__:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

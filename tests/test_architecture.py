@@ -150,11 +150,11 @@ assert fpmgm.FPMDLMForMaskedDiffusion(fpmgm.FPMDLMConfig(
     vocab_size=11, mask_token_id=10, hidden_size=8, num_attention_heads=2, intermediate_size=8, conditioning_size=4,
     max_position_embeddings=4,
 )).generate(budget=6, seed=0).shape == (1, 4)
-for name in ("fpmgm.trainers", "fpmgm.data"):
+for name, extra in (("trainers", "train"), ("data", "train"), ("evaluation.lm_eval", "eval")):
     try:
-        importlib.import_module(name)
+        importlib.import_module("fpmgm." + name)
     except ImportError as error:
-        assert "pip install 'fpmgm[train]'" in str(error), error
+        assert f"pip install 'fpmgm[{extra}]'" in str(error), error
     else:
         raise AssertionError(name + " imported")
 """

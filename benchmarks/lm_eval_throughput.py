@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long scoring a request takes: a plain procedure against this library's lm-eval model, in one run.
+
+    python benchmarks/lm_eval_throughput.py
+    python benchmarks/lm_eval_throughput.py --device cuda --mc_num 1024 --requests 64
+
+*plain* does what the protocols' published scripts do: one request at a time, its draws in batches, logits and
+log-probabilities of the whole vocabulary at every position of every draw. *ours* is `MGMLM.loglikelihood`. Both get
+the same draws, and their scores must agree. Both check greediness where the published script does so by default; for
+smdm, where it does not, only ours does.
+
+The two take turns; a protocol's ratio is the median over the turns of plain seconds / our seconds. On a CPU the
+seconds are those that it worked for this process, so that others' work on a shared machine does not count.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+from lm_eval.api.instance import Instance
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from fpmgm import __version__
+from fpmgm.evaluation.lm_eval import MGMLM, PROTOCOLS
+from fpmgm.evaluation.lm_eval.protocols import Draws, thinned
+from fpmgm.models.noise import stream_generator
+from sampling_speed import ARCHITECTURES, commit, random_model
+
+
+EOS = 0
+
+
+def number_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of `size` ids: the end of text, then the words "1", "2", …"""
+    words = {"<eos>": EOS, **{str(i): i for i in range(1, size)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+@torch.no_grad()
+def log_probabilities(model, input_ids: torch.Tensor) -> torch.Tensor:
+    """(B, L, V) at every position."""
+    logits = model(input_ids).logits
+    logits[..., model.config.mask_token_id] = float("-inf")
+    return logits.log_softmax(dim=-1)
+
+
+class Drawn(NamedTuple):
+    """A request with its draws; of its tokens, `start` … `stop` − 1 are the target, `first` … `last` − 1 maskable."""
+
+    ids: list[int]
+    start: int
+    stop: int
+    first: int
+    last: int
+    draws: Draws
+
+
+def draw(protocol: str, prefix: list[int], target: list[int], mc_num: int) -> Drawn:
+    """The draws that ours makes too."""
+    rule = PROTOCOLS[protocol]
+    ids = [EOS, *prefix, *target, EOS] if rule.joint else prefix + target
+    start = len(prefix) + rule.joint
+    stop = start + len(target)
+    first, last = (0, len(ids)) if rule.joint else (start, stop)
+    noise = stream_generator(0, protocol, tuple(ids), start, stop)
+    return Drawn(ids, start, stop, first, last, rule.draws(last - first, mc_num, noise))
+
+
+def plain(model, protocol: str, prefix: list[int], target: list[int], mc_num: int, batch_size: int) -> float:
+    """The score of one request as the published scripts compute it."""
+    request = draw(protocol, prefix, target, mc_num)
+    masked = torch.zeros(mc_num, len(request.ids), dtype=torch.bool)
+    masked[:, request.first : request.last] = request.draws.masked
+    masked, weights = masked.to(model.device), request.draws.weights.to(model.device)
+    ids, total = torch.tensor(request.ids, device=model.device), 0.0
+    for some, weight in zip(masked.split(batch_size), weights.split(batch_size), strict=True):
+        labels = ids.expand(len(some), -1)
+        noisy = labels.masked_fill(some, model.config.mask_token_id)
+        found = log_probabilities(model, noisy).gather(2, labels[..., None])[..., 0]
+        total += (weight[:, None] * torch.where(some, found, 0.0)).sum().item()
+    if protocol != "smdm":
+        greedy(model, ids, request.start, request.stop, PROTOCOLS[protocol].greedy_at_once)
+    return total / mc_num / (len(ids) if PROTOCOLS[protocol].joint else 1)
+
+
+def greedy(model, ids: torch.Tensor, start: int, stop: int, at_once: bool) -> bool:
+    """Whether decoding writes the target, one request in a batch."""
+    written, mask = ids.clone(), model.config.mask_token_id
+    written[start:stop] = mask
+    while (written == mask).any():
+        confidence, likely = log_probabilities(model, written[None])[0].max(dim=-1)
+        places = (written == mask).nonzero()[:, 0]
+        places = places if at_once else places[confidence[places].argmax()]
+        written[places] = likely[places]
+    return torch.equal(written, ids)
+
+
+def copies(protocol: str, pairs: list, mc_num: int) -> int:
+    """Masked copies that ours runs for the draws of all requests."""
+    return sum(len(thinned(draw(protocol, *pair, mc_num).draws).masked) for pair in pairs)
+
+
+def now(device: str) -> float:
+    """Seconds, after the device has finished."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(args, model, protocol: str) -> dict:
+    """Seconds of both for the same requests, taking turns."""
+    mc_num = args.mc_num or PROTOCOLS[protocol].mc_num
+    vocabulary = model.config.mask_token_id
+    words = torch.randint(1, vocabulary, (args.requests, args.prefix + args.target), generator=stream_generator(0))
+    pairs = [(row[: args.prefix], row[args.prefix :]) for row in words.tolist()]
+    texts = [(" ".join(map(str, prefix)), " " + " ".join(map(str, target))) for prefix, target in pairs]
+    requests = [Instance("loglikelihood", {}, text, i) for i, text in enumerate(texts)]
+    lm = MGMLM(
+        model,
+        tokenizer=number_tokenizer(vocabulary),
+        protocol=protocol,
+        mc_num=mc_num,
+        batch_size=args.batch_size,
+        device=args.device,
+    )
+    seconds = {"plain": [], "ours": []}
+    for _ in range(args.repetitions):
+        begin = now(args.device)
+        expected = [plain(model, protocol, *pair, mc_num, args.batch_size) for pair in pairs]
+        between = now(args.device)
+        found = [score for score, _ in lm.loglikelihood(requests, disable_tqdm=True)]
+        seconds["plain"].append(between - begin)
+        seconds["ours"].append(now(args.device) - between)
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=args.tolerance, atol=0)
+    return {
+        "protocol": protocol,
+        "mc_num": mc_num,
+        "draws": mc_num * len(pairs),
+        "copies_of_ours": copies(protocol, pairs, mc_num),
+        "own_mc_num": PROTOCOLS[protocol].mc_num,
+        "copies_of_ours_with_own_mc_num": copies(protocol, pairs, PROTOCOLS[protocol].mc_num),
+        "seconds": seconds,
+        "ratio": statistics.median(p / o for p, o in zip(seconds["plain"], seconds["ours"], strict=True)),
+        "largest_relative_difference": max(abs(f / e - 1) for f, e in zip(found, expected, strict=True)),
+    }
+
+
+def markdown(result: dict) -> str:
+    """The ratios as a table."""
+    lines = [
+        "| protocol | draws | masked copies run, ours / plain | plain s | ours s | plain / ours "
+        "| copies with the protocol's own draws |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        plain_seconds, our_seconds = (statistics.median(row["seconds"][name]) for name in ("plain", "ours"))
+        lines.append(
+            f"| {row['protocol']} | {row['mc_num']} | {row['copies_of_ours']} / {row['draws']} | {plain_seconds:.1f} "
+            f"| {our_seconds:.1f} | {row['ratio']:.1f} "
+            f"| {row['copies_of_ours_with_own_mc_num']} / {row['own_mc_num'] * result['arguments']['requests']} |"
+        )
+    a, machine = result["arguments"], result["machine"]
+    return "\n".join([
+        *lines,
+        "",
+        f"{a['requests']} request(s) of {a['prefix']} + {a['target']} tokens, {a['architecture']} at width "
+        f"{a['hidden_size']}, vocabulary {a['vocab_size']:,}, random weights, batches of {a['batch_size']}; "
+        f"{machine['device']}, {machine['threads']} thread(s), torch {machine['torch']}, commit {machine['commit']}. "
+        f"Medians of {a['repetitions']} turns, the ratio that of the turns' ratios; on a CPU its own time.",
+    ])  # fmt: skip
+
+
+def main() -> None:
+    """Measure and write JSON and a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--architecture", default="fp", choices=list(ARCHITECTURES))
+    parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=list(PROTOCOLS))
+    parser.add_argument("--mc_num", type=int, default=128, help="Draws per request; 0: each protocol's own.")
+    parser.add_argument("--requests", type=int, default=1)
+    parser.add_argument("--prefix", type=int, default=9, help="Tokens of a prompt (OpenBookQA's median with GPT-2).")
+    parser.add_argument("--target", type=int, default=3, help="Tokens of an answer (the same).")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--repetitions", type=int, default=2)
+    parser.add_argument("--hidden_size", type=int, default=768, help="768 is MDLM-small.")
+    parser.add_argument("--vocab_size", type=int, default=50258)
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="Largest relative difference of the scores.")
+    parser.add_argument("--output", default="benchmarks/results/lm_eval_throughput_cpu.json")
+    args = parser.parse_args()
+    model = random_model(
+        max_position_embeddings=args.prefix + args.target + 2,
+        hidden_size=args.hidden_size,
+        intermediate_size=4 * args.hidden_size,
+        num_attention_heads=max(1, args.hidden_size // 64),
+        vocab_size=args.vocab_size,
+        mask_token_id=args.vocab_size - 1,
+        **ARCHITECTURES[args.architecture],
+    ).to(args.device)
+    result = {
+        "machine": {
+            "device": torch.cuda.get_device_name() if args.device == "cuda" else "CPU",
+            "threads": torch.get_num_threads(),
+            "load_average": os.getloadavg(),
+            "processor": platform.processor() or platform.machine(),
+            "torch": torch.__version__, "transformers": transformers.__version__, "fpmgm": __version__,
+            "commit": commit(),
+        },
+        "arguments": vars(args),
+        "rows": [measure(args, model, protocol) for protocol in tqdm(args.protocols)],
+    }  # fmt: skip
+    path = Path(args.output)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(result) + "\n")
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()

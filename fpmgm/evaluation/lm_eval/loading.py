@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model and its tokenizer from what a user types, and the checks of it."""
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from ...models.budget import check_whole
+
+
+DEFAULT_BATCH_SIZE = 64
+DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
+
+
+def load_model(
+    pretrained: str | torch.nn.Module, peft: str | None, revision: str, dtype: str, trust_remote_code: bool
+) -> torch.nn.Module:
+    """The masked language model of a folder or hub name (a PEFT adapter's too), in evaluation.
+
+    Args:
+        pretrained (`str` or `torch.nn.Module`): A model is taken as it is.
+        peft (`str`, *optional*): Folder or hub name of an adapter to merge into the weights. `None`: none.
+        revision (`str`): Of `pretrained` on the hub.
+        dtype (`str`): One of `DTYPES`; `"auto"` is the checkpoint's.
+        trust_remote_code (`bool`): For checkpoints of classes that this package does not have.
+
+    Raises:
+        `ValueError`: for another `dtype`, or a model that is no masked diffusion model.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"`dtype`={dtype!r} must be one of {DTYPES}.")
+    model = pretrained
+    if isinstance(pretrained, str):
+        model = AutoModelForMaskedLM.from_pretrained(
+            pretrained, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    if peft is not None:
+        try:
+            from peft import PeftModel
+        except ImportError as error:
+            raise ImportError(f"`peft`={peft!r} needs peft: pip install 'fpmgm[train]'") from error
+        model = PeftModel.from_pretrained(model, peft).merge_and_unload()
+    if getattr(model.config, "mask_token_id", None) is None or not hasattr(model, "generate"):
+        raise ValueError(
+            f"`pretrained`={pretrained!r} is a {type(model).__name__} without `mask_token_id` or `generate`: give a "
+            "masked diffusion model (`load_mdlm(...).save_pretrained(...)` makes one of an MDLM checkpoint)."
+        )
+    return model.eval()
+
+
+def load_tokenizer(
+    tokenizer: str | PreTrainedTokenizerBase | None, pretrained: Any, revision: str, trust_remote_code: bool
+) -> PreTrainedTokenizerBase:
+    """The tokenizer given or named, or else that of `pretrained`.
+
+    Raises:
+        `ValueError`: if there is none.
+    """
+    if tokenizer is not None and not isinstance(tokenizer, str):
+        return tokenizer
+    if tokenizer is None and not isinstance(pretrained, str):
+        raise ValueError("`tokenizer`=None, and `pretrained` is a model without one: give a tokenizer.")
+    options = {"trust_remote_code": trust_remote_code}
+    if tokenizer is None:
+        tokenizer, options["revision"] = pretrained, revision
+    try:
+        return AutoTokenizer.from_pretrained(tokenizer, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"no tokenizer in {tokenizer!r}: give its folder or hub name as `tokenizer`.") from error
+
+
+# --- checks: the value to use, or a `ValueError` that names the argument -------------------------------------------
+
+
+def check_batch_size(batch_size: int | str) -> int:
+    """Masked copies in a forward pass; lm-eval's `"auto"` is `DEFAULT_BATCH_SIZE`."""
+    if str(batch_size).split(":")[0] == "auto":
+        return DEFAULT_BATCH_SIZE
+    if str(batch_size).isdecimal():
+        batch_size = int(batch_size)
+    return check_whole("batch_size", batch_size, minimum=1, unit="masked copies ('auto' is 64)")
+
+
+def check_seed(seed: int) -> int:
+    """A whole number."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"`seed`={seed!r} must be a whole number.")
+    return seed
+
+
+def check_max_length(max_length: int | None, config) -> int:
+    """Tokens of the longest input; `None`: all that the model takes."""
+    longest = config.max_position_embeddings
+    if max_length is None:
+        return longest
+    if check_whole("max_length", max_length, minimum=3, unit="tokens") > longest:
+        raise ValueError(f"`max_length`={max_length} must be at most `max_position_embeddings`={longest}.")
+    return max_length
+
+
+def check_iterations(iterations: int | None, config) -> int | None:
+    """Fixed-point iterations; `None`: the configuration's, or none without fixed-point layers."""
+    if config.num_fixed_point_layers == 0:
+        if iterations is not None:
+            raise ValueError(f"`iterations`={iterations} is for fixed-point layers, which the model has not: omit it.")
+        return None
+    if iterations is None:
+        return config.num_fixed_point_iterations
+    return check_whole("iterations", iterations, minimum=1, unit="fixed-point iterations")
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config, needs_eos: bool) -> None:
+    """Whether the tokenizer fits the model."""
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"`tokenizer` has {len(tokenizer)} tokens, the model's `vocab_size` is {config.vocab_size}: give the "
+            "tokenizer that the model was trained with."
+        )
+    if needs_eos and tokenizer.eos_token_id is None:
+        raise ValueError("`tokenizer` has no EOS token, which `protocol`='pgm' needs: use 'llada' or 'smdm'.")

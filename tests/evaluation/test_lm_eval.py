@@ -1,0 +1,376 @@
+# SPDX-License-Identifier: Apache-2.0
+"""lm-eval's model against enumeration of every mask, and against plain loops."""
+
+import json
+import math
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
+from lm_eval.tasks import TaskManager
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from fpmgm.evaluation.lm_eval import MGMLM, PROTOCOLS, make_table
+from fpmgm.models.noise import stream_generator
+
+from ..testing_utils import tiny_model
+
+
+EOS, MASK = 0, 10
+WORDS = "abcdefghi"  # ids 1 … 9
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per letter."""
+    vocabulary = {"<eos>": EOS, "<mask>": MASK, **{word: i for i, word in enumerate(WORDS, 1)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", mask_token="<mask>")
+
+
+def evaluated(model=None, **arguments) -> MGMLM:
+    model = tiny_model().double() if model is None else model
+    return MGMLM(model, tokenizer=tiny_tokenizer(), device="cpu", **arguments)
+
+
+def scores(lm: MGMLM, *pairs: tuple[str, str]) -> list[tuple[float, bool]]:
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    return lm.loglikelihood(requests, disable_tqdm=True)
+
+
+@torch.no_grad()
+def losses(model, ids: list[int], masks: list[tuple[bool, ...]], time: float = 1.0) -> np.ndarray:
+    """Σ over masked positions of −log p(token) for each mask, from the logits of every position."""
+    ids, masked = torch.tensor(ids), torch.tensor(masks)
+    logits = model(ids.masked_fill(masked, MASK), timesteps=torch.full((len(masked),), time)).logits
+    logits[..., MASK] = -torch.inf
+    token_losses = -logits.log_softmax(dim=-1).gather(2, ids.expand(len(masked), -1)[..., None])[..., 0]
+    return (token_losses * masked).sum(dim=1).numpy()
+
+
+def exact_score(protocol: str, model, prefix: list[int], target: list[int]) -> float:
+    """The expected score: every mask with its probability, the integral over t by Gauss–Legendre quadrature."""
+    size = len(target)
+    if protocol == "pgm":
+        ids = [EOS, *prefix, *target, EOS]
+        masks = list(product([False, True], repeat=len(ids)))[1:]
+        nodes, shares = np.polynomial.legendre.leggauss(24)
+        expected = 0.0
+        for node, share in zip(nodes, shares, strict=True):
+            t = 1e-3 + (1 - 1e-3) * (node + 1) / 2
+            p = (1 - 1e-3) * t
+            chances = np.array([p ** sum(mask) * (1 - p) ** (len(ids) - sum(mask)) for mask in masks])
+            expected += share / 2 * (chances * losses(model, ids, masks)).sum() / t
+        return -expected / len(ids)
+    masks = list(product([False, True], repeat=size))[1:]
+    counts = [sum(mask) for mask in masks]
+    if protocol == "llada":  # P(k) = 1/L, weight L/k
+        weights = [1 / math.comb(size, k) / k for k in counts]
+    else:  # ∫ t^(k−1) (1 − t)^(L−k) dt
+        weights = [math.gamma(k) * math.gamma(size - k + 1) / math.gamma(size + 1) for k in counts]
+    whole = [(False,) * len(prefix) + mask for mask in masks]
+    return -(np.array(weights) * losses(model, prefix + target, whole)).sum()
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_the_mean_over_draws_is_the_enumerated_bound(protocol):
+    lm = evaluated(protocol=protocol, mc_num=4000)
+    estimates = []
+    for lm.seed in range(20):
+        estimates.append(scores(lm, ("a b", " c d e"))[0][0])
+    error = np.std(estimates, ddof=1) / len(estimates) ** 0.5
+    exact = exact_score(protocol, lm.model, [1, 2], [3, 4, 5])
+    assert error < 0.01 * abs(exact)
+    assert abs(np.mean(estimates) - exact) < 4 * error
+
+
+def reference_score(lm: MGMLM, prefix: list[int], target: list[int], time: float | None = None) -> float:
+    """The same draws without any saving: every draw by itself, logits everywhere, told its own time or `time`."""
+    joint = lm.protocol_name == "pgm"
+    ids, start = ([EOS, *prefix, *target, EOS], 1 + len(prefix)) if joint else (prefix + target, len(prefix))
+    stop = start + len(target)
+    first, last = (0, len(ids)) if joint else (start, stop)
+    noise = stream_generator(lm.seed, lm.protocol_name, tuple(ids), start, stop)
+    total = 0.0
+    for masked, weight, t in zip(*lm.protocol.draws(last - first, lm.mc_num, noise), strict=True):
+        if masked.any():
+            mask = (False,) * first + tuple(masked.tolist()) + (False,) * (len(ids) - last)
+            total += weight.item() * losses(lm.model, ids, [mask], time or t.item())[0]
+    return -total / lm.mc_num / (len(ids) if joint else 1)
+
+
+PAIRS = [("a", " b"), ("a b c", " d e f"), ("", "g h"), ("i i", " a b c d"), ("a", " b"), ("b", " a")]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_batching_and_merging_change_nothing(protocol, batch_size):
+    lm = evaluated(protocol=protocol, mc_num=7, batch_size=batch_size)
+    together = scores(lm, *PAIRS)
+    for pair, (score, greedy) in zip(PAIRS, together, strict=True):
+        [(alone, greedy_alone)] = scores(lm, pair)
+        assert (alone, greedy_alone) == (pytest.approx(score, rel=1e-12), greedy)
+        assert score == pytest.approx(reference_score(lm, *numbers(pair)), rel=1e-10)
+
+
+def numbers(texts: tuple[str, str]) -> list[list[int]]:
+    """Token ids by hand."""
+    return [[WORDS.index(word) + 1 for word in text.split()] for text in texts]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_model_that_is_told_the_time_gets_that_of_each_draw(protocol):
+    lm = evaluated(tiny_model(time_conditioning=True, scale=0.6).double(), protocol=protocol, mc_num=9)
+    pairs = PAIRS[1:4]  # llada tells a target of one token 1 always
+    for pair, (score, _) in zip(pairs, scores(lm, *pairs), strict=True):
+        assert score == pytest.approx(reference_score(lm, *numbers(pair)), rel=1e-6)  # t is float32
+        assert score != pytest.approx(reference_score(lm, *numbers(pair), time=1.0), rel=1e-4)
+
+
+@torch.no_grad()
+def decoded(model, prefix: list[int], order: str, begin: list[int], end: list[int]) -> list[int]:
+    """The three tokens that greedy decoding writes between prefix and end, `order` of them at a time."""
+    ids = torch.tensor([*begin, *prefix, *[MASK] * 3, *end])
+    while (ids == MASK).any():
+        logits = model(ids[None]).logits[0]
+        logits[:, MASK] = -torch.inf
+        probability, tokens = logits.softmax(dim=-1).max(dim=-1)
+        places = (ids == MASK).nonzero()[:, 0]
+        picked = {"all": slice(None), "surest": probability[places].argmax(), "vaguest": probability[places].argmin()}
+        ids[places[picked[order]]] = tokens[places[picked[order]]]
+    return ids[len(begin) + len(prefix) :][:3].tolist()
+
+
+@pytest.mark.parametrize("protocol, order", [("pgm", "all"), ("llada", "surest"), ("smdm", "surest")])
+def test_one_target_is_greedy_and_it_is_the_decoded_one(protocol, order):
+    frame = ([EOS], [EOS]) if protocol == "pgm" else ([], [])
+    for seed in range(100):  # a model for which the order matters
+        lm = evaluated(tiny_model(seed=seed, scale=0.5).double(), protocol=protocol, mc_num=1)
+        texts = {name: decoded(lm.model, [2, 5], name, *frame) for name in ("all", "surest", "vaguest")}
+        if len(set(map(tuple, texts.values()))) == 3:
+            break
+    assert len(set(map(tuple, texts.values()))) == 3
+    right = texts.pop(order)
+    wrong = [*texts.values(), *([*right[:i], right[i] % 9 + 1, *right[i + 1 :]] for i in range(3))]
+    pairs = [(str(target), [2, 5], target) for target in (wrong[0], right, *wrong[1:])]
+    answers = lm._loglikelihood_tokens(pairs, disable_tqdm=True)
+    assert [greedy for _, greedy in answers] == [False, True, *[False] * 4]
+
+
+def test_long_inputs_lose_their_beginning_and_are_counted():
+    lm = evaluated(mc_num=5)
+    cut, whole = scores(lm, (" ".join("abcdefg"), " h i"), ("d e f g", " h i"))
+    assert cut == whole
+    assert lm.get_model_info()["truncated_requests"] == 1
+    lm = evaluated(protocol="llada", mc_num=5, max_length=3)
+    cut, whole = scores(lm, ("a", " b c d e f"), ("", "d e f"))
+    assert cut == whole
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_rolling_is_the_sum_over_windows_in_nats(protocol):
+    lm = evaluated(protocol=protocol, mc_num=4)
+    room = 6 if protocol == "pgm" else 8
+    text = [WORDS[i % 9] for i in range(2 * room + 1)]
+    windows = [" ".join(text[i : i + room]) for i in range(0, len(text), room)]
+    expected = 0.0
+    for window, (score, _) in zip(windows, scores(lm, *(("", window) for window in windows)), strict=True):
+        expected += score * (len(window.split()) + 2 if protocol == "pgm" else 1)
+    requests = [Instance("loglikelihood_rolling", {}, (t,), 0) for t in (" ".join(text), "")]
+    rolled = lm.loglikelihood_rolling(requests, disable_tqdm=True)
+    assert rolled == [pytest.approx(expected, rel=1e-12), 0]
+
+
+def write(lm: MGMLM, *requests: tuple[str, dict]) -> list[str]:
+    return lm.generate_until([Instance("generate_until", {}, r, i) for i, r in enumerate(requests)], disable_tqdm=True)
+
+
+def test_text_ends_at_stop_strings_and_at_the_end_of_text(monkeypatch):
+    lm, calls = evaluated(), []
+
+    def generate(input_ids, attention_mask=None, seed=None, **options):
+        calls.append((input_ids.tolist(), attention_mask, options))
+        story = torch.tensor([[1, 2, 3, EOS, 5], [1, 2, 3, 4, 5]])[: len(input_ids)]
+        return input_ids.masked_scatter(input_ids == MASK, story.flatten())
+
+    monkeypatch.setattr(lm.model, "generate", generate)
+    until = {"max_gen_toks": 5, "until": ["d e", "c"]}
+    assert write(lm, ("h", {"max_gen_toks": 5}), ("i i", {"max_gen_toks": 5, "until": ["x"]})) == [
+        "a b c d e",
+        "a b c",
+    ]
+    assert write(lm, ("i", until)) == ["a b "]
+    assert calls[0][0] == [[EOS, 9, 9, *[MASK] * 5], [EOS, 8, *[MASK] * 5, 0]]  # the longer one first
+    assert calls[0][1].tolist() == [[1] * 8, [1] * 7 + [0]]
+    assert calls[1][1] is None
+    assert calls[0][2] == {"temperature": 0.0}
+    write(lm, ("h", {"do_sample": True, "top_p": 0.9, "max_gen_toks": 5}))
+    assert calls[2][2] == {"temperature": 1.0, "top_p": 0.9}
+
+
+def test_a_text_does_not_depend_on_its_batch_and_repeats_differ():
+    lm = evaluated(budget=12, num_steps=4, reuse="none")
+    sampled = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 4}
+    requests = [
+        ("a b c", sampled),
+        ("d", sampled),
+        ("d", {"max_gen_toks": 4}),
+        ("d", sampled),
+        ("d e f g h i", sampled),
+    ]
+    texts = write(lm, *requests)
+    assert [write(lm, request)[0] for request in requests[:3]] == texts[:3]
+    assert texts[1] != texts[3]  # the same request again
+    assert all(len(text.split()) <= 4 for text in texts)
+    with pytest.raises(ValueError, match=r"`max_gen_toks`=8 leaves no room"):
+        write(lm, ("a", {"max_gen_toks": 8}))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"protocol": "mdlm"}, r"`protocol`='mdlm' must be one of \('pgm', 'llada', 'smdm'\)"),
+        ({"mcnum": 3}, r"unknown model argument\(s\) \['mcnum'\]: known are .*'mc_num'"),
+        ({"mc_num": 0}, r"`mc_num`=0 must be .* at least 1"),
+        ({"batch_size": "many"}, r"`batch_size`='many'"),
+        ({"max_length": 9}, r"`max_length`=9 must be at most `max_position_embeddings`=8"),
+        ({"dtype": "int8"}, r"`dtype`='int8' must be one of \('auto', "),
+        ({"iterations": 0}, r"`iterations`=0 must be .* at least 1"),
+        ({"seed": 0.5}, r"`seed`=0.5 must be a whole number"),
+        ({"reuse": "some"}, r"`reuse`='some' must be one of"),
+        ({"budget": 0}, r"`budget`=0"),
+    ],
+)
+def test_wrong_arguments_say_what_is_allowed(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        evaluated(**arguments)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"`tokenizer` has 11 tokens, the model's `vocab_size` is 7"):
+        evaluated(tiny_model(vocab_size=7, mask_token_id=6))
+    with pytest.raises(ValueError, match=r"`iterations`=3 is for fixed-point layers"):
+        evaluated(tiny_model(num_fixed_point_layers=0), iterations=3)
+
+
+def test_a_score_that_is_no_number_is_an_error():
+    model = tiny_model()
+    model.lm_head.weight.data[3] = torch.nan
+    with pytest.raises(ValueError, match="a score is not finite"):
+        scores(evaluated(model, mc_num=2), ("a", " b"))
+
+
+# --- through lm-eval -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A saved model with its tokenizer, and three tasks on local files."""
+    root = tmp_path_factory.mktemp("lm_eval")
+    tiny_model(input_injection="diagonal").save_pretrained(root / "model")
+    tiny_tokenizer().save_pretrained(root / "model")
+    rows = [{"q": f"a {w}", "options": [" b", " c d"], "answer": i % 2} for i, w in enumerate("efghi")]
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kinds = {
+        "choice": 'output_type: multiple_choice\ndoc_to_choice: "{{options}}"\ndoc_to_target: answer\n'
+        "metric_list: [{metric: acc}]",
+        "rolling": 'output_type: loglikelihood_rolling\ndoc_to_target: "{{q}}"\n'
+        "metric_list: [{metric: word_perplexity}]",
+        "writing": 'output_type: generate_until\ndoc_to_target: "{{options[answer]}}"\n'
+        "generation_kwargs: {max_gen_toks: 3, until: [f]}\nmetric_list: [{metric: exact_match}]",
+    }
+    for name, kind in kinds.items():
+        text = "" if name == "rolling" else "{{q}}"
+        (root / f"{name}.yaml").write_text(
+            f"task: tiny_{name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {root}/rows.jsonl}}}}\n"
+            f'test_split: test\ndoc_to_text: "{text}"\ntarget_delimiter: ""\nmetadata: {{version: 1.0}}\n{kind}\n'
+        )
+    return root
+
+
+TASKS = ["tiny_choice", "tiny_rolling", "tiny_writing"]
+
+
+def run(folder: Path, tasks=TASKS, **options) -> dict:
+    arguments = {"pretrained": str(folder / "model"), "mc_num": 8}
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    return simple_evaluate(
+        "fpmgm", arguments, tasks=tasks, task_manager=manager, device="cpu", bootstrap_iters=0, **options
+    )
+
+
+def test_results_and_table_name_the_protocol(folder):
+    results = run(folder)
+    assert set(results["results"]) == set(TASKS)
+    assert 0 <= results["results"]["tiny_choice"]["acc,none"] <= 1
+    config = results["config"]
+    assert (config["protocol"], config["mc_num"], config["truncated_requests"]) == ("pgm", 8, 0)
+    assert config["model_args"]["protocol"] == "pgm"
+    rows = [line for line in make_table(results).splitlines() if "tiny_" in line]
+    assert len(rows) == 3
+    assert all("(pgm, 8 draws)" in row for row in rows)
+    # an answer is the option with the higher score
+    lm = MGMLM(str(folder / "model"), mc_num=8, device="cpu")
+    for sample in results["samples"]["tiny_choice"]:
+        options = scores(lm, *((sample["doc"]["q"], option) for option in (" b", " c d")))
+        best = int(options[1][0] > options[0][0])
+        assert sample["acc"] == (best == sample["doc"]["answer"])
+
+
+def test_a_cache_of_another_protocol_is_refused(folder, tmp_path):
+    cache = str(tmp_path / "answers")
+    first = run(folder, tasks=["tiny_choice"], use_cache=cache)
+    again = run(folder, tasks=["tiny_choice"], use_cache=cache)
+    assert again["results"] == first["results"]
+    with pytest.raises(ValueError, match=r"`use_cache` holds answers of .*'pgm'"):
+        CachingLM(evaluated(protocol="llada"), f"{cache}_rank0.db")
+
+
+def test_adapters_are_merged(folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = str(folder / "model")
+    plain = scores(MGMLM(base, mc_num=4, device="cpu"), *PAIRS)
+    lora = peft.LoraConfig(target_modules=["qkv_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(MGMLM(base, mc_num=4, device="cpu").model, lora)
+    adapted.save_pretrained(tmp_path)
+    expected = scores(evaluated(adapted, mc_num=4), *PAIRS)
+    assert expected != plain
+    merged = MGMLM(base, peft=str(tmp_path), mc_num=4, device="cpu")
+    by_name = MGMLM(str(tmp_path), tokenizer=base, mc_num=4, device="cpu")
+    for lm in (merged, by_name):
+        assert [s for s, _ in scores(lm, *PAIRS)] == pytest.approx([s for s, _ in expected], rel=1e-4)
+
+
+def command(folder: Path, output: Path, *launcher: str) -> str:
+    done = subprocess.run(
+        [*(launcher or (sys.executable, "-m")), "fpmgm.evaluation.lm_eval", "--model_args",
+         f"pretrained={folder / 'model'},mc_num=8", "--include_path", str(folder), "--tasks", ",".join(TASKS),
+         "--device", "cpu", "--output_path", str(output)],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_command_line_alone_and_in_two_processes(folder, tmp_path):
+    expected = run(folder)["results"]
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m")
+    for name, launcher in (("alone", ()), ("two", torchrun)):
+        table = command(folder, tmp_path / name, *launcher)
+        assert table.count("(pgm, 8 draws)") == 3
+        assert "'protocol': 'pgm'" in table  # in the line above it
+        [saved] = (tmp_path / name).rglob("results_*.json")
+        saved = json.loads(saved.read_text())
+        assert saved["config"]["protocol"] == "pgm"
+        for task, row in expected.items():
+            metric = next(key for key in row if key.endswith(",none"))
+            assert saved["results"][task][metric] == pytest.approx(row[metric], rel=1e-6)
