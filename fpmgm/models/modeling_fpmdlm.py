@@ -91,7 +91,8 @@ class FPMDLMForMaskedDiffusion(MGMGenerationMixin, MGMPreTrainedModel):
         self._check_inputs(input_ids, timesteps)
         h = self.embed_tokens(input_ids)  # (B, L, D)
         conditioning, rotary = self.conditioning(timesteps, h.device), self.rotary(h)
-        return self._denoise_once(h, conditioning, rotary, input_ids.shape[1], attention_mask, labels, **options)
+        masked = input_ids == self.config.mask_token_id
+        return self._denoise_once(h, conditioning, rotary, masked, attention_mask, labels, **options)
 
     def conditioning(self, timesteps: torch.Tensor | None, device: torch.device) -> torch.Tensor:
         """(B, C), or (1, C) when time is not conditioned on: one constant vector for every sequence."""
