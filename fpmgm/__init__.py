@@ -6,7 +6,7 @@ Importing `fpmgm` registers its models with `AutoConfig`, `AutoModel` and `AutoM
 
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
-from .conversion import convert_to_fixed_point, load_mdlm
+from .conversion import convert_to_fixed_point, load_halton_maskgit, load_mdlm
 from .models.budget import BudgetPlan, plan_budget
 from .models.configuration_fpmaskgit import FPMaskGITConfig
 from .models.configuration_fpmdlm import FPMDLMConfig
@@ -38,6 +38,7 @@ __all__ = [
     "MGMOutput",
     "TextStreamer",
     "convert_to_fixed_point",
+    "load_halton_maskgit",
     "load_mdlm",
     "plan_budget",
 ]
