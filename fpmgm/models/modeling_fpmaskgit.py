@@ -18,6 +18,7 @@ from .block_fpmaskgit import FPMaskGITBlock, RMSNorm
 from .configuration_fpmaskgit import FPMaskGITConfig
 from .generation_mgm import MGMGenerationMixin
 from .modeling_mgm import DenoiserOptions, MGMOutput, MGMPreTrainedModel
+from .reveal import IMAGE_ORDERS
 
 
 EMBEDDING_STD = 0.02  # of fresh embeddings, and with them of the tied head
@@ -37,11 +38,14 @@ class FPMaskGITModel(MGMGenerationMixin, MGMPreTrainedModel):
     >>> output = model(torch.full((2, 16), 16), class_labels=torch.tensor([0, 2]), num_iterations=4)
     >>> output.logits.shape, output.residuals.shape, output.block_evaluations
     (torch.Size([2, 16, 17]), torch.Size([4, 2]), 6)
+    >>> model.generate(class_labels=[0, 2], guidance_scale=2.0, budget=24, seed=0).shape
+    torch.Size([2, 16])
 
     ```
     """
 
     config: FPMaskGITConfig
+    orders = IMAGE_ORDERS
     _no_split_modules = ["FPMaskGITBlock", "Modulation"]  # both are called on their own
 
     def __init__(self, config: FPMaskGITConfig):
@@ -101,6 +105,20 @@ class FPMaskGITModel(MGMGenerationMixin, MGMPreTrainedModel):
         if class_labels is None:
             class_labels = torch.full((1,), self.config.num_classes, device=device)
         return F.silu(self.class_embedding(class_labels))
+
+    def _start(self, input_ids, batch_size, length, attention_mask) -> tuple[torch.Tensor, None]:
+        """What `generate` begins with: whole images only."""
+        if attention_mask is not None:
+            raise ValueError(
+                "`attention_mask` cannot be given: an image has no padding. To keep codes, give them in `input_ids`."
+            )
+        tokens, _ = super()._start(input_ids, batch_size, length, None)
+        if tokens.shape[1] != self.config.max_position_embeddings:
+            raise ValueError(
+                f"`length`={tokens.shape[1]} must be {self.config.max_position_embeddings}, the tokens of an image: "
+                "leave it out."
+            )
+        return tokens, None
 
     def _check_inputs(self, input_ids: torch.Tensor, class_labels: torch.Tensor | None) -> None:
         length, side = self.config.max_position_embeddings, self.config.grid_size

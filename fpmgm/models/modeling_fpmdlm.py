@@ -20,6 +20,7 @@ from .configuration_fpmdlm import FPMDLMConfig
 from .generation_mgm import MGMGenerationMixin
 from .modeling_mgm import DenoiserOptions, MGMOutput, MGMPreTrainedModel
 from .noise import sigma
+from .reveal import TEXT_ORDERS
 
 
 class FPMDLMForMaskedDiffusion(MGMGenerationMixin, MGMPreTrainedModel):
@@ -43,7 +44,7 @@ class FPMDLMForMaskedDiffusion(MGMGenerationMixin, MGMPreTrainedModel):
     """
 
     config: FPMDLMConfig
-    default_order = "ancestral"
+    orders = TEXT_ORDERS
     _no_split_modules = ["FPMDLMBlock", "Modulation"]  # both are called on their own
 
     def __init__(self, config: FPMDLMConfig):
