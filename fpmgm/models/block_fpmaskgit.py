@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_fpmaskgit import FPMaskGITConfig
-from .layers import Modulation, eager_attention_forward, modulate, shared_dropout, wide
+from .layers import Modulation, eager_attention_forward, gated_residual, modulate, shared_dropout, wide
 from .selection import Selection
 
 
@@ -106,7 +106,7 @@ class FPMaskGITBlock(nn.Module):
         y = self.attention(modulate(self.norm1(x), shift1, scale1), attention_mask, selection)
         if selection is not None:
             x, gate1, shift2, scale2, gate2 = (selection.pick(z) for z in (x, gate1, shift2, scale2, gate2))
-        x = x + gate1 * shared_dropout(y, self.dropout, self.training, keep1)
+        x = gated_residual(x, gate1, y, self.dropout, self.training, keep1)
         y = modulate(self.norm2(x), shift2, scale2)
         y = shared_dropout(F.silu(self.gate_proj(y)) * self.up_proj(y), self.dropout, self.training, keep2)
-        return x + gate2 * self.down_proj(y)
+        return torch.addcmul(x, gate2, self.down_proj(y))

@@ -94,7 +94,7 @@ class FPMaskGITModel(MGMGenerationMixin, MGMPreTrainedModel):
         Raises:
             `ValueError`: a shape that is not that of images and their classes, fewer than one iteration.
         """
-        self._check_inputs(input_ids, class_labels)
+        self._check_inputs(input_ids, class_labels, options)
         h = self.embed_tokens(input_ids) + self.position_embedding.weight  # (B, L, D)
         h = torch.cat([h, self.register_tokens.weight.expand(len(h), -1, -1)], dim=1)  # (B, L + R, D)
         masked = input_ids == self.config.mask_token_id
@@ -110,7 +110,7 @@ class FPMaskGITModel(MGMGenerationMixin, MGMPreTrainedModel):
         """What `generate` begins with: whole images only."""
         if attention_mask is not None:
             raise ValueError(
-                "`attention_mask` cannot be given: an image has no padding. To keep codes, give them in `input_ids`."
+                "`attention_mask` cannot be given: images have no padding. To keep codes, give them in `input_ids`."
             )
         tokens, _ = super()._start(input_ids, batch_size, length, None)
         if tokens.shape[1] != self.config.max_position_embeddings:
@@ -120,7 +120,9 @@ class FPMaskGITModel(MGMGenerationMixin, MGMPreTrainedModel):
             )
         return tokens, None
 
-    def _check_inputs(self, input_ids: torch.Tensor, class_labels: torch.Tensor | None) -> None:
+    def _check_inputs(self, input_ids: torch.Tensor, class_labels: torch.Tensor | None, options: dict) -> None:
+        if "attention_mask" in options:
+            raise ValueError("`attention_mask` cannot be given: images have no padding and are all of one length.")
         length, side = self.config.max_position_embeddings, self.config.grid_size
         if input_ids.dim() != 2 or input_ids.shape[1] != length:
             raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from fpmgm import load_halton_maskgit
+from fpmgm import convert_to_fixed_point, load_halton_maskgit
 from tests.testing_utils import SHARED, needs_shared
 
 
@@ -114,6 +114,18 @@ def test_the_arguments_are_read_from_the_weights(tmp_path):
     config = load_halton_maskgit(tmp_path / "w.safetensors", {"heads": 4, "mlp_dim": 30, **given}).config
     assert (config.grid_size, config.num_pre_layers, config.intermediate_size) == (3, 3, 20)
     assert (config.num_classes, config.num_register_tokens, config.num_attention_heads) == (4, 2, 4)
+
+
+def test_a_loaded_model_converts_to_a_fixed_point(tmp_path):
+    save_file(original_state(depth=4), tmp_path / "w.safetensors")
+    teacher = load_halton_maskgit(tmp_path / "w.safetensors", {"heads": 2})
+    student = convert_to_fixed_point(teacher, {"pre": [1], "fixed_point": [3], "post": [4]}, injection_noise=0.0)
+    layers, codes = teacher.pre_layers, torch.randint(CODES + 1, (2, SIDE**2))
+    with torch.no_grad():
+        once = student(codes, num_iterations=1).logits
+        teacher.pre_layers = torch.nn.ModuleList([layers[0], layers[2], layers[3]])  # F once, injected as z = h
+        torch.testing.assert_close(once, teacher(codes).logits, rtol=0, atol=1e-3)
+    assert student.generate(class_labels=[0, 1], budget=12).lt(CODES).all()
 
 
 def test_every_key_that_does_not_fit_is_listed(tmp_path):
