@@ -194,12 +194,12 @@ def test_dropout_drops_and_rescales_attention_and_hidden_units(part, drawn_befor
 def test_dropout_masks_are_shared_by_the_iterations_of_a_call():
     model = tiny_image_model(scale=0.1, input_injection="diagonal", dropout=0.4)
     ids = random_codes(2)
-    evaluated = model(ids, num_iterations=60)
+    evaluated = model(ids, num_iterations=100)
     model.train()
-    trained = model(ids, num_iterations=50, num_no_grad_iterations=10)
-    again = model(ids, num_iterations=60)
-    assert evaluated.residuals[-1].max() < 1e-4
-    assert trained.residuals[-1].max() < 1e-4  # one fixed map: masks drawn anew would keep it moving
+    trained = model(ids, num_iterations=90, num_no_grad_iterations=10)
+    again = model(ids, num_iterations=100)
+    assert evaluated.residuals[-1].max() < 1e-3
+    assert trained.residuals[-1].max() < 1e-3  # one fixed map: masks drawn anew would keep it moving
     assert (trained.fixed_point_state - evaluated.fixed_point_state).abs().max() > 0.01  # and it is another map
     assert (trained.fixed_point_state - again.fixed_point_state).abs().max() > 0.01  # new masks at each call
 
