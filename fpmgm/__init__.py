@@ -6,10 +6,12 @@ Importing `fpmgm` registers its models with `AutoConfig`, `AutoModel` and `AutoM
 
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
-from .conversion import convert_to_fixed_point, load_mdlm
+from .conversion import convert_to_fixed_point, load_halton_maskgit, load_mdlm
 from .models.budget import BudgetPlan, plan_budget
+from .models.configuration_fpmaskgit import FPMaskGITConfig
 from .models.configuration_fpmdlm import FPMDLMConfig
 from .models.generation_mgm import GenerationStep, MGMGenerationConfig, MGMGenerationMixin, MGMGenerationOutput
+from .models.modeling_fpmaskgit import FPMaskGITModel
 from .models.modeling_fpmdlm import FPMDLMForMaskedDiffusion
 from .models.modeling_mgm import MGMOutput
 from .streamers import TextStreamer
@@ -20,11 +22,15 @@ __version__ = "0.1.0.dev0"
 AutoConfig.register(FPMDLMConfig.model_type, FPMDLMConfig, exist_ok=True)
 AutoModel.register(FPMDLMConfig, FPMDLMForMaskedDiffusion, exist_ok=True)
 AutoModelForMaskedLM.register(FPMDLMConfig, FPMDLMForMaskedDiffusion, exist_ok=True)
+AutoConfig.register(FPMaskGITConfig.model_type, FPMaskGITConfig, exist_ok=True)
+AutoModel.register(FPMaskGITConfig, FPMaskGITModel, exist_ok=True)
 
 __all__ = [
     "BudgetPlan",
     "FPMDLMConfig",
     "FPMDLMForMaskedDiffusion",
+    "FPMaskGITConfig",
+    "FPMaskGITModel",
     "GenerationStep",
     "MGMGenerationConfig",
     "MGMGenerationMixin",
@@ -32,6 +38,7 @@ __all__ = [
     "MGMOutput",
     "TextStreamer",
     "convert_to_fixed_point",
+    "load_halton_maskgit",
     "load_mdlm",
     "plan_budget",
 ]

@@ -28,7 +28,7 @@ from transformers import AutoModel, AutoTokenizer
 from fpmgm import FPMDLMForMaskedDiffusion, MGMGenerationConfig
 from fpmgm.data import train_tokenizer
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
-from tests.testing_utils import tiny_model
+from tests.testing_utils import tiny_image_model, tiny_model
 
 folder = Path(sys.argv[1])
 texts = ["the cat sat on the mat, and the other cat sat on the other mat"] * 4
@@ -40,6 +40,8 @@ model.push_to_hub("tester/tiny")
 tokenizer.push_to_hub("tester/tiny")
 model.save_pretrained(folder / "local")
 tokenizer.save_pretrained(folder / "local")
+image_model = tiny_image_model(num_register_tokens=2)
+image_model.save_pretrained(folder / "image")
 assert type(AutoModel.from_pretrained("tester/tiny")) is FPMDLMForMaskedDiffusion
 
 ids = torch.arange(16).view(2, 8) * 17 % 270
@@ -48,6 +50,7 @@ written = {
     "logits": model(ids).logits.detach(),
     "with_arguments": model.generate(batch_size=3, budget=24, temperature=1.0, top_k=None, reuse="3sr", seed=5),
     "with_its_own_configuration": model.generate(batch_size=3, seed=6),
+    "codes": image_model.generate(batch_size=3, budget=24, seed=5),
 }
 save_file(written, folder / "written.safetensors")
 words = "the other cat – 😀"
@@ -132,6 +135,8 @@ for source, place in {"hub": "tester/tiny", "local": str(folder / "local")}.item
     record(f"{source} again", AutoModel.from_pretrained(folder / f"again_{source}", **remote))
     facts[f"{source} tokens"] = AutoTokenizer.from_pretrained(place, **remote)(words)["input_ids"]
 
+tensors["codes"] = AutoModel.from_pretrained(folder / "image", **remote).generate(batch_size=3, budget=24, seed=5)
+
 trained = AutoModelForMaskedLM.from_pretrained("tester/trained", **remote)
 tensors |= {f"trained/{name}": tensor.clone() for name, tensor in trained.state_dict().items()}
 tensors["adapter/logits"] = AutoModel.from_pretrained("tester/adapter", **remote).eval()(ids).logits.detach()
@@ -179,6 +184,11 @@ def test_a_checkpoint_works_the_same_where_fpmgm_is_not_installed(hub, kind):
     torch.testing.assert_close(loaded[f"{kind}/logits"], written["logits"], rtol=0, atol=0)
     for name in ("with_arguments", "with_its_own_configuration"):
         assert torch.equal(loaded[f"{kind}/{name}"], written[name])
+
+
+def test_an_image_model_works_the_same_where_fpmgm_is_not_installed(hub):
+    written, loaded = (load_file(hub[1] / name)["codes"] for name in ("written.safetensors", "loaded.safetensors"))
+    assert torch.equal(loaded, written)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion
+from fpmgm import FPMaskGITConfig, FPMaskGITModel, FPMDLMConfig, FPMDLMForMaskedDiffusion
 
 
 SHARED = Path(os.environ.get("FPMGM_SHARED", Path(__file__).parents[2] / "shared"))
@@ -33,13 +33,39 @@ def tiny_config(**overrides) -> FPMDLMConfig:
 
 
 def tiny_model(seed: int = 0, scale: float = 0.3, **overrides) -> FPMDLMForMaskedDiffusion:
-    """A model whose every weight is drawn at random (a fresh one is the identity under a zero head), in evaluation.
+    """A text model with every weight drawn at random, in evaluation."""
+    return _shaken(FPMDLMForMaskedDiffusion, tiny_config(**overrides), seed, scale)
+
+
+def tiny_image_config(**overrides) -> FPMaskGITConfig:
+    """A configuration of a few thousand weights; 7 codes (mask id 7) on a 3 × 3 grid, 3 classes, one register."""
+    defaults = {
+        "codebook_size": 7,
+        "num_classes": 3,
+        "grid_size": 3,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "num_pre_layers": 1,
+        "num_post_layers": 1,
+        "dropout": 0.0,
+    }
+    return FPMaskGITConfig(**{**defaults, **overrides})
+
+
+def tiny_image_model(seed: int = 0, scale: float = 0.3, **overrides) -> FPMaskGITModel:
+    """An image model with every weight drawn at random, in evaluation."""
+    return _shaken(FPMaskGITModel, tiny_image_config(**overrides), seed, scale)
+
+
+def _shaken(model_class, config, seed: int, scale: float):
+    """A model whose every weight is moved at random: a fresh one is the identity, and its head may be zero.
 
     The same seed gives the same weights, and the global generator is left alone.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = FPMDLMForMaskedDiffusion(tiny_config(**overrides))
+        model = model_class(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(scale * torch.randn(parameter.shape))

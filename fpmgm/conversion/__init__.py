@@ -3,6 +3,7 @@
 
 from .cka import layer_similarity, linear_cka, strongest_boundary
 from .fixed_point import PAPER_MAP, auto_layer_map, convert_to_fixed_point
+from .maskgit import load_halton_maskgit
 from .mdlm import load_mdlm
 
 
@@ -12,6 +13,7 @@ __all__ = [
     "convert_to_fixed_point",
     "layer_similarity",
     "linear_cka",
+    "load_halton_maskgit",
     "load_mdlm",
     "strongest_boundary",
 ]

@@ -3,9 +3,7 @@
 
 from transformers import PreTrainedConfig
 
-
-INPUT_INJECTIONS = ("mlp", "linear", "diagonal")
-INJECTION_INITS = ("contraction", "identity")
+from .configuration_mgm import check_fixed_point, check_share, check_stacks, check_whole_field
 
 
 class FPMDLMConfig(PreTrainedConfig):
@@ -89,7 +87,9 @@ class FPMDLMConfig(PreTrainedConfig):
         self.no_grad_iterations = [0, 4] if self.no_grad_iterations is None else list(self.no_grad_iterations)
         self.grad_iterations = [3, 6] if self.grad_iterations is None else list(self.grad_iterations)
         _check_sizes(self)
-        _check_fixed_point(self)
+        check_stacks(self)
+        check_fixed_point(self)
+        check_share(self, "dropout")
         super().__post_init__(**kwargs)
 
     @property
@@ -106,13 +106,8 @@ def _check_sizes(config: FPMDLMConfig) -> None:
         "intermediate_size",
         "conditioning_size",
         "max_position_embeddings",
-        "num_fixed_point_iterations",
     ):
-        _check_whole(name, getattr(config, name), minimum=1)
-    for name in ("num_pre_layers", "num_fixed_point_layers", "num_post_layers"):
-        _check_whole(name, getattr(config, name), minimum=0)
-    if config.num_hidden_layers == 0:
-        raise ValueError("`num_pre_layers`, `num_fixed_point_layers` and `num_post_layers` are all 0: give one block.")
+        check_whole_field(config, name, minimum=1)
     if config.hidden_size % (2 * config.num_attention_heads):
         raise ValueError(
             f"`num_attention_heads`={config.num_attention_heads} must divide `hidden_size`={config.hidden_size} into "
@@ -123,32 +118,6 @@ def _check_sizes(config: FPMDLMConfig) -> None:
             f"`mask_token_id`={config.mask_token_id} must lie in [0, `vocab_size`={config.vocab_size}): "
             "add one id for the mask to the vocabulary size."
         )
-    if not 0 <= config.dropout < 1:
-        raise ValueError(f"`dropout`={config.dropout} must lie in [0, 1): use 0 to switch it off.")
-
-
-def _check_fixed_point(config: FPMDLMConfig) -> None:
-    if config.input_injection not in INPUT_INJECTIONS:
-        raise ValueError(f"`input_injection`={config.input_injection!r} must be one of {INPUT_INJECTIONS}.")
-    if config.injection_init not in INJECTION_INITS:
-        raise ValueError(f"`injection_init`={config.injection_init!r} must be one of {INJECTION_INITS}.")
-    if config.input_injection == "diagonal" and config.injection_init == "identity":
-        raise ValueError(
-            "`injection_init`='identity' cannot be had with `input_injection`='diagonal', whose share of the state "
-            "stays below 1: use 'contraction'."
-        )
-    for name, minimum in (("no_grad_iterations", 0), ("grad_iterations", 1)):
-        bounds = getattr(config, name)
-        if len(bounds) != 2 or not all(isinstance(n, int) for n in bounds) or not minimum <= bounds[0] <= bounds[1]:
-            raise ValueError(
-                f"`{name}`={bounds} must be two whole numbers [low, high] with {minimum} <= low <= high: "
-                "each training step draws its number of iterations from this range."
-            )
-
-
-def _check_whole(name: str, value: int, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"`{name}`={value!r} must be a whole number of at least {minimum}.")
 
 
 __all__ = ["FPMDLMConfig"]

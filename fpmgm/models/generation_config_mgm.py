@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 
 from .budget import ALLOCATIONS, check_whole
 from .fixed_point import SOLVERS
+from .guidance import GUIDANCE_SCHEDULES
 from .reuse import REUSES
 
 
@@ -56,8 +57,14 @@ class MGMGenerationConfig(GenerationConfig):
         temperature (`float`, defaults to 1.0): Divides the logits; 0 takes the most likely token.
         top_k (`int`, *optional*): Draw among the k most likely tokens. `None`: all.
         top_p (`float`, *optional*): Draw among the most likely tokens that hold this probability. `None`: all.
-        order (`str`, *optional*): Which positions are revealed when: `"ancestral"`, or `"confidence"`, where each
-            step keeps the most probable of its draws. `None`: the model's default (`"ancestral"` for text).
+        order (`str`, *optional*): Which positions are revealed when. Text: `"ancestral"`, images: `"halton"` (spread
+            over the image by a Halton sequence) or `"random"`, both: `"confidence"`, where each step keeps the most
+            probable of its draws. `None`: `"ancestral"` for text, `"halton"` for images.
+        guidance_scale (`float`, defaults to 1.0): w of classifier-free guidance, at least 0: the logits are
+            unconditional + w · (conditional − unconditional). 1: off, the denoiser runs once per step. Otherwise its
+            batch is doubled, which the budget does not count.
+        guidance_schedule (`str`, defaults to `"constant"`): `"constant"`, or `"linear"`, from 1 at the first step to
+            `guidance_scale` at the last.
         remask (`float`, *optional*): Mask a visible token again with at most this probability per step, in (0, 1]
             (ReMDM's capped schedule; ancestral order only). `None`: what is revealed stays.
         final (`str`, defaults to `"sample"`): What happens to positions still masked after the last step: `"sample"`
@@ -96,6 +103,8 @@ class MGMGenerationConfig(GenerationConfig):
         self.top_k: int | None = kwargs.pop("top_k", None)
         self.top_p: float | None = kwargs.pop("top_p", None)
         self.order: str | None = kwargs.pop("order", None)
+        self.guidance_scale: float = kwargs.pop("guidance_scale", 1.0)
+        self.guidance_schedule: str = kwargs.pop("guidance_schedule", "constant")
         self.remask: float | None = kwargs.pop("remask", None)
         self.final: str = kwargs.pop("final", "sample")
 
@@ -197,8 +206,12 @@ def _check_draw(config: MGMGenerationConfig) -> None:
         raise ValueError(f"`top_p`={config.top_p} must lie in (0, 1]; `None` keeps all tokens.")
     if config.remask is not None and not 0 < config.remask <= 1:
         raise ValueError(f"`remask`={config.remask} must lie in (0, 1]; `None` keeps what is revealed.")
-    if config.remask is not None and config.order not in (None, "ancestral"):
-        raise ValueError(f"`remask`={config.remask} needs `order`='ancestral', not {config.order!r}.")
+    if not isinstance(config.guidance_scale, Real) or not 0 <= config.guidance_scale < float("inf"):
+        raise ValueError(f"`guidance_scale`={config.guidance_scale!r} must be a number >= 0 (1: no guidance).")
+    if config.guidance_schedule not in GUIDANCE_SCHEDULES:
+        raise ValueError(
+            f"`guidance_schedule`={config.guidance_schedule!r} must be one of {tuple(GUIDANCE_SCHEDULES)}."
+        )
 
 
 def check_one_cost(budget: int | None, iterations: int | list[int] | None) -> None:

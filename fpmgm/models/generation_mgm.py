@@ -1,157 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """`generate`: sampling from a masked generative model under a budget of block evaluations (Section 3.3, Algorithm 1).
 
-Shapes: B batch, L length, D hidden size, V vocabulary, T denoising steps, P positions revealed at a step.
+Shapes: B batch, R rows that the denoiser runs (B, or 2B with guidance), L length, D hidden size, V vocabulary,
+T denoising steps, P positions revealed at a step.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
 import torch
-from transformers.utils import ModelOutput, logging
+from torch.nn import functional as F
+from transformers.utils import logging
 
 from .budget import BudgetPlan, check_whole, explicit_plan, plan_budget
 from .generation_config_mgm import MGMGenerationConfig
+from .guidance import check_classes, class_rows, guidance_scales, guided_logits
+from .ledger import GenerationStep, Ledger, MGMGenerationOutput
 from .reuse import REUSE_STATES, Solution, reuse_states, reuse_weights, updated_solution, visible_fraction
-from .reveal import ORDERS
+from .reveal import TEXT_ORDERS
 from .sampling import time_grid
 
 
 logger = logging.get_logger(__name__)
 
 
-@dataclass
-class MGMGenerationOutput(ModelOutput):
-    """Output of `generate(return_dict_in_generate=True)`.
-
-    Args:
-        sequences (`torch.LongTensor`): (B, L) tokens.
-        block_evaluations (`int`): Block evaluations of the most costly sequence; never above the budget.
-        block_evaluations_per_sequence (`torch.LongTensor`): (B,).
-        num_steps (`int`): Denoising steps T.
-        iterations (`list[int]`): Fixed-point iterations planned for each step.
-        iterations_taken (`torch.LongTensor`): (T, B) iterations run.
-        residuals (`torch.Tensor`): (T, max N, B) relative residual of each iteration; NaN where none was taken.
-        reused (`list[dict[str, float]]`): Per step, the share of positions in each reuse state ("changed",
-            "unchanged", "masked", "remasked"); an empty dict where nothing was reused.
-        tuned_plan (`dict`, *optional*): What [`MGMGenerationConfig.tuned_plans`] holds for the budget, where it was
-            used.
-    """
-
-    sequences: torch.LongTensor | None = None
-    block_evaluations: int | None = None
-    block_evaluations_per_sequence: torch.LongTensor | None = None
-    num_steps: int | None = None
-    iterations: list | None = None
-    iterations_taken: torch.LongTensor | None = None
-    residuals: torch.Tensor | None = None
-    reused: list | None = None
-    tuned_plan: dict | None = None
-
-
-@dataclass(frozen=True)
-class GenerationStep:
-    """What a callback sees after a step.
-
-    Args:
-        step (`int`): 0 for the first.
-        num_steps (`int`): Denoising steps T.
-        time (`float`): Diffusion time t at which the denoiser ran.
-        sequences (`torch.LongTensor`): (B, L) tokens after the step, the mask id where still unknown.
-        revealed (`torch.BoolTensor`): (B, L) positions revealed by this step.
-        fixed_point_state (`torch.Tensor`): (B, L, D) h*, or `None` without fixed-point layers.
-        residuals (`torch.Tensor`): (N, B) of this step's iterations, or `None`.
-    """
-
-    step: int
-    num_steps: int
-    time: float
-    sequences: torch.LongTensor
-    revealed: torch.BoolTensor
-    fixed_point_state: torch.Tensor | None
-    residuals: torch.Tensor | None
-
-
-class Ledger:
-    """What each sequence may spend at a step, what it has spent, and what was measured on the way.
-
-    Args:
-        plan ([`BudgetPlan`]): Planned iterations.
-        model_config: Configuration with the layer counts.
-        config ([`MGMGenerationConfig`]): Of the call.
-        batch_size (`int`): Sequences B.
-    """
-
-    def __init__(self, plan: BudgetPlan, model_config, config: MGMGenerationConfig, batch_size: int):
-        self.plan, self.config, self.batch_size = plan, config, batch_size
-        self.explicit = model_config.num_pre_layers + model_config.num_post_layers
-        self.shared = model_config.num_fixed_point_layers
-        self.saved: torch.Tensor | int = 0  # iterations that each sequence may take on top of its plan
-        self.residuals: list[torch.Tensor | None] = []  # per step (N, B), None where no iteration was taken
-        self.ran: list[bool] = []
-        self.reused: list[torch.Tensor | None] = []
-        self.finite: torch.Tensor | None = None
-
-    def iterations(self, step: int) -> int | torch.Tensor | None:
-        """The most iterations of this step, for all or for each sequence; `None` without fixed-point layers."""
-        return self.plan.iterations[step] + self.saved if self.shared else None
-
-    def skip(self) -> None:
-        """Book a step that did not run."""
-        self.ran.append(False)
-        self.residuals.append(None)
-        self.reused.append(None)
-
-    def add(self, residuals: torch.Tensor | None, logits: torch.Tensor) -> None:
-        """Book a step: its residuals (N, B), NaN where a sequence had stopped, and whether its logits are numbers."""
-        allowed = self.iterations(len(self.ran))
-        self.ran.append(True)
-        self.residuals.append(residuals)
-        if len(self.reused) < len(self.ran):
-            self.reused.append(None)
-        if self.config.carry_over and residuals is not None:
-            self.saved = allowed - (~residuals.isnan()).sum(dim=0)
-        finite = logits.isfinite().all()
-        self.finite = finite if self.finite is None else self.finite & finite
-
-    def close(self, tokens: torch.Tensor) -> "torch.LongTensor | MGMGenerationOutput":
-        """What `generate` returns.
-
-        Raises:
-            `ValueError`: if some logits were not numbers.
-        """
-        if self.finite is not None and not self.finite:
-            raise ValueError(
-                "the model's weights give logits that are not finite, so no token can be drawn: check the checkpoint "
-                "with `all(p.isfinite().all() for p in model.parameters())`, and lower the learning rate it came from."
-            )
-        if not self.config.return_dict_in_generate:
-            return tokens
-        residuals = [torch.empty(0, self.batch_size) if r is None else r.cpu() for r in self.residuals]
-        table = torch.full((len(residuals), max(map(len, residuals)), self.batch_size), float("nan"))  # (T, N, B)
-        for row, values in zip(table, residuals, strict=True):
-            row[: len(values)] = values
-        taken = (~table.isnan()).sum(dim=1)  # (T, B)
-        cost = sum(self.ran) * self.explicit + taken.sum(dim=0) * self.shared  # (B,)
-        return MGMGenerationOutput(
-            sequences=tokens,
-            block_evaluations=int(cost.max()),
-            block_evaluations_per_sequence=cost,
-            num_steps=self.plan.num_steps,
-            iterations=self.plan.iterations,
-            iterations_taken=taken,
-            residuals=table,
-            reused=[{} if r is None else dict(zip(REUSE_STATES, r.tolist(), strict=True)) for r in self.reused],
-        )
-
-
 class MGMGenerationMixin:
-    """Gives a masked generative model `generate` and a saved [`MGMGenerationConfig`]."""
+    """Gives a masked generative model `generate` and a saved [`MGMGenerationConfig`].
+
+    `orders` are the orders of revealing that the model knows, its default first.
+    """
 
     generation_config_class = MGMGenerationConfig
-    default_order = "ancestral"
+    orders = TEXT_ORDERS
 
     @torch.no_grad()
     def generate(
@@ -162,6 +43,7 @@ class MGMGenerationMixin:
         batch_size: int | None = None,
         length: int | None = None,
         attention_mask: torch.Tensor | None = None,
+        class_labels: int | list[int] | torch.Tensor | None = None,
         seed: int | list[int] | None = None,
         generator: torch.Generator | None = None,
         callback: Callable[[GenerationStep], None] | None = None,
@@ -171,13 +53,17 @@ class MGMGenerationMixin:
         """Reveal masked positions over a few denoising steps.
 
         Args:
-            input_ids (`torch.LongTensor`, *optional*): (B, L) ids with the mask id wherever text is wanted; all
+            input_ids (`torch.LongTensor`, *optional*): (B, L) ids with the mask id wherever tokens are wanted; all
                 other positions are kept. `None`: everything is masked.
             generation_config ([`MGMGenerationConfig`], *optional*): Parameters. `None`: the model's own.
-            batch_size (`int`, *optional*): Sequences to write. `None`: the rows of `input_ids`, or 1. A single row
-                of `input_ids` is repeated.
-            length (`int`, *optional*): Length without `input_ids`. `None`: `max_position_embeddings`.
-            attention_mask (`torch.Tensor`, *optional*): (B, L), 0 at padding, which is neither seen nor written.
+            batch_size (`int`, *optional*): Sequences to write. `None`: the rows of `input_ids`, the number of
+                `class_labels`, or 1. A single row of `input_ids` is repeated.
+            length (`int`, *optional*): Length without `input_ids`. `None`: `max_position_embeddings`, an image's only
+                length.
+            attention_mask (`torch.Tensor`, *optional*): (B, L), 0 at padding, which is neither seen nor written. Of
+                text only.
+            class_labels (`int`, `list[int]` or `torch.LongTensor`, *optional*): Class of all sequences or of each,
+                (B,). Of images only. `None`: no class.
             seed (`int` or `list[int]`, *optional*): Row k draws from the stream (seed, k); with one seed per row, a
                 row run alone gives the same tokens. `None`: `generator`.
             generator (`torch.Generator`, *optional*): Source of randomness instead of `seed`. `None`: PyTorch's
@@ -187,7 +73,8 @@ class MGMGenerationMixin:
             streamer (*optional*): Its `put(tokens)` gets the (B, L) tokens on the CPU after each step that runs,
                 `end()` the end ([`fpmgm.TextStreamer`] shows them in a terminal).
             kwargs: Any field of [`MGMGenerationConfig`] for this call: `budget`, `num_steps`, `iterations`,
-                `allocation`, `reuse`, `tolerance`, `temperature`, `top_k`, `top_p`, `order`, `remask`, `final`, …
+                `allocation`, `reuse`, `tolerance`, `temperature`, `top_k`, `top_p`, `order`, `guidance_scale`,
+                `guidance_schedule`, `remask`, `final`, …
 
         Returns:
             `torch.LongTensor` of shape (B, L), or [`MGMGenerationOutput`] with `return_dict_in_generate=True`.
@@ -199,17 +86,23 @@ class MGMGenerationMixin:
         config, tuned_plan = (generation_config or self.generation_config).updated(**kwargs).tuned(given=kwargs)
         if tuned_plan is not None:
             logger.info(f"`budget`={config.budget}: using the tuned plan {tuned_plan}.")
-        plan = self._plan(config)
+        plan, order = self._plan(config), self._order(config)
+        classes = check_classes(class_labels, config.guidance_scale, getattr(self.config, "num_classes", None))
+        if batch_size is None and classes is not None and classes.dim() and (input_ids is None or len(input_ids) == 1):
+            batch_size = len(classes)
         tokens, attention_mask = self._start(input_ids, batch_size, length, attention_mask)
         check_randomness(seed, generator, len(tokens))
+        if classes is not None:
+            classes = class_rows(classes, len(tokens), config.guidance_scale, self.config.num_classes)
         real = torch.ones_like(tokens) if attention_mask is None else attention_mask
         real = real.bool().cpu()
         wanted = (tokens == self.config.mask_token_id).cpu() & real
-        rule = self._order(config)(wanted, real, plan.num_steps, self.config.mask_token_id, config, seed, generator)
+        rule = order(wanted, real, plan.num_steps, self.config.mask_token_id, config, seed, generator)
+        alike = bool(wanted.all()) and attention_mask is None
         training = [module for module in self.modules() if module.training]
         self.eval()
         try:
-            out = self._denoise(tokens, attention_mask, bool(wanted.all()), rule, plan, config, callback, streamer)
+            out = self._denoise(tokens, attention_mask, classes, alike, rule, plan, config, callback, streamer)
         finally:
             for module in training:
                 module.training = True
@@ -217,12 +110,13 @@ class MGMGenerationMixin:
             out.tuned_plan = tuned_plan
         return out
 
-    def _denoise(self, tokens, attention_mask, all_masked, rule, plan, config, callback, streamer):
+    def _denoise(self, tokens, attention_mask, classes, alike, rule, plan, config, callback, streamer):
         """The loop over steps: start of the solver, denoiser, draw at the revealed positions."""
-        (batch_size, length), times = tokens.shape, time_grid(plan.num_steps)
+        batch_size, times = len(tokens), time_grid(plan.num_steps)
+        copies = 1 if classes is None else len(classes) // batch_size  # 2: guidance, the second without classes
+        scales = guidance_scales(config.guidance_scale, config.guidance_schedule, plan.num_steps)
         reusing = config.reuse != "none" and self.config.num_fixed_point_layers > 0
-        ledger, solution = Ledger(plan, self.config, config, batch_size), None
-        alike = all_masked and attention_mask is None and batch_size > 1  # all rows, until something is revealed
+        ledger, solution = Ledger(plan, self.config, config, batch_size, copies * batch_size), None
         for step in logging.tqdm(range(plan.num_steps), desc="denoising", disable=not config.progress_bar):
             # 1. the positions whose logits the step needs; where there are none, and nothing is reused, it is idle
             positions = rule.candidates(step, tokens)
@@ -230,40 +124,34 @@ class MGMGenerationMixin:
                 tokens, _ = rule.write(step, tokens, positions, None)
                 ledger.skip()
                 continue
-            # 2. the denoiser, started from the previous solution; rows that are alike are run once
-            shared, alike = alike, False
-            columns, inverse = (positions % length).unique(return_inverse=True) if shared else (positions, None)
-            weights = None
+            # 2. the denoiser, started from the previous solution
+            rows, time, weights = tokens.repeat(copies, 1), times[step].item(), None  # (R, L)
             if solution is not None:
-                weights = self._reuse_weights(solution, tokens, attention_mask, config, ledger)
-            output = self(
-                tokens[:1] if shared else tokens,
-                timesteps=torch.full((1 if shared else batch_size,), times[step].item(), device=tokens.device),
-                attention_mask=attention_mask,
+                weights = self._reuse_weights(solution, rows, attention_mask, config, ledger)
+            logits, state, residuals = self._evaluate(
+                rows, attention_mask, classes, time, alike,
+                positions=torch.cat([positions + copy * tokens.numel() for copy in range(copies)]),
                 num_iterations=ledger.iterations(step),
                 fixed_point_state=None if solution is None else solution.state,
                 reuse_weights=weights,
                 tolerance=config.tolerance,
                 solver=config.solver,
-                logits_positions=columns,
-            )
-            logits, state, residuals = output.logits, output.fixed_point_state, output.residuals
-            if shared:
-                logits = logits[inverse.to(logits.device)]
-                state = None if state is None else state.expand(batch_size, -1, -1)
-                residuals = None if residuals is None else residuals.expand(-1, batch_size)
+            )  # fmt: skip
+            alike = False  # from the first revealed token on
             # 3. the draw
-            solved_for = tokens
+            logits = guided_logits(logits, scales[step]) if copies == 2 else logits
             tokens, revealed = rule.write(step, tokens, positions, logits)
             # 4. what the next step and the caller see
             if reusing:
                 busy = None
                 if config.skip_idle_steps:  # a sequence that revealed nothing keeps its solution
-                    busy = (torch.bincount(positions // length, minlength=batch_size) > 0).to(tokens.device)
-                solution = updated_solution(solution, Solution(solved_for, state, busy))
+                    busy = torch.bincount(positions // tokens.shape[1], minlength=batch_size) > 0
+                    busy = busy.repeat(copies).to(tokens.device)
+                solution = updated_solution(solution, Solution(rows, state, busy))
             ledger.add(residuals, logits)
             if callback is not None:
-                time = times[step].item()
+                state = None if state is None else state[:batch_size]
+                residuals = None if residuals is None else residuals[:, :batch_size]
                 callback(GenerationStep(step, plan.num_steps, time, tokens, revealed, state, residuals))
             if streamer is not None:
                 streamer.put(tokens.cpu())
@@ -271,13 +159,42 @@ class MGMGenerationMixin:
             streamer.end()
         return ledger.close(tokens)
 
-    def _reuse_weights(self, solution, tokens, attention_mask, config, ledger) -> torch.Tensor:
-        """γ of the next start, (B, L); the shares of the reuse states go to the ledger."""
-        states = reuse_states(solution.input_ids, tokens, self.config.mask_token_id)
-        ledger.reused.append(torch.stack([(states == i).float().mean() for i in range(len(REUSE_STATES))]))
+    def _evaluate(self, rows, attention_mask, classes, time, alike, positions, **options):
+        """The denoiser on `rows` (R, L): logits (P, V) at `positions`, indices into R·L, state and residuals.
+
+        Where all rows are `alike`, one of each class is run for all of it.
+        """
+        length, group = rows.shape[1], None
+        if alike:
+            group = torch.zeros(len(rows), dtype=torch.long)  # (R,)
+            if classes is not None:
+                classes, group = classes.unique(return_inverse=True)
+            rows = rows[: int(group.max()) + 1]
+            positions = group[positions // length] * length + positions % length
+            positions, place = positions.unique(return_inverse=True)
+        conditions = {"attention_mask": attention_mask, "class_labels": classes}
+        conditions = {name: x.to(rows.device) for name, x in conditions.items() if x is not None}
+        timesteps = torch.full((len(rows),), time, device=rows.device)
+        output = self(rows, timesteps=timesteps, logits_positions=positions, **conditions, **options)
+        logits, state, residuals = output.logits, output.fixed_point_state, output.residuals
+        if group is not None:
+            group, place = group.to(rows.device), place.to(rows.device)
+            logits = logits[place]
+            state = None if state is None else state[group]
+            residuals = None if residuals is None else residuals[:, group]
+        return logits, state, residuals
+
+    def _reuse_weights(self, solution, rows, attention_mask, config, ledger) -> torch.Tensor:
+        """γ of the next start, (R, L), registers behind; the shares of the tokens' reuse states go to the ledger."""
+        mask, registers = self.config.mask_token_id, getattr(self.config, "num_register_tokens", 0)
+        # A register is like a position that is masked still.
+        ids = (F.pad(ids, (0, registers), value=mask) for ids in (solution.input_ids, rows))
+        states = reuse_states(*ids, mask)
+        of_tokens = states[:, : rows.shape[1]]
+        ledger.reused.append(torch.stack([(of_tokens == i).float().mean() for i in range(len(REUSE_STATES))]))
         weights = reuse_weights(
             states,
-            visible_fraction(tokens, self.config.mask_token_id, attention_mask),
+            visible_fraction(rows, mask, attention_mask),
             config.reuse,
             config.gamma_unchanged,
             config.gamma_masked,
@@ -294,10 +211,16 @@ class MGMGenerationMixin:
         return plan_budget(self.config, config.budget, config.num_steps, config.allocation)
 
     def _order(self, config: MGMGenerationConfig) -> Callable:
-        order = config.order or self.default_order
-        if order not in ORDERS:
-            raise ValueError(f"`order`={order!r} must be one of {tuple(ORDERS)}.")
-        return ORDERS[order]
+        order = next(iter(self.orders)) if config.order is None else config.order
+        if order not in self.orders:
+            raise ValueError(f"`order`={order!r} must be one of {tuple(self.orders)} for this model.")
+        for name, neutral in (("remask", None), ("final", "sample")):
+            if order != "ancestral" and getattr(config, name) != neutral:
+                raise ValueError(
+                    f"`{name}`={getattr(config, name)!r} needs `order`='ancestral', not {order!r}, which writes each "
+                    "token once and leaves none out."
+                )
+        return self.orders[order]
 
     def _start(self, input_ids, batch_size, length, attention_mask) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The masked tokens to begin with and the attention mask, both (B, L) on the model's device."""

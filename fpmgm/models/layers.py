@@ -22,6 +22,13 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
     return x * (1 + scale) + shift
 
 
+def shared_dropout(x: torch.Tensor, p: float, training: bool, keep: torch.Tensor | None = None) -> torch.Tensor:
+    """Dropout of `x` with probability `p`; `keep` (same shape, bool) is a mask drawn beforehand. `None`: draw one."""
+    if keep is None:
+        return F.dropout(x, p, training)
+    return x * keep / (1 - p)
+
+
 def gated_residual(
     x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor, p: float, training: bool, keep: torch.Tensor | None = None
 ) -> torch.Tensor:

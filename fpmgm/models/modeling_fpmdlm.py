@@ -20,6 +20,7 @@ from .configuration_fpmdlm import FPMDLMConfig
 from .generation_mgm import MGMGenerationMixin
 from .modeling_mgm import DenoiserOptions, MGMOutput, MGMPreTrainedModel
 from .noise import sigma
+from .reveal import TEXT_ORDERS
 
 
 class FPMDLMForMaskedDiffusion(MGMGenerationMixin, MGMPreTrainedModel):
@@ -43,7 +44,7 @@ class FPMDLMForMaskedDiffusion(MGMGenerationMixin, MGMPreTrainedModel):
     """
 
     config: FPMDLMConfig
-    default_order = "ancestral"
+    orders = TEXT_ORDERS
     _no_split_modules = ["FPMDLMBlock", "Modulation"]  # both are called on their own
 
     def __init__(self, config: FPMDLMConfig):
@@ -91,7 +92,8 @@ class FPMDLMForMaskedDiffusion(MGMGenerationMixin, MGMPreTrainedModel):
         self._check_inputs(input_ids, timesteps)
         h = self.embed_tokens(input_ids)  # (B, L, D)
         conditioning, rotary = self.conditioning(timesteps, h.device), self.rotary(h)
-        return self._denoise_once(h, conditioning, rotary, input_ids.shape[1], attention_mask, labels, **options)
+        masked = input_ids == self.config.mask_token_id
+        return self._denoise_once(h, conditioning, rotary, masked, attention_mask, labels, **options)
 
     def conditioning(self, timesteps: torch.Tensor | None, device: torch.device) -> torch.Tensor:
         """(B, C), or (1, C) when time is not conditioned on: one constant vector for every sequence."""

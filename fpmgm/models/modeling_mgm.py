@@ -39,10 +39,12 @@ class MGMOutput(ModelOutput):
         last_hidden_state (`torch.Tensor`): (B, L, D) after the post-stack, before the final norm; (P, D) at
             `logits_positions`.
         normed_hidden_state (`torch.Tensor`): The same after the final norm: the head's input.
-        fixed_point_state (`torch.Tensor`): (B, L, D) h*; `None` without fixed-point layers.
+        fixed_point_state (`torch.Tensor`): (B, L, D) h*, where L counts registers too; `None` without fixed-point
+            layers.
         residuals (`torch.Tensor`): (N, B) relative residual of each iteration taken, float32; NaN where a sequence
             stopped earlier.
-        masked_accuracy (`torch.Tensor`, scalar): Share of the positions with a label whose most likely token is right.
+        masked_accuracy (`torch.Tensor`, scalar): Share of the masked positions with a label whose most likely token
+            is right.
         logits_loss (`torch.Tensor`, scalar): What the `logits_loss` of the call added to `loss`, without gradient.
         block_evaluations (`int`): Transformer blocks run for the sequence that took most.
     """
@@ -69,7 +71,8 @@ class DenoiserOptions(TypedDict, total=False):
         num_iterations (`int` or `torch.LongTensor`, *optional*): Iterations with gradient, or, without gradient,
             (B,) the most of each sequence. `None`: `num_fixed_point_iterations`.
         num_no_grad_iterations (`int`, defaults to 0): Iterations without gradient before them.
-        fixed_point_state (`torch.Tensor`, *optional*): (B, L, D) solution to start from. `None`: start from h_pre.
+        fixed_point_state (`torch.Tensor`, *optional*): (B, L, D) solution to start from, of the shape of the output's.
+            `None`: start from h_pre.
         reuse_weights (`torch.Tensor`, *optional*): (B, L) share γ of `fixed_point_state` in the start. `None`: 1.
         tolerance (`float`, *optional*): A sequence stops iterating when its relative residual is at most this
             (without gradient only). `None`: all iterations are taken.
@@ -145,7 +148,7 @@ class MGMPreTrainedModel(PreTrainedModel):
         h: torch.Tensor,
         conditioning: torch.Tensor,
         rotary: Any,
-        length: int,
+        masked: torch.Tensor,
         attention_mask: torch.Tensor | None,
         labels: torch.LongTensor | None,
         *,
@@ -160,8 +163,13 @@ class MGMPreTrainedModel(PreTrainedModel):
         logits_positions=None,
         output_logits=None,
     ) -> MGMOutput:
-        """P, G, F and H on embedded tokens `h` (B, L, D) under `conditioning` (B or 1, C); see [`DenoiserOptions`]."""
+        """P, G, F and H on embedded tokens `h` under `conditioning` (B or 1, C); see [`DenoiserOptions`].
+
+        `masked` (B, L) says which tokens are unknown; `h` (B, L, D) may have more positions after these (registers),
+        `rotary` is whatever the model's blocks want to know of positions.
+        """
         self._check_options(num_iterations, num_no_grad_iterations, solver)
+        length = masked.shape[1]
         bias = create_bidirectional_mask(config=self.config, inputs_embeds=h, attention_mask=attention_mask)
         selection = None
         if logits_positions is not None:
@@ -192,7 +200,9 @@ class MGMPreTrainedModel(PreTrainedModel):
         if output_logits or (output_logits is None and labels is None):
             logits = self.lm_head(normed)  # (B, L, V) or (P, V)
         if labels is not None:
-            loss, accuracy, added = self._loss(normed, labels, selection, loss_weights, attention_mask, logits_loss)
+            loss, accuracy, added = self._loss(
+                normed, labels, masked, selection, loss_weights, attention_mask, logits_loss
+            )
         iterations = 0 if solution is None else len(solution.residuals)
         return MGMOutput(
             loss=loss,
@@ -249,18 +259,20 @@ class MGMPreTrainedModel(PreTrainedModel):
         return modulate(self.final_norm(h), shift, scale)
 
     def _loss(
-        self, normed, labels, selection, loss_weights, attention_mask, logits_loss
+        self, normed, labels, masked, selection, loss_weights, attention_mask, logits_loss
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Weighted cross-entropy summed over positions with a label, per real position; the share guessed right; and
-        what `logits_loss` added. Only masked positions carry loss, so the head runs there only. The mask id has no
+        """Weighted cross-entropy summed over positions with a label, per real position; the share of the masked ones
+        guessed right; and what `logits_loss` added. The head runs where there is a label only. The mask id has no
         probability (the SUBS parameterisation)."""
         batch_size, length = labels.shape
         real = batch_size * length if attention_mask is None else attention_mask.sum()
         if selection is None:
             positions = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)  # (P,)
             rows, labels, normed = positions // length, labels.flatten()[positions], normed.flatten(0, 1)[positions]
+            masked = masked.flatten()[positions]
         else:
             rows, labels = selection.rows, labels[selection.rows, selection.columns]
+            masked = masked[selection.rows, selection.columns]
         weights = None if loss_weights is None else loss_weights[rows]
         further = []
 
@@ -276,7 +288,7 @@ class MGMPreTrainedModel(PreTrainedModel):
 
         total, hits = self._head_loss(normed, loss)
         added = torch.stack(further).sum().detach() if further else None
-        return total, hits.float().sum() / max(1, len(hits)), added
+        return total, (hits & masked).float().sum() / masked.float().sum().clamp(min=1), added
 
     def _head_loss(self, normed: torch.Tensor, loss: LogitsLoss) -> tuple[torch.Tensor, torch.Tensor]:
         if isinstance(self.lm_head, LMHead):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Corruption by masking: the log-linear schedule, antithetic times, independent and nested masks.
+"""Corruption by masking: the log-linear and the arccos schedule, antithetic times, independent and nested masks.
 
 Every random number comes from a generator that is made from a key (seed, step, sequence, …), so that it depends
 neither on how a batch is split over ranks and micro-batches nor on what was drawn before.
@@ -8,6 +8,8 @@ Shapes: B batch, L length.
 """
 
 import hashlib
+import math
+from collections.abc import Callable
 
 import torch
 
@@ -43,30 +45,48 @@ def loss_weight(t: torch.Tensor) -> torch.Tensor:
     return 1 / t
 
 
-def antithetic_times(shift: float, indices: torch.Tensor, total: int) -> torch.Tensor:
-    """t_j = (shift + j/n) mod 1, mapped to [1e-3, 1]: one time in each n-th of the interval, for low variance.
+def diffusion_time(uniforms: torch.Tensor) -> torch.Tensor:
+    """Uniforms in [0, 1), mapped to times in [1e-3, 1]."""
+    return MINIMUM_TIME + (1 - MINIMUM_TIME) * uniforms
+
+
+def arccos_ratio(uniforms: torch.Tensor) -> torch.Tensor:
+    """Masking ratio arccos(r)/(π/2) of r uniform in [0, 1): in (0, 1], 2/π on average (MaskGIT's schedule)."""
+    return torch.arccos(uniforms) / (math.pi / 2)
+
+
+def antithetic_times(
+    shift: float,
+    indices: torch.Tensor,
+    total: int,
+    time: Callable[[torch.Tensor], torch.Tensor] = diffusion_time,
+) -> torch.Tensor:
+    """`time` of (shift + j/n) mod 1: one in each n-th of the unit interval, for low variance.
 
     Args:
         shift (`float`): Uniform in [0, 1), shared by the whole global batch.
         indices (`torch.Tensor`): (B,) places j of the sequences in the global batch.
         total (`int`): Number n of sequences in the global batch.
+        time (`Callable`, defaults to [`diffusion_time`]): Maps uniforms, float64, to times or masking ratios.
 
     >>> antithetic_times(0.5, torch.arange(2), 2)
     tensor([0.5005, 0.0010])
     """
-    uniform = (shift + indices.double() / total) % 1
-    return (MINIMUM_TIME + (1 - MINIMUM_TIME) * uniform).float()
+    return time((shift + indices.double() / total) % 1).float()
 
 
-def sequential_times(shift: float, indices: torch.Tensor) -> torch.Tensor:
-    """t_j = (shift + jφ) mod 1 with the golden ratio φ, mapped to [1e-3, 1]: spread evenly however many there are.
+def sequential_times(
+    shift: float, indices: torch.Tensor, time: Callable[[torch.Tensor], torch.Tensor] = diffusion_time
+) -> torch.Tensor:
+    """`time` of (shift + jφ) mod 1 with the golden ratio φ: spread evenly however many there are.
 
     Args:
         shift (`float`): Uniform in [0, 1).
         indices (`torch.Tensor`): (B,) places j of the sequences in the data.
+        time (`Callable`, defaults to [`diffusion_time`]): Maps uniforms, float64, to times or masking ratios.
     """
     golden = (5**0.5 - 1) / 2
-    return (MINIMUM_TIME + (1 - MINIMUM_TIME) * ((shift + indices.double() * golden) % 1)).float()
+    return time((shift + indices.double() * golden) % 1).float()
 
 
 def mask_uniforms(length: int, *keys: tuple) -> torch.Tensor:

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the positions of a sequence are revealed over the steps of `generate`: in ancestral order, with or without
-masking tokens again, or by confidence.
+masking tokens again, by confidence, in the order of a Halton sequence or in a random one.
 
 Both rules offer `candidates`, the positions whose logits a step needs, and `write`, which turns logits into tokens.
 
 Shapes: B batch, L length, V vocabulary, P candidate positions of a step, T steps.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -15,10 +18,13 @@ from .generation_config_mgm import MGMGenerationConfig
 from .sampling import (
     RevealSchedule,
     ancestral_schedule,
-    confidence_counts,
+    arccos_counts,
     draw_tokens,
     draw_uniforms,
+    equal_counts,
+    halton_order,
     most_confident,
+    ranked_schedule,
     remasking_schedule,
 )
 
@@ -123,14 +129,48 @@ def confidence(
     config: MGMGenerationConfig,
     seed: int | list[int] | None,
     generator: torch.Generator | None,
+    count: Callable[[torch.Tensor, int], torch.Tensor] = equal_counts,
 ) -> ConfidenceReveal:
-    """The confidence order: equal shares of the positions at each step, the most probable draws first."""
-    counts = confidence_counts(wanted, num_steps)
+    """The confidence order: the most probable draws first, as many at each step as `count` says."""
+    counts = count(wanted, num_steps)
     uniforms = draw_uniforms(num_steps, real, seed, generator)
     return ConfidenceReveal(counts, uniforms.flatten(1), wanted, mask_token_id, config)
 
 
-ORDERS = {"ancestral": ancestral, "confidence": confidence}
+def halton(
+    wanted: torch.Tensor,
+    real: torch.Tensor,
+    num_steps: int,
+    mask_token_id: int,
+    config: MGMGenerationConfig,
+    seed: int | list[int] | None,
+    generator: torch.Generator | None,
+) -> ScheduledReveal:
+    """The order of a Halton sequence on the square of tokens, the same for all sequences."""
+    priority = halton_order(math.isqrt(wanted.shape[1])).argsort().expand(wanted.shape)  # place in the order
+    schedule = ranked_schedule(priority, wanted, arccos_counts(wanted, num_steps))
+    uniforms = draw_uniforms(1, real, seed, generator)
+    return ScheduledReveal(schedule, uniforms.flatten(1), mask_token_id, config)
+
+
+def random(
+    wanted: torch.Tensor,
+    real: torch.Tensor,
+    num_steps: int,
+    mask_token_id: int,
+    config: MGMGenerationConfig,
+    seed: int | list[int] | None,
+    generator: torch.Generator | None,
+) -> ScheduledReveal:
+    """A random order, another one for each sequence."""
+    uniforms = draw_uniforms(2, real, seed, generator)
+    schedule = ranked_schedule(uniforms[0], wanted, arccos_counts(wanted, num_steps))
+    return ScheduledReveal(schedule, uniforms[1:].flatten(1), mask_token_id, config)
+
+
+# The default first.
+TEXT_ORDERS = {"ancestral": ancestral, "confidence": confidence}
+IMAGE_ORDERS = {"halton": halton, "random": random, "confidence": partial(confidence, count=arccos_counts)}
 
 
 def _mark(positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ nowhere else (exact, not an approximation), and never asks the device how many t
 Shapes: B batch, L length, V vocabulary, P positions revealed at a step, T steps.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -112,19 +113,73 @@ def remasking_schedule(uniforms: torch.Tensor, wanted: torch.Tensor, num_steps: 
     return RevealSchedule(reveals, remasks, left_over.flatten().nonzero().squeeze(1))
 
 
-def confidence_counts(wanted: torch.Tensor, num_steps: int) -> torch.Tensor:
-    """(T, B) tokens that each step of the confidence order reveals in each row: equal shares, larger ones first.
+def ranked_schedule(priority: torch.Tensor, wanted: torch.Tensor, counts: torch.Tensor) -> RevealSchedule:
+    """Reveal the positions of `wanted` (B, L) by rising `priority` (B, L), `counts` (T, B) at each step."""
+    num_steps = len(counts)
+    ranks = priority.double().masked_fill(~wanted, float("inf")).argsort(dim=1, stable=True).argsort(dim=1)
+    steps = torch.searchsorted(counts.T.cumsum(dim=1), ranks, right=True)  # (B, L): the first whose total passes it
+    steps = steps.masked_fill(~wanted, num_steps).flatten()
+    *reveals, _ = steps.argsort(stable=True).split(torch.bincount(steps, minlength=num_steps + 1).tolist())
+    nothing = steps[:0]
+    return RevealSchedule(reveals, [nothing] * num_steps, nothing)
+
+
+def halton_order(side: int) -> torch.Tensor:
+    """(side²,) cells of a square, row by row, in the order in which the two-dimensional Halton sequence (bases 2 for
+    rows and 3 for columns, from its first point on) visits them: spread evenly at every moment.
+
+    >>> halton_order(2).tolist()
+    [2, 1, 0, 3]
+    """
+    count, cells = 4 * side**2, {}
+    while len(cells) < side**2:
+        row, column = (_halton_cells(count, base, side) for base in (2, 3))
+        cells, count = dict.fromkeys((row * side + column).tolist()), 2 * count  # the first visits count
+    return torch.tensor(list(cells))
+
+
+def _halton_cells(count: int, base: int, side: int) -> torch.Tensor:
+    """⌊side · x⌋ of the first `count` points x of the van der Corput sequence, in whole numbers."""
+    rest, mirrored, scale = torch.arange(1, count + 1), torch.zeros(count, dtype=torch.long), 1
+    while rest.any():
+        mirrored, rest, scale = mirrored * base + rest % base, rest // base, scale * base
+    return mirrored * side // scale
+
+
+def equal_counts(wanted: torch.Tensor, num_steps: int) -> torch.Tensor:
+    """(T, B) tokens that each step reveals in each row of `wanted` (B, L): equal shares, larger ones first.
 
     Raises:
         `ValueError`: if a row has fewer positions to write than there are steps.
     """
+    counts = _count_wanted(wanted, num_steps)
+    return counts // num_steps + (torch.arange(num_steps)[:, None] < counts % num_steps)
+
+
+def arccos_counts(wanted: torch.Tensor, num_steps: int) -> torch.Tensor:
+    """(T, B) tokens that each step reveals in each row of `wanted` (B, L): n(1 − arccos(i/T)/(π/2)) of n are visible
+    after step i = 1, …, T, rounded down but at least i (Halton-MaskGIT's: few at first, many at last).
+
+    Raises:
+        `ValueError`: if a row has fewer positions to write than there are steps.
+    """
+    counts = _count_wanted(wanted, num_steps)
+    steps = torch.arange(1, num_steps + 1)[:, None]
+    visible = 1 - torch.arccos(steps.double() / num_steps) / (math.pi / 2)  # (T, 1)
+    # 1e-9: a whole number is whole whatever the rounding
+    totals = torch.maximum((visible * counts + 1e-9).floor().long(), steps)  # (T, B)
+    return totals.diff(dim=0, prepend=torch.zeros_like(totals[:1]))
+
+
+def _count_wanted(wanted: torch.Tensor, num_steps: int) -> torch.Tensor:
+    """(B,) positions to write in each row, at least one for each step."""
     counts = wanted.sum(dim=1)
     if int(counts.min()) < num_steps:
         raise ValueError(
-            f"`num_steps`={num_steps} exceeds the {int(counts.min())} masked positions of a row, but "
-            "`order`='confidence' reveals at least one at each step: give fewer steps or a smaller budget."
+            f"`num_steps`={num_steps} exceeds the {int(counts.min())} masked positions of a row, but in this `order` "
+            "each step reveals at least one: give fewer steps or a smaller budget."
         )
-    return counts // num_steps + (torch.arange(num_steps)[:, None] < counts % num_steps)
+    return counts
 
 
 def most_confident(probabilities: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 
 
 LOSS_WEIGHTINGS = ("elbo", "uniform")
+LOSS_ON = ("masked", "all")
 
 
 @dataclass
@@ -22,10 +23,12 @@ class MGMTrainingConfig(TrainingArguments):
     Args:
         ema_decay (`float`, *optional*, defaults to 0.9999): Decay of the average of the weights that is evaluated and
             exported. `None` or 0: no average.
-        loss_weighting (`str`, defaults to `"elbo"`): Weight of a sequence's cross-entropy: `"elbo"` is 1/t, the
-            bound's; `"uniform"` gives every masked position the same weight. Both have the same best model; without
-            rare large weights of small t, gradients are less noisy, which helps small batches. Evaluation is always
-            the bound.
+        loss_weighting (`str`, *optional*): Weight of a sequence's cross-entropy: `"elbo"` is 1/t, the bound's, for
+            text only; `"uniform"` gives every masked position the same weight. Both have the same best model; without
+            rare large weights of small t, gradients are less noisy, which helps small batches. `None`: `"elbo"` for
+            text, `"uniform"` for images, as always in evaluation.
+        loss_on (`str`, defaults to `"masked"`): Positions with a loss: `"masked"`, or, for images, `"all"`, visible
+            ones too, with weight 1 (Halton-MaskGIT's choice). Evaluation is always on masked ones.
         data_description (`str`, *optional*): What the model is trained on, for its card. `None`: not said.
 
     Raises:
@@ -46,9 +49,13 @@ class MGMTrainingConfig(TrainingArguments):
         default=0.9999,
         metadata={"help": "Decay of the average of the weights that is evaluated and exported; 0: no average."},
     )
-    loss_weighting: str = field(
-        default="elbo", metadata={"help": "elbo: weight 1/t, the bound's; uniform: every masked position alike."}
+    loss_weighting: str | None = field(
+        default=None,
+        metadata={
+            "help": "elbo: weight 1/t, the bound's (default for text); uniform: every masked position alike (images)."
+        },
     )
+    loss_on: str = field(default="masked", metadata={"help": "masked, or all positions (images only)."})
     data_description: str | None = field(
         default=None, metadata={"help": "What the model is trained on, for its card; null: not said."}
     )
@@ -58,7 +65,9 @@ class MGMTrainingConfig(TrainingArguments):
             self.ema_decay = None
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"`ema_decay`={self.ema_decay} must lie in (0, 1); use 0 to switch the average off.")
-        check_choice("loss_weighting", self.loss_weighting, LOSS_WEIGHTINGS)
+        if self.loss_weighting is not None:
+            check_choice("loss_weighting", self.loss_weighting, LOSS_WEIGHTINGS)
+        check_choice("loss_on", self.loss_on, LOSS_ON)
         super().__post_init__()
 
 

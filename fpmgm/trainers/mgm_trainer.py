@@ -19,18 +19,11 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers.utils import ModelOutput, logging
 
-from ..models.noise import (
-    antithetic_times,
-    loss_weight,
-    mask_tokens,
-    mask_uniforms,
-    masked_probability,
-    sequential_times,
-    stream_generator,
-)
+from ..models.noise import antithetic_times, mask_tokens, mask_uniforms, sequential_times, stream_generator
 from .batch import GlobalBatch, MicroBatch, count_positions, place
 from .checkpoints import AtomicCheckpointTrainer
 from .collator import stack_and_pad
+from .corruption import CORRUPTIONS, check_loss, drop_classes
 from .ema import EMACallback
 from .engines import check_engine, compile_blocks, skips_bad_steps
 from .mgm_config import MGMTrainingConfig
@@ -40,12 +33,12 @@ from .peft import with_adapter
 
 logger = logging.get_logger(__name__)
 
-MEAN_WEIGHT = 2.0  # 1 over the mean share of masked positions: the loss stays near the cross-entropy per masked token
 GROWING_RESIDUAL = 1e-3  # below this relative residual the solver has converged, whatever the last ratio
 
 
 class MGMTrainer(AtomicCheckpointTrainer):
-    """Trains a masked generative model on a dataset that yields `input_ids` (and `attention_mask` where padded).
+    """Trains a masked generative model on a dataset that yields `input_ids` (and `attention_mask` where padded, or
+    `class_labels` of images).
 
     Args:
         model (`PreTrainedModel`): A model of this library, also one loaded as remote code or wrapped by PEFT.
@@ -88,6 +81,10 @@ class MGMTrainer(AtomicCheckpointTrainer):
         **kwargs,
     ):
         check_model(model)
+        self.corruption = CORRUPTIONS[model.config.model_type]
+        check_loss(args, model.config.model_type)
+        if args.loss_on != "masked" and type(self).micro_batch_loss is not MGMTrainer.micro_batch_loss:
+            raise ValueError(f"`loss_on`={args.loss_on!r} is for `MGMTrainer` alone: use 'masked' here.")
         model = with_adapter(model, peft_config)
         kwargs.setdefault("data_collator", stack_and_pad)
         super().__init__(
@@ -123,6 +120,7 @@ class MGMTrainer(AtomicCheckpointTrainer):
         """The loss of one micro-batch, scaled so that micro-batches add up and ranks average to the global batch's."""
         micro_batch = self._draw(inputs)
         self._micro_batch += 1
+        inputs = drop_classes(inputs, micro_batch, self.model.config)
         loss, output = self.micro_batch_loss(model, inputs, micro_batch)
         self._record(output)
         return (loss, output) if return_outputs else loss
@@ -130,8 +128,10 @@ class MGMTrainer(AtomicCheckpointTrainer):
     def micro_batch_loss(self, model, inputs: dict, micro_batch: MicroBatch) -> tuple[torch.Tensor, ModelOutput]:
         """This micro-batch's part of the loss, and the model's output: what a subclass changes."""
         # 1. corrupt
-        masked = micro_batch.uniforms < masked_probability(micro_batch.t)[:, None]
+        masked = micro_batch.uniforms < self.corruption.masked_probability(micro_batch.t)[:, None]
         corrupted = self.training_inputs(inputs, masked, micro_batch.t)
+        if self.args.loss_on == "all":
+            corrupted = {**corrupted, "labels": inputs["input_ids"], "loss_weights": None, "logits_positions": None}
         # 2. forward
         output = model(**corrupted, **micro_batch.iterations)
         # 3. scale
@@ -147,7 +147,7 @@ class MGMTrainer(AtomicCheckpointTrainer):
         return MicroBatch(
             key=batch.key,
             places=places,
-            t=antithetic_times(shift, places, batch.total),
+            t=antithetic_times(shift, places, batch.total, self.corruption.time),
             uniforms=self._uniforms(batch.key, places, length),
             iterations={"num_no_grad_iterations": no_grad, "num_iterations": grad},
             share_of_positions=count_positions(inputs) * ranks / batch.positions,
@@ -161,10 +161,8 @@ class MGMTrainer(AtomicCheckpointTrainer):
 
     def training_inputs(self, inputs: dict[str, torch.Tensor], masked: torch.Tensor, t: torch.Tensor) -> dict:
         """As `masked_inputs`, with the weights of the training loss."""
-        arguments = self.masked_inputs(inputs, masked, t)
-        if self.args.loss_weighting == "uniform":
-            arguments["loss_weights"] = torch.full_like(arguments["loss_weights"], MEAN_WEIGHT)
-        return arguments
+        weights = self.corruption.weight(self.args.loss_weighting)(t).to(inputs["input_ids"].device)
+        return {**self.masked_inputs(inputs, masked, t), "loss_weights": weights}
 
     def masked_inputs(self, inputs: dict[str, torch.Tensor], masked: torch.Tensor, t: torch.Tensor) -> dict:
         """The model's arguments for `inputs` with `masked` (B, L) hidden, but for padding, at times `t` (B,)."""
@@ -177,7 +175,7 @@ class MGMTrainer(AtomicCheckpointTrainer):
         noisy, labels = mask_tokens(input_ids, masked, self.model.config.mask_token_id)
         return {
             **inputs, "input_ids": noisy, "labels": labels, "timesteps": t,
-            "loss_weights": loss_weight(t), "logits_positions": positions,
+            "loss_weights": self.corruption.weight(None)(t), "logits_positions": positions,
         }  # fmt: skip
 
     def draw_iterations(self) -> tuple[int, int]:
@@ -227,8 +225,8 @@ class MGMTrainer(AtomicCheckpointTrainer):
         key = (self.args.seed, "eval")
         shift = torch.rand((), generator=stream_generator(*key, "shift")).item()
         uniforms = self._uniforms(key, rows, length)
-        t = sequential_times(shift, rows)
-        corrupted = self.masked_inputs(inputs, uniforms < masked_probability(t)[:, None], t)
+        t = sequential_times(shift, rows, self.corruption.time)
+        corrupted = self.masked_inputs(inputs, uniforms < self.corruption.masked_probability(t)[:, None], t)
         repeated = rows >= self._eval_rows  # accelerate fills the last batch with rows that were evaluated already
         corrupted["loss_weights"][repeated] = 0
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -238,7 +236,8 @@ class MGMTrainer(AtomicCheckpointTrainer):
         return loss, None, None
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
-        """Evaluate the EMA weights: the negative ELBO per real token, and its exponential, the perplexity's bound."""
+        """Evaluate the EMA weights: text by the negative ELBO per real token, images by the cross-entropy per masked
+        token; and its exponential, of text a bound of the perplexity."""
         start, dataset = time.perf_counter(), dataloader.dataset
         self._eval_batch = 0
         self._eval_rows = len(dataset) if isinstance(dataset, Sized) else math.inf
@@ -331,8 +330,11 @@ class MGMTrainer(AtomicCheckpointTrainer):
 def check_model(model: nn.Module) -> None:
     """Raise a `ValueError` for a model of another architecture or with weights that are not finite."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type != "fpmdlm":
-        raise ValueError(f"`model` is of `model_type`={model_type!r}, but must be 'fpmdlm': see `FPMDLMConfig`.")
+    if model_type not in CORRUPTIONS:
+        raise ValueError(
+            f"`model` is of `model_type`={model_type!r}, but must be one of {tuple(CORRUPTIONS)}: see `FPMDLMConfig` "
+            "and `FPMaskGITConfig`."
+        )
     bad = not_finite(model)
     if bad:
         raise ValueError(f"`model` has weights that are not finite: {bad}. Start from another checkpoint.")

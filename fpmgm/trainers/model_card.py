@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 TEMPLATE = Path(model_cards.__file__).with_name("template.md")
+# By `model_type`: a model with fixed-point layers, one without, and the hub's task and tag.
+KINDS = {
+    "fpmdlm": (
+        "A fixed-point masked diffusion language model", "An MDLM", "text-generation", "masked-diffusion"
+    ),
+    "fpmaskgit": (
+        "A fixed-point masked generative image model", "A MaskGIT", "unconditional-image-generation", "maskgit"
+    ),
+}  # fmt: skip
 
 
 def write_model_card(folder: str | Path, model: nn.Module, args: TrainingArguments, steps: int) -> Path:
@@ -32,7 +41,8 @@ def write_model_card(folder: str | Path, model: nn.Module, args: TrainingArgumen
         `Path` of the card.
     """
     folder, config = Path(folder), model.config
-    kind = "A fixed-point masked diffusion language model" if config.num_fixed_point_layers else "An MDLM"
+    fixed_point, explicit, *_ = KINDS[config.model_type]
+    kind = fixed_point if config.num_fixed_point_layers else explicit
     adapter, parameters = next(iter(getattr(model, "peft_config", {}).values()), None), list(model.parameters())
     if adapter is not None:
         base = adapter.base_model_name_or_path
@@ -44,7 +54,7 @@ def write_model_card(folder: str | Path, model: nn.Module, args: TrainingArgumen
         if path.name != "all_results.json"  # a copy of the others
     }
     card = ModelCard.from_template(
-        card_data(adapter),
+        card_data(config.model_type, adapter),
         template_path=str(TEMPLATE),
         name=getattr(args, "hub_model_id", None) or folder.resolve().name,
         kind=kind,
@@ -62,9 +72,10 @@ def write_model_card(folder: str | Path, model: nn.Module, args: TrainingArgumen
     return folder / "README.md"
 
 
-def card_data(adapter: "PeftConfig | None") -> ModelCardData:
+def card_data(model_type: str, adapter: "PeftConfig | None") -> ModelCardData:
     """What the hub reads of a model, or of an `adapter` and the model on the hub that it belongs to."""
-    data = ModelCardData(pipeline_tag="text-generation", tags=["fpmgm", "masked-diffusion"])
+    *_, task, tag = KINDS[model_type]
+    data = ModelCardData(pipeline_tag=task, tags=["fpmgm", tag])
     data.library_name = "transformers" if adapter is None else "peft"
     if adapter is not None:
         data.tags.append(adapter.peft_type.value.lower())

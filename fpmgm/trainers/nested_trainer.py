@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from transformers.utils import ModelOutput
 
-from ..models.noise import MINIMUM_TIME, masked_probability, nested_masks, stream_generator
+from ..models.noise import MINIMUM_TIME, nested_masks, stream_generator
 from .batch import MicroBatch
 from .distillation import mean_over_sequences
 from .mgm_trainer import MGMTrainer
@@ -70,9 +70,8 @@ class NestedTrainer(MGMTrainer):
         t = micro_batch.t
         t_clean = (t - (low + (high - low) * gaps)).clamp(min=MINIMUM_TIME)
         maskable = inputs["attention_mask"].bool().cpu() if "attention_mask" in inputs else None
-        masked, still_masked = nested_masks(
-            micro_batch.uniforms, masked_probability(t), masked_probability(t_clean), maskable
-        )
+        probability = self.corruption.masked_probability
+        masked, still_masked = nested_masks(micro_batch.uniforms, probability(t), probability(t_clean), maskable)
         noisy, clean = self.training_inputs(inputs, masked, t), self.masked_inputs(inputs, still_masked, t_clean)
         clean["logits_positions"] = noisy["logits_positions"]
         for name in ("labels", "loss_weights"):

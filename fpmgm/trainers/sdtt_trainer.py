@@ -15,7 +15,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import ModelOutput
 
-from ..models.noise import masked_probability, stream_generator
+from ..models.noise import stream_generator
 from ..models.sampling import draw_tokens
 from .batch import MicroBatch
 from .distillation import check_head, check_teacher, denoise, divergence_from, mean_over_sequences
@@ -67,7 +67,7 @@ class SDTTTrainer(MGMTrainer):
 
     def micro_batch_loss(self, model, inputs: dict, micro_batch: MicroBatch) -> tuple[torch.Tensor, ModelOutput]:
         """The divergence from the targets: a mean over a sequence's masked positions, then over sequences."""
-        masked = micro_batch.uniforms < masked_probability(micro_batch.t)[:, None]
+        masked = micro_batch.uniforms < self.corruption.masked_probability(micro_batch.t)[:, None]
         if "attention_mask" in inputs:
             masked &= inputs["attention_mask"].bool().cpu()
         noisy, share = self.masked_inputs(inputs, masked, micro_batch.t), micro_batch.share_of_positions
@@ -104,7 +104,7 @@ class SDTTTrainer(MGMTrainer):
                 self.teacher, input_ids=tokens, timesteps=t.to(tokens.device), logits_positions=positions, **state
             ).normed_hidden_state  # (P, D)
             targets = hidden if targets is None else torch.where(waiting.to(hidden.device)[:, None], hidden, targets)
-            revealed = waiting & (uniforms >= masked_probability(after)[rows])
+            revealed = waiting & (uniforms >= self.corruption.masked_probability(after)[rows])
             waiting = waiting & ~revealed
             if step < self.args.teacher_steps - 1:  # no pass sees the last draw
                 drawn = self._draw_tokens(hidden[revealed.to(hidden.device)], positions[revealed], micro_batch)

@@ -3,13 +3,18 @@
 
 import re
 
-from fpmgm import FPMDLMForMaskedDiffusion
-from tests.testing_utils import tiny_model
+from fpmgm import FPMaskGITModel, FPMDLMForMaskedDiffusion
+from tests.testing_utils import tiny_image_model, tiny_model
 
 
 def lively_model(seed: int = 0, **overrides) -> FPMDLMForMaskedDiffusion:
     """A float64 model with many likely tokens and a slow contraction, so that wrong reuse changes what is drawn."""
     return tiny_model(seed, scale=0.2, **{"input_injection": "diagonal", **overrides}).double()
+
+
+def lively_image_model(seed: int = 0, **overrides) -> FPMaskGITModel:
+    """The same for images."""
+    return tiny_image_model(seed, scale=0.25, **{"input_injection": "diagonal", **overrides}).double()
 
 
 def documented_defaults(documented_class: type) -> dict[str, str]:

@@ -121,8 +121,8 @@ EFFECTIVE_VALUES = {
 }
 # What a parameter needs beside it to have anything to act on.
 NEEDED = {"gamma_remasked": {"remask": 0.5}, "carry_over": {"tolerance": 0.03}, "skip_idle_steps": {"num_steps": 8}}
-# Tested by name above, or (progress_bar, token ids) without influence on the tokens.
-OTHER_FIELDS = {"final", "progress_bar", "return_dict_in_generate"} | {
+# Tested by name above or (guidance) with images, or (progress_bar, token ids) without influence on the tokens.
+OTHER_FIELDS = {"final", "guidance_scale", "guidance_schedule", "progress_bar", "return_dict_in_generate"} | {
     f"{kind}_token_id" for kind in ("bos", "eos", "pad")
 }
 

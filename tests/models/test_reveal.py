@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from fpmgm.models.sampling import confidence_counts, draw_uniforms, most_confident, remasking_schedule
+from fpmgm.models.sampling import draw_uniforms, equal_counts, most_confident, remasking_schedule
 from tests.models.helpers import lively_model
 from tests.testing_utils import tiny_model
 
@@ -102,7 +102,7 @@ def test_more_steps_than_masks_are_an_error_for_the_confidence_order_alone():
     with pytest.raises(ValueError, match="`num_steps`=3 exceeds the 2 masked positions"):
         model.generate(ids, num_steps=3, iterations=1, order="confidence")
     assert model.generate(ids, num_steps=3, iterations=1).ne(MASK).all()
-    assert confidence_counts(ids == MASK, 2).tolist() == [[1], [1]]
+    assert equal_counts(ids == MASK, 2).tolist() == [[1], [1]]
 
 
 @pytest.mark.parametrize(

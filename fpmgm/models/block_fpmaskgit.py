@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Halton-MaskGIT's transformer block: self-attention with normalised queries and keys, and a gated MLP, each under an
+adaptive RMS norm.
+
+Shapes: B batch, L length, D hidden size, H heads, K head size, P selected positions, Q queries.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_fpmaskgit import FPMaskGITConfig
+from .layers import Modulation, eager_attention_forward, gated_residual, modulate, shared_dropout, wide
+from .selection import Selection
+
+
+def rms_norm(x: torch.Tensor, eps: float, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """x / √(mean x² + ε) over the last dimension in float32 or better, times `weight`. `None`: 1."""
+    precise = wide(x.dtype)
+    weight = None if weight is None else weight.to(precise)
+    return F.rms_norm(x.to(precise), x.shape[-1:], weight, eps).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """RMS norm with a weight and, where `bias` is set, a bias."""
+
+    def __init__(self, size: int, eps: float, bias: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = rms_norm(x, self.eps, self.weight)
+        return normed if self.bias is None else normed + self.bias
+
+
+class FPMaskGITAttention(nn.Module):
+    """Bidirectional self-attention through Hugging Face's attention interface (SDPA by default).
+
+    Queries and keys are RMS-normalised over all heads together, without a weight. The inner width is heads × head
+    size, which need not be D.
+    """
+
+    is_causal = False
+
+    def __init__(self, config: FPMaskGITConfig):
+        super().__init__()
+        self.config = config
+        self.head_size = config.hidden_size // config.num_attention_heads
+        inner_size = config.num_attention_heads * self.head_size
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * inner_size, bias=False)
+        self.o_proj = nn.Linear(inner_size, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: torch.Tensor, attention_mask: torch.Tensor | None, selection: Selection | None = None
+    ) -> torch.Tensor:
+        """(B, L, D), or (P, D) with queries at the selected positions only (keys and values are everywhere)."""
+        query, key, value = self.qkv_proj(x).chunk(3, dim=-1)  # (B, L, H·K)
+        if selection is not None:
+            query = query[torch.arange(len(x), device=x.device)[:, None], selection.queries]  # (B, Q, H·K)
+            attention_mask = None if attention_mask is None else attention_mask[:, :, :1]  # the same for every query
+        query, key = (rms_norm(z, self.config.rms_norm_eps) for z in (query, key))
+        query, key, value = (z.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for z in (query, key, value))
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        out, _ = attend(self, query, key, value, attention_mask, scaling=self.head_size**-0.5, dropout=0.0)
+        out = out.flatten(2)  # (B, L or Q, H·K)
+        return self.o_proj(out if selection is None else out.flatten(0, 1)[selection.slots])
+
+
+class FPMaskGITBlock(nn.Module):
+    """Halton-MaskGIT's block: gated attention and gated SwiGLU, each after an adaptive RMS norm."""
+
+    def __init__(self, config: FPMaskGITConfig):
+        super().__init__()
+        self.dropout = config.dropout
+        self.modulation = Modulation(config.conditioning_size, config.hidden_size, 6)
+        self.norm1 = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = FPMaskGITAttention(config)
+        self.norm2 = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def dropout_masks(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What the dropouts keep of attention (B, L, D) and of the MLP's hidden units: drawn once where the block is
+        iterated, so that it stays one map."""
+        if self.dropout == 0:
+            return None
+        sizes = h.shape[-1], self.up_proj.out_features
+        return tuple(torch.rand(*h.shape[:-1], size, device=h.device) >= self.dropout for size in sizes)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        modulation: tuple[torch.Tensor, ...],
+        rotary: None = None,  # positions are part of the embeddings
+        attention_mask: torch.Tensor | None = None,
+        keep: tuple[torch.Tensor, torch.Tensor] | None = None,
+        selection: Selection | None = None,
+    ) -> torch.Tensor:
+        """(B, L, D) → (B, L, D), or (P, D): the block's output at the selected positions, exactly."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        keep1, keep2 = keep or (None, None)
+        y = self.attention(modulate(self.norm1(x), shift1, scale1), attention_mask, selection)
+        if selection is not None:
+            x, gate1, shift2, scale2, gate2 = (selection.pick(z) for z in (x, gate1, shift2, scale2, gate2))
+        x = gated_residual(x, gate1, y, self.dropout, self.training, keep1)
+        y = modulate(self.norm2(x), shift2, scale2)
+        y = shared_dropout(F.silu(self.gate_proj(y)) * self.up_proj(y), self.dropout, self.training, keep2)
+        return torch.addcmul(x, gate2, self.down_proj(y))

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Classifier-free guidance: the denoiser runs each sequence with and without its class, in one batch.
+
+Shapes: B batch, P positions, V vocabulary, T steps.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+
+# Share of the guidance at x = i/(T − 1), from the first step at 0 to the last at 1.
+GUIDANCE_SCHEDULES: dict[str, Callable[[float], float]] = {"constant": lambda x: 1.0, "linear": lambda x: x}
+
+
+def guidance_scales(scale: float, schedule: str, num_steps: int) -> list[float]:
+    """The scale of each step: 1 + (scale − 1) · share.
+
+    >>> guidance_scales(3.0, "linear", 3)
+    [1.0, 2.0, 3.0]
+    """
+    places = [i / (num_steps - 1) for i in range(num_steps)] if num_steps > 1 else [1.0]
+    return [1 + (scale - 1) * GUIDANCE_SCHEDULES[schedule](x) for x in places]
+
+
+def guided_logits(logits: torch.Tensor, scale: float) -> torch.Tensor:
+    """unconditional + scale · (conditional − unconditional) in float64: (2P, V), conditional first, → (P, V)."""
+    conditional, unconditional = logits.double().chunk(2)
+    return unconditional + scale * (conditional - unconditional)
+
+
+def check_classes(
+    class_labels: int | list[int] | torch.Tensor | None, guidance_scale: float, num_classes: int | None
+) -> torch.Tensor | None:
+    """The classes as int64 on the CPU, () or (B,), or `None`.
+
+    Raises:
+        `ValueError`: for classes that a model with `num_classes` (`None`: without classes) does not have, and for
+            guidance without classes.
+    """
+    if guidance_scale != 1 and class_labels is None:
+        raise ValueError(
+            f"`guidance_scale`={guidance_scale} needs `class_labels`: give them, or leave the scale at 1."
+        )
+    if class_labels is None:
+        return None
+    if num_classes is None:
+        raise ValueError(f"`class_labels`={class_labels} cannot be given: this model has no classes.")
+    try:
+        classes = torch.as_tensor(class_labels).cpu()
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`class_labels`={class_labels!r} must be a whole number or one for each sequence."
+        ) from error
+    wrong = classes.is_floating_point() or classes.dtype == torch.bool or classes.dim() > 1 or classes.numel() == 0
+    if wrong or classes.min() < 0 or classes.max() > num_classes:
+        raise ValueError(
+            f"`class_labels`={classes.tolist()} must be a whole number or one for each sequence, from 0 to "
+            f"{num_classes - 1}, or {num_classes} for no class."
+        )
+    return classes.long()
+
+
+def class_rows(classes: torch.Tensor, batch_size: int, guidance_scale: float, num_classes: int) -> torch.Tensor:
+    """(B,) classes of the sequences, and under guidance the null class of all of them behind: (2B,).
+
+    Raises:
+        `ValueError`: if there are as many classes as neither one nor B.
+    """
+    if classes.dim() and len(classes) != batch_size:
+        raise ValueError(f"`class_labels` has {len(classes)} classes for {batch_size} sequences: give one for each.")
+    classes = classes.expand(batch_size)
+    if guidance_scale == 1:
+        return classes
+    return torch.cat([classes, torch.full_like(classes, num_classes)])

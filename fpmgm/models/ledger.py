@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `generate` reports: a step to the callback, and what a run spent and measured.
+
+Shapes: B batch, R rows that the denoiser runs (B, or 2B with guidance), L length, D hidden size, T denoising steps,
+N iterations.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import ModelOutput
+
+from .budget import BudgetPlan
+from .generation_config_mgm import MGMGenerationConfig
+from .reuse import REUSE_STATES
+
+
+@dataclass
+class MGMGenerationOutput(ModelOutput):
+    """Output of `generate(return_dict_in_generate=True)`.
+
+    Args:
+        sequences (`torch.LongTensor`): (B, L) tokens.
+        block_evaluations (`int`): Block evaluations of the most costly sequence; never above the budget.
+        block_evaluations_per_sequence (`torch.LongTensor`): (B,).
+        guidance_evaluations (`int`): Further block evaluations of the most costly sequence without its class, for
+            guidance; 0 without guidance. The budget does not count them.
+        num_steps (`int`): Denoising steps T.
+        iterations (`list[int]`): Fixed-point iterations planned for each step.
+        iterations_taken (`torch.LongTensor`): (T, B) iterations run.
+        residuals (`torch.Tensor`): (T, max N, B) relative residual of each iteration; NaN where none was taken.
+        reused (`list[dict[str, float]]`): Per step, the share of positions in each reuse state ("changed",
+            "unchanged", "masked", "remasked"); an empty dict where nothing was reused.
+        tuned_plan (`dict`, *optional*): What [`MGMGenerationConfig.tuned_plans`] holds for the budget, where it was
+            used.
+    """
+
+    sequences: torch.LongTensor | None = None
+    block_evaluations: int | None = None
+    block_evaluations_per_sequence: torch.LongTensor | None = None
+    guidance_evaluations: int | None = None
+    num_steps: int | None = None
+    iterations: list | None = None
+    iterations_taken: torch.LongTensor | None = None
+    residuals: torch.Tensor | None = None
+    reused: list | None = None
+    tuned_plan: dict | None = None
+
+
+@dataclass(frozen=True)
+class GenerationStep:
+    """What a callback sees after a step.
+
+    Args:
+        step (`int`): 0 for the first.
+        num_steps (`int`): Denoising steps T.
+        time (`float`): Diffusion time t at which the denoiser ran; models without time do not see it.
+        sequences (`torch.LongTensor`): (B, L) tokens after the step, the mask id where still unknown.
+        revealed (`torch.BoolTensor`): (B, L) positions revealed by this step.
+        fixed_point_state (`torch.Tensor`): (B, L, D) h*, where L counts registers too, or `None` without fixed-point
+            layers; under guidance that of the rows with their class.
+        residuals (`torch.Tensor`): (N, B) of this step's iterations, or `None`.
+    """
+
+    step: int
+    num_steps: int
+    time: float
+    sequences: torch.LongTensor
+    revealed: torch.BoolTensor
+    fixed_point_state: torch.Tensor | None
+    residuals: torch.Tensor | None
+
+
+class Ledger:
+    """What each row may spend at a step, what it has spent, and what was measured on the way.
+
+    Args:
+        plan ([`BudgetPlan`]): Planned iterations.
+        model_config: Configuration with the layer counts.
+        config ([`MGMGenerationConfig`]): Of the call.
+        batch_size (`int`): Sequences B.
+        rows (`int`): Rows R: beyond the first B, the same sequences without their class.
+    """
+
+    def __init__(self, plan: BudgetPlan, model_config, config: MGMGenerationConfig, batch_size: int, rows: int):
+        self.plan, self.config, self.batch_size, self.rows = plan, config, batch_size, rows
+        self.explicit = model_config.num_pre_layers + model_config.num_post_layers
+        self.shared = model_config.num_fixed_point_layers
+        self.saved: torch.Tensor | int = 0  # iterations that each row may take on top of its plan
+        self.residuals: list[torch.Tensor | None] = []  # per step (N, R), None where no iteration was taken
+        self.ran: list[bool] = []
+        self.reused: list[torch.Tensor | None] = []
+        self.finite: torch.Tensor | None = None
+
+    def iterations(self, step: int) -> int | torch.Tensor | None:
+        """The most iterations of this step, for all or for each row; `None` without fixed-point layers."""
+        return self.plan.iterations[step] + self.saved if self.shared else None
+
+    def skip(self) -> None:
+        """Book a step that did not run."""
+        self.ran.append(False)
+        self.residuals.append(None)
+        self.reused.append(None)
+
+    def add(self, residuals: torch.Tensor | None, logits: torch.Tensor) -> None:
+        """Book a step: its residuals (N, R), NaN where a row had stopped, and whether its logits are numbers."""
+        allowed = self.iterations(len(self.ran))
+        self.ran.append(True)
+        self.residuals.append(residuals)
+        if len(self.reused) < len(self.ran):
+            self.reused.append(None)
+        if self.config.carry_over and residuals is not None:
+            self.saved = allowed - (~residuals.isnan()).sum(dim=0)
+        finite = logits.isfinite().all()
+        self.finite = finite if self.finite is None else self.finite & finite
+
+    def close(self, tokens: torch.Tensor) -> "torch.LongTensor | MGMGenerationOutput":
+        """What `generate` returns.
+
+        Raises:
+            `ValueError`: if some logits were not numbers.
+        """
+        if self.finite is not None and not self.finite:
+            raise ValueError(
+                "the model's weights give logits that are not finite, so no token can be drawn: check the checkpoint "
+                "with `all(p.isfinite().all() for p in model.parameters())`, and lower the learning rate it came from."
+            )
+        if not self.config.return_dict_in_generate:
+            return tokens
+        residuals = [torch.empty(0, self.rows) if r is None else r.cpu() for r in self.residuals]
+        table = torch.full((len(residuals), max(map(len, residuals)), self.rows), float("nan"))  # (T, N, R)
+        for row, values in zip(table, residuals, strict=True):
+            row[: len(values)] = values
+        taken = (~table.isnan()).sum(dim=1)  # (T, R)
+        cost = sum(self.ran) * self.explicit + taken.sum(dim=0) * self.shared  # (R,)
+        own = slice(self.batch_size)
+        return MGMGenerationOutput(
+            sequences=tokens,
+            block_evaluations=int(cost[own].max()),
+            block_evaluations_per_sequence=cost[own],
+            guidance_evaluations=int(cost[self.batch_size :].max()) if self.rows > self.batch_size else 0,
+            num_steps=self.plan.num_steps,
+            iterations=self.plan.iterations,
+            iterations_taken=taken[:, own],
+            residuals=table[:, :, own],
+            reused=[{} if r is None else dict(zip(REUSE_STATES, r.tolist(), strict=True)) for r in self.reused],
+        )
