@@ -9,10 +9,13 @@ removed. A folder is whole if it has the list and every file in it.
 import json
 import math
 import os
+import random
 import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
+import torch
 from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -125,7 +128,7 @@ def remove_oldest(newest: Path, limit: int | None, best: str | None) -> None:
         return
     folders = [Path(folder) for folder in sort_checkpoints(str(newest.parent), use_mtime=True)]
     whole = [folder for folder in folders if not missing_files(folder)]
-    removable = [folder for folder in whole if str(folder) not in (str(newest), best)]
+    removable = [folder for folder in whole if folder.name not in (newest.name, Path(best or newest).name)]
     for folder in removable[: max(0, len(whole) - limit)]:
         shutil.rmtree(_set_aside(folder).parent, ignore_errors=True)
 
@@ -139,7 +142,7 @@ def _set_aside(folder: Path) -> Path:
 
 def _flush(path: Path) -> None:
     try:
-        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)  # copied code may be read-only
         try:
             os.fsync(descriptor)
         finally:
@@ -154,6 +157,7 @@ class AtomicCheckpointTrainer(Trainer):
 
     last_saved: tuple[int, Path] | None = None  # step and folder of the checkpoint last written or resumed from
     _staging = False
+    _random = (None, ())  # a step, and the states of the random numbers at its end
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As in `Trainer`.
@@ -202,6 +206,7 @@ class AtomicCheckpointTrainer(Trainer):
         """Write into a checkpoint what a subclass needs to go on, beside what `Trainer` does. All ranks call it."""
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
+        self._random = (self.state.global_step, get_random_states())
         # A log line holds means since the last one. A resumed run's begin at its checkpoint; so shall everyone's.
         saves = self.control.should_save or (
             self.control.should_evaluate and self.args.save_strategy == SaveStrategy.BEST
@@ -235,13 +240,21 @@ class AtomicCheckpointTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._staging = False
-        if self.state.best_model_checkpoint == str(staged):
+        if self.state.best_model_checkpoint is not None and Path(self.state.best_model_checkpoint) == staged:
             self.state.best_model_checkpoint = str(folder)
         self.save_beside(staged)
         self.accelerator.wait_for_everyone()  # all ranks have written
         if self.args.should_save:
             self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
             publish(staged, folder)
+
+    def _save_rng_state(self, output_dir):
+        step, states = self._random
+        now = get_random_states()
+        if step == self.state.global_step:  # the next step may have begun: a stop or a signal saves in its middle
+            set_random_states(states)
+        super()._save_rng_state(output_dir)
+        set_random_states(now)
 
     def _get_output_dir(self, trial):
         run_dir = super()._get_output_dir(trial)
@@ -250,6 +263,22 @@ class AtomicCheckpointTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder):
         if not self._staging:  # uploads run in the background: the folder must keep its name
             super()._push_from_checkpoint(checkpoint_folder)
+
+
+def get_random_states() -> tuple:
+    """Of Python's, NumPy's and PyTorch's global generators, and of this process's GPU."""
+    gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), gpu
+
+
+def set_random_states(states: tuple) -> None:
+    """Set what [`get_random_states`] gave."""
+    python, numpy, cpu, gpu = states
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if gpu is not None:
+        torch.cuda.set_rng_state(gpu)
 
 
 def stream_position(epoch: float, batches_per_epoch: int) -> tuple[int, int]:

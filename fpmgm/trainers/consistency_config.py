@@ -33,7 +33,8 @@ class ConsistencyConfig(MGMTrainingConfig):
         teacher (`str`, defaults to `"self"`): The model itself without gradient, or its average, `"ema"`.
         gap_range (`list[float]`, defaults to [0.05, 0.30]): The teacher's time is the student's less a gap from it.
         stop_at_perplexity_increase (`float`, *optional*, defaults to 0.15): Stop at the first evaluation whose
-            perplexity exceeds that before post-training by this share, and keep that checkpoint. `None`: all steps.
+            perplexity exceeds that before post-training by this share, and keep that checkpoint, which is not the
+            best by its loss: `load_best_model_at_end` and `save_strategy="best"` exclude it. `None`: all steps.
 
     Raises:
         `ValueError`: on a value that is not allowed.
@@ -72,5 +73,11 @@ class ConsistencyConfig(MGMTrainingConfig):
         if self.stop_at_perplexity_increase is not None:
             check_positive("stop_at_perplexity_increase", self.stop_at_perplexity_increase)
         super().__post_init__()
+        by_loss = self.load_best_model_at_end or self.save_strategy == "best"
+        if by_loss and self.stop_at_perplexity_increase is not None:
+            raise ValueError(
+                "`load_best_model_at_end` and `save_strategy`='best' keep the checkpoint of the lowest loss, "
+                "`stop_at_perplexity_increase` the one at which it stops: use one or the other."
+            )
         if self.teacher == "ema" and self.ema_decay is None:
             raise ValueError("`teacher`='ema' needs an average: set `ema_decay`, or use `teacher`='self'.")

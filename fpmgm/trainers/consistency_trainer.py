@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput, logging
 from ..models.layers import IdentityLinear, wide
 from .batch import MicroBatch
 from .consistency_config import ConsistencyConfig
-from .distillation import denoise, divergence_from
+from .distillation import check_head, denoise, divergence_from
 from .nested_trainer import NestedTrainer, Target
 
 
@@ -66,6 +66,8 @@ class ConsistencyTrainer(NestedTrainer):
         if kwargs.get("eval_dataset") is None:
             _without_evaluation(args)
         super().__init__(model, args, **kwargs)
+        if args.consistency_loss == "logit_kl":
+            check_head(self.model)
         if args.stop_at_perplexity_increase is not None and self.eval_dataset is not None:
             self.add_callback(StopAtPerplexity(args.stop_at_perplexity_increase))
 

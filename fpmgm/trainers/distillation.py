@@ -82,6 +82,15 @@ def divergence_from(
     return loss
 
 
+def check_head(model: nn.Module) -> None:
+    """Raise a `ValueError` where an adapter wraps the head, of which a teacher's logits take the weight alone."""
+    if hasattr(model.get_output_embeddings(), "base_layer"):
+        raise ValueError(
+            "`target_modules` names the head, but the teacher's logits are made without its adapter: leave it out, or "
+            "train the head whole with `modules_to_save=['lm_head']`."
+        )
+
+
 def check_teacher(teacher: nn.Module, model: nn.Module) -> None:
     """Raise a `ValueError` unless `teacher` speaks the model's vocabulary and is whole on this process."""
     for name in ("model_type", "vocab_size", "mask_token_id"):

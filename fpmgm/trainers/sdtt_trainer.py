@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 from ..models.noise import masked_probability, stream_generator
 from ..models.sampling import draw_tokens
 from .batch import MicroBatch
-from .distillation import check_teacher, denoise, divergence_from, mean_over_sequences
+from .distillation import check_head, check_teacher, denoise, divergence_from, mean_over_sequences
 from .mgm_trainer import MGMTrainer
 from .sdtt_config import SDTTConfig
 
@@ -39,7 +39,7 @@ class SDTTTrainer(MGMTrainer):
         kwargs: As for [`MGMTrainer`].
 
     Raises:
-        `ValueError`: if the teacher reads other tokens, and as [`MGMTrainer`] does.
+        `ValueError`: if the teacher reads other tokens, an adapter wraps the head, and as [`MGMTrainer`] does.
 
     Example:
 
@@ -53,8 +53,9 @@ class SDTTTrainer(MGMTrainer):
 
     def __init__(self, model: nn.Module, args: SDTTConfig, teacher: nn.Module | None = None, **kwargs):
         teacher = copy.deepcopy(model) if teacher is None else teacher
-        check_teacher(teacher, model)
         super().__init__(model, args, **kwargs)  # may wrap the model, but not the teacher
+        check_teacher(teacher, self.model)
+        check_head(self.model)
         self.teacher = teacher.to(self.args.device)
         self.add_callback(NextRound(self))
 

@@ -233,8 +233,8 @@ class KeepListings(TrainerCallback):
 def test_the_newest_and_the_best_checkpoints_stay(tmp_path):
     keep, losses = KeepListings(), [3.0, 1.0, 2.0, 4.0, 5.0]
     trainer = make_trainer(
-        tmp_path, max_steps=5, eval_dataset=token_rows(4), eval_strategy="steps", eval_steps=1, save_strategy="steps",
-        save_steps=1, save_total_limit=2, load_best_model_at_end=True, callbacks=[keep],
+        f"{tmp_path}/", max_steps=5, eval_dataset=token_rows(4), eval_strategy="steps", eval_steps=1, save_steps=1,
+        save_strategy="steps", save_total_limit=2, load_best_model_at_end=True, callbacks=[keep],
     )  # fmt: skip
     trainer.evaluate = lambda **kwargs: {"eval_loss": losses[trainer.state.global_step - 1]}
     trainer.train()
@@ -332,6 +332,20 @@ def test_a_stop_keeps_the_last_step_alone_under_a_limit_of_one(tmp_path, step):
     assert f"Step {step - 1} is saved in {folder}" in str(error)
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == step - 1
+
+
+def test_a_run_that_goes_on_after_a_stop_equals_the_uninterrupted_one(straight, half):
+    model = training_model(dropout=0.1)
+    arguments = {
+        "max_steps": 4,
+        "train_dataset": token_rows(20),
+        "callbacks": [CallOnce(4, poison_output)],
+        **EVERY_TWO,
+    }
+    with pytest.raises(FloatingPointError, match="Step 3 is saved"):
+        make_trainer(half, model, **arguments).train(resume_from_checkpoint=True)
+    faults.train(half, max_steps=4, save_steps=2)
+    assert differences(contents(half / "checkpoint-4"), contents(straight / "checkpoint-4")) == []
 
 
 def test_a_stop_at_a_step_that_is_saved_does_not_write_it_again(tmp_path):

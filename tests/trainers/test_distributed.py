@@ -79,6 +79,19 @@ def test_two_ranks_log_what_one_process_does(runs):
         )
 
 
+@pytest.mark.parametrize("name", distributed_script.POST_TRAINING)
+def test_two_ranks_learn_from_a_teacher_what_one_process_does(runs, name):
+    _, several, folder = runs
+    single = distributed_script.post_train(folder / f"single-{name}", 1, name)
+    for number, rank in enumerate(several):
+        found = load_file(folder / f"{name}-{number}.safetensors")
+        assert found.keys() == single["weights"].keys()
+        for key, tensor in single["weights"].items():
+            torch.testing.assert_close(found[key], tensor, atol=1e-6, rtol=0, msg=f"{name} {key}")
+        assert rank[name] == pytest.approx(single["distances"], rel=1e-4)
+    assert len(single["distances"]) == 3 and all(distance > 1e-4 for distance in single["distances"])
+
+
 def test_all_ranks_stop_where_the_loss_of_one_is_not_finite(runs):
     _, several, folder = runs
     for rank in several:

@@ -195,6 +195,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one_that_evaluated_in_between(tmp
     assert [x["loss"] for x in resumed.state.log_history if "loss" in x] == losses
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("steps", [2, 3])  # inside an epoch of three steps, and at its end
+def test_a_finished_run_that_is_resumed_takes_no_step(tmp_path, streaming, steps):
+    rows = token_rows(12)
+    options = {"train_dataset": rows.to_iterable_dataset() if streaming else rows, "max_steps": steps}
+    finished = make_trainer(tmp_path, save_strategy="steps", save_steps=steps, **options)
+    finished.train()
+    model = training_model(1)
+    calls, again = record_calls(model), make_trainer(tmp_path, model, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{steps}"))
+    assert (again.state.global_step, calls) == (steps, [])
+    assert_equal(weights(model), weights(finished.model))
+    assert_equal(again.ema.shadow, finished.ema.shadow)
+
+
 def test_a_stream_that_ends_begins_again(tmp_path):
     model = training_model()
     calls = record_calls(model)

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Self-distillation through time against an ancestral teacher written out position by position."""
 
-import re
-
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import BertConfig, BertForMaskedLM
 
 from fpmgm.models.noise import stream_generator
 from fpmgm.trainers import SDTTConfig, SDTTTrainer
@@ -192,6 +191,11 @@ def test_values_that_are_not_allowed_are_refused(tmp_path, options, message):
         SDTTConfig(output_dir=str(tmp_path), use_cpu=True, **options)
 
 
-def test_a_teacher_of_other_tokens_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=re.escape("`teacher` has `vocab_size`=30")):
+def test_models_that_cannot_be_distilled_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="`teacher` has `vocab_size`=30"):
         sdtt_trainer(tmp_path, teacher=training_model(vocab_size=30))
+    with pytest.raises(ValueError, match="`target_modules` names the head"):
+        sdtt_trainer(tmp_path, peft_config=LoraConfig(r=2, target_modules=["lm_head"]))
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 1, "hidden_size": 8, "intermediate_size": 8}
+    with pytest.raises(ValueError, match="`model_type`='bert'"):
+        sdtt_trainer(tmp_path, BertForMaskedLM(BertConfig(vocab_size=20, **sizes)))
