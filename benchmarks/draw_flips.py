@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from fpmgm.models.sampling import draw_tokens
-from sampling_speed import commit
+from provenance import commit
 
 
 def rounding_noise(hidden_size: int, vocab_size: int) -> float:

@@ -38,7 +38,9 @@ def mean_over_sequences(masked: torch.Tensor, share_of_a_sequence: float, device
     return (share_of_a_sequence / counts).expand(masked.shape)[masked].to(device, torch.float32, non_blocking=True)
 
 
-def divergence(student: torch.Tensor, target: torch.Tensor, temperature: float = 1.0, kind: str = "forward_kl"):
+def divergence(
+    student: torch.Tensor, target: torch.Tensor, temperature: float = 1.0, kind: str = "forward_kl"
+) -> torch.Tensor:
     """τ²·KL between softmax(·/τ) of two sets of logits (R, V): (R,), ≥ 0.
 
     `"forward_kl"` is KL(target ‖ student), `"reverse_kl"` KL(student ‖ target).
