@@ -65,7 +65,9 @@ class ConsistencyTrainer(NestedTrainer):
             projection.initialize()
             model.add_module(PROJECTION, projection.to(model.device, model.dtype))
         if kwargs.get("eval_dataset") is None:
-            _without_evaluation(args)
+            args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
+        if args.eval_strategy == IntervalStrategy.NO:
+            _without_rule(args)
         super().__init__(model, args, **kwargs)
         if args.consistency_loss == "logit_kl":
             check_head(self.model)
@@ -133,12 +135,12 @@ class ConsistencyTrainer(NestedTrainer):
                 self.model.add_module(PROJECTION, projection)
 
 
-def _without_evaluation(args: ConsistencyConfig) -> None:
-    args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
+def _without_rule(args: ConsistencyConfig) -> None:
     if args.stop_at_perplexity_increase is not None:
         args.stop_at_perplexity_increase = None
         logger.warning_once(
-            "`stop_at_perplexity_increase` is off, because there is no `eval_dataset`: give one, or set it to None."
+            "`stop_at_perplexity_increase` is off, because nothing is evaluated: give `eval_dataset` and `eval_strategy`, or "
+            "set it to None."
         )
 
 
@@ -156,8 +158,8 @@ class StopAtPerplexity(TrainerCallback):
         self.increase = increase
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        if state.global_step == 0:
-            return
+        if state.global_step == 0 or not any(name.startswith("eval_") for name in metrics):
+            return  # not one of the run's own
         before = [
             line["eval_perplexity"] for line in state.log_history if line["step"] == 0 and "eval_perplexity" in line
         ]

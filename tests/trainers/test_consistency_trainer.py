@@ -9,6 +9,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModel
 
+from fpmgm.models import head
 from fpmgm.trainers import ConsistencyConfig, ConsistencyTrainer
 
 from .reference import (
@@ -76,7 +77,8 @@ def distances(args: ConsistencyConfig, student, belief, target) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_loss_and_gradient_are_those_of_the_formula(tmp_path, name):
+def test_loss_and_gradient_are_those_of_the_formula(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(head, "chunk_rows", lambda *_: 3)
     options, architecture, batch = LOSSES[name]
     model = training_model(**architecture).double()
     record = RecordSteps(model)
@@ -291,7 +293,11 @@ def test_the_rule_is_off_with_one_warning_where_it_has_no_perplexity_to_go_by(tm
         trainers[-1].train()
 
     assert len(warnings_of(caplog, lambda: [run(eval_dataset=None), run(eval_dataset=None)])) == 1
+    assert len(warnings_of(caplog, lambda: run(eval_strategy="no"))) == 1
     assert len(warnings_of(caplog, lambda: run(eval_on_start=False))) == 1
+    before_and_after = planned_trainer(tmp_path, {0: 1.0, 3: 9.0})
+    for before_and_after.state.global_step in (0, 3):
+        assert warnings_of(caplog, lambda: before_and_after.evaluate(metric_key_prefix="other")) == []
     sets = {"books": token_rows(2), "news": token_rows(2)}
     assert len(warnings_of(caplog, lambda: run(eval_dataset=sets))) == 1
     logged = {name for line in trainers[-1].state.log_history for name in line}
