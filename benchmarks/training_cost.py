@@ -27,8 +27,14 @@ from datasets import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion, convert_to_fixed_point
-from fpmgm.models.noise import loss_weight, mask_tokens, masked_probability
+from fpmgm import (
+    FPMaskGITConfig,
+    FPMaskGITModel,
+    FPMDLMConfig,
+    FPMDLMForMaskedDiffusion,
+    convert_to_fixed_point,
+)
+from fpmgm.models.noise import arccos_ratio, loss_weight, mask_tokens, masked_probability
 from fpmgm.trainers import (
     ConsistencyConfig,
     ConsistencyTrainer,
@@ -43,6 +49,7 @@ from provenance import machine
 
 MDLM = {"num_pre_layers": 12, "num_fixed_point_layers": 0, "num_post_layers": 0}
 FP = {"num_pre_layers": 1, "num_fixed_point_layers": 1, "num_post_layers": 1}
+IMAGE = {"num_pre_layers": 4, "num_fixed_point_layers": 1, "num_post_layers": 4}
 ITERATIONS = ((2, 4), (2, 5))  # without and with gradient; their mean is SJFB's
 QUIET = {"output_dir": "unused", "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
 
@@ -55,6 +62,10 @@ STEPS = {
     "consistency mlp": (FP, "consistency", "mlp"),
     "consistency diagonal": (FP, "consistency", "diagonal"),
     "conversion mlp": (FP, "conversion", "mlp"),
+    "MaskGIT-24": ({**MDLM, "num_pre_layers": 24}, "image", None),
+    "MaskGIT-12": (MDLM, "image", None),
+    "FP-MaskGIT mlp": (IMAGE, "image", "mlp"),
+    "FP-MaskGIT diagonal": (IMAGE, "image", "diagonal"),
 }
 RATIOS = [
     ("FP-MDLM mlp", "plain MDLM"),
@@ -65,6 +76,9 @@ RATIOS = [
     ("consistency mlp", "FP-MDLM mlp"),
     ("consistency diagonal", "FP-MDLM diagonal"),
     ("conversion mlp", "FP-MDLM mlp"),
+    ("FP-MaskGIT mlp", "MaskGIT-24"),
+    ("FP-MaskGIT diagonal", "MaskGIT-24"),
+    ("MaskGIT-12", "MaskGIT-24"),
 ]
 
 
@@ -94,6 +108,14 @@ def make_trainer(name: str, args: argparse.Namespace):
     """The trainer of a step, with its model on the device in training mode."""
     architecture, kind, injection = STEPS[name]
     torch.manual_seed(0)
+    options = {"input_injection": injection} if injection else {}
+    shared = {**QUIET, "use_cpu": args.device == "cpu"}
+    if kind == "image":
+        width = args.image_hidden_size
+        sizes = {"hidden_size": width, "intermediate_size": 11 * width // 4, "num_attention_heads": width // 64}
+        model = FPMaskGITModel(FPMaskGITConfig(**sizes, **architecture, **options)).to(args.device).train()
+        row = Dataset.from_dict({"input_ids": [[0] * 256], "class_labels": [0]})
+        return MGMTrainer(model, MGMTrainingConfig(**shared), train_dataset=row)
     sizes = {
         "hidden_size": args.hidden_size,
         "intermediate_size": 4 * args.hidden_size,
@@ -102,11 +124,9 @@ def make_trainer(name: str, args: argparse.Namespace):
         "vocab_size": args.vocab_size,
         "mask_token_id": args.vocab_size - 1,
     }
-    options = {"input_injection": injection} if injection else {}
     model = FPMDLMForMaskedDiffusion(FPMDLMConfig(**sizes, **architecture, **options)).to(args.device).train()
     if kind == "plain":
         return PlainTrainer(model)
-    shared = {**QUIET, "use_cpu": args.device == "cpu"}
     row = Dataset.from_dict({"input_ids": [[0] * args.length]})
     if kind == "base":
         return MGMTrainer(model, MGMTrainingConfig(**shared), train_dataset=row)
@@ -121,15 +141,19 @@ def make_trainer(name: str, args: argparse.Namespace):
 
 def step(trainer, args: argparse.Namespace, seed: int, iterations: tuple[int, int]) -> None:
     """From an uncorrupted batch of random tokens to gradients."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (args.batch_size, args.length)
-    input_ids = torch.randint(args.vocab_size - 1, shape, generator=generator).to(args.device)
+    generator, config = torch.Generator().manual_seed(seed), trainer.model.config
+    shape = (args.batch_size, config.max_position_embeddings)
+    inputs = {"input_ids": torch.randint(config.vocab_size - 1, shape, generator=generator).to(args.device)}
     places = torch.arange(args.batch_size)
-    explicit = trainer.model.config.num_fixed_point_layers == 0
+    t = (places + 0.5) / args.batch_size
+    if config.model_type == "fpmaskgit":
+        t = arccos_ratio(t)
+        inputs["class_labels"] = (places % config.num_classes).to(args.device)
+    explicit = config.num_fixed_point_layers == 0
     micro_batch = MicroBatch(
         key=(seed,),
         places=places,
-        t=(places + 0.5) / args.batch_size,
+        t=t,
         uniforms=torch.rand(shape, generator=generator),
         iterations={}
         if explicit
@@ -138,7 +162,7 @@ def step(trainer, args: argparse.Namespace, seed: int, iterations: tuple[int, in
         share_of_a_sequence=1 / args.batch_size,
     )
     with torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        loss, _ = trainer.micro_batch_loss(trainer.model, {"input_ids": input_ids}, micro_batch)
+        loss, _ = trainer.micro_batch_loss(trainer.model, inputs, micro_batch)
     loss.backward()
     trainer.model.zero_grad()
 
@@ -191,7 +215,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
             "fastest": statistics.mean(min(values) for values in times[name].values()),
             "slowest": statistics.mean(max(values) for values in times[name].values()),
             "optimizer_seconds": optimizer_seconds(trainers[name].model, args.device),
-            "tokens_per_second": args.batch_size * args.length / seconds,
+            "tokens_per_second": args.batch_size * trainers[name].model.config.max_position_embeddings / seconds,
             "flops": work,
             "utilisation": work / seconds / ceiling,
             "parameters": trainers[name].model.num_parameters(),
@@ -315,6 +339,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--hidden_size", type=int, default=768, help="768 is MDLM-small.")
     parser.add_argument("--vocab_size", type=int, default=50258)
+    parser.add_argument("--image_hidden_size", type=int, default=512, help="1024 is MaskGIT-Large; 256 tokens each.")
     parser.add_argument("--repetitions", type=int, default=5, help="Turns of each step.")
     parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=list(STEPS))
     parser.add_argument("--output", default=None, help="JSON to write. Default: benchmarks/results/training_cost_*.")

@@ -139,8 +139,8 @@ def _without_rule(args: ConsistencyConfig) -> None:
     if args.stop_at_perplexity_increase is not None:
         args.stop_at_perplexity_increase = None
         logger.warning_once(
-            "`stop_at_perplexity_increase` is off, because nothing is evaluated: give `eval_dataset` and `eval_strategy`, or "
-            "set it to None."
+            "`stop_at_perplexity_increase` is off, because nothing is evaluated: give `eval_dataset` and "
+            "`eval_strategy`, or set it to None."
         )
 
 
