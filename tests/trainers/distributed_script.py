@@ -33,7 +33,7 @@ from .training_utils import make_trainer, record_calls, token_rows, training_mod
 STEPS = 4
 EVALUATION_SETS = {"even": (16, False), "ragged": (16, True), "uneven": (10, False)}  # rows, of unequal length?
 PLAIN = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}  # Adam and clipping would hide a wrong scale
-ADAM = {"optim": "adamw_torch", "learning_rate": 1e-3, "lr_scheduler_type": "linear", "ema_decay": 0.5}
+ADAM = {"optim": "adamw_torch", "learning_rate": 5e-3, "lr_scheduler_type": "linear", "ema_decay": 0.5}
 
 
 def build(folder: Path, ranks: int, model: nn.Module | None = None, **arguments) -> MGMTrainer:
@@ -118,6 +118,7 @@ def adam(folder: Path, ranks: int, resume_from: Path | None = None) -> dict:
     moments = [part_of(state["exp_avg"]).numel() for state in optimizer.state.values()]
     return {
         "logs": losses(trainer),
+        "evaluations": [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line],
         "held": {
             "weights": sum(part_of(p).numel() for p in trainer.model.parameters()) / total,
             "average": sum(part.numel() for part in trainer.ema.shadow.values()) / total,

@@ -91,6 +91,7 @@ def test_two_ranks_share_times_and_iterations_of_the_global_batch(single, runs):
 def test_two_ranks_evaluate_what_one_process_does(single, runs):
     for rank in runs.ranks:
         assert rank["plain"]["evaluations"] == pytest.approx(single.plain["evaluations"], rel=1e-5)
+        assert rank["adam"]["evaluations"] == pytest.approx(single.adam["evaluations"], rel=1e-5)  # between steps
 
 
 @pytest.mark.parametrize("run", ["plain", "adam"])
