@@ -23,6 +23,7 @@ from sklearn.svm import SVC
 from tqdm.auto import tqdm
 
 from fpmgm import FPMaskGITConfig, FPMaskGITModel
+from fpmgm.evaluation import provenance
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
 from fpmgm.trainers.arguments import parse_arguments
 
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> dict:
     )
     judge = SVC(gamma=1e-3).fit(train_codes, train_labels)
     model, results = train(args, as_dataset(train_codes, train_labels), as_dataset(test_codes, test_labels))
-    results["arguments"] = vars(args)
+    results |= {"arguments": vars(args), "provenance": provenance(model.device)}
     results["held_out"] = measure(judge, test_codes, test_labels, test_codes, test_labels)
     results["samples"] = sample(args, model, judge, test_codes, test_labels)
     draw_picture(args, model, folder / "digits.png")
