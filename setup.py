@@ -17,6 +17,7 @@ EXTRAS = {
         "lm-eval>=0.4.13",
         "matplotlib>=3.8",
         "mauve-text>=0.4",
+        "scikit-learn>=1.5",
     ],
     "distributed": ["accelerate>=1.10", "deepspeed>=0.19"],
 }
