@@ -10,7 +10,6 @@ Shapes: B batch, C colour channels, S image size, H = W grid size, E codebook di
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
@@ -101,6 +100,12 @@ class ImageTokenizerMixin:
             latents=latents,
         )
 
+    @torch.no_grad()
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """Save weights and configuration, the codebook on the unit sphere, where other readers expect it."""
+        self.codebook.copy_(F.normalize(self.codebook, dim=-1))
+        super().save_pretrained(save_directory, **kwargs)
+
     def _check_pixels(self, pixel_values: torch.Tensor) -> None:
         size = self.image_size
         if pixel_values.dim() != 4 or pixel_values.shape[-2:] != (size, size):
@@ -136,10 +141,4 @@ def nearest_codes(latents: torch.Tensor, codebook: torch.Tensor) -> torch.LongTe
     return (latents @ F.normalize(codebook, dim=-1).T).argmax(dim=-1)
 
 
-@torch.no_grad()
-def normalize_codebook(model: nn.Module) -> None:
-    """Put the rows of `model.codebook` on the unit sphere, where they are read; other readers expect them there."""
-    model.codebook.copy_(F.normalize(model.codebook, dim=-1))
-
-
-__all__ = ["ImageTokenizerMixin", "ImageTokenizerOutput", "nearest_codes", "normalize_codebook"]
+__all__ = ["ImageTokenizerMixin", "ImageTokenizerOutput", "nearest_codes"]
