@@ -94,9 +94,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     trainer.save_metrics("eval", metrics)
     trainer.save_model()
     draw_reconstructions(model, eval_pixels, Path(training.output_dir) / "reconstructions.png")
+    used, perplexity = metrics["eval_codebook_usage"], metrics["eval_codebook_perplexity"]
     print(
-        f"PSNR {metrics['eval_psnr']:.2f} dB, {metrics['eval_codebook_usage']:.1%} of the codes in use, their "
-        f"perplexity {metrics['eval_codebook_perplexity']:.0f} of {model.codebook_size} ({len(eval_pixels)} held-out pictures)"
+        f"PSNR {metrics['eval_psnr']:.2f} dB on {len(eval_pixels)} held-out pictures; {used:.1%} of the codes in use, "
+        f"perplexity {perplexity:.0f} of {model.codebook_size}"
     )
     return metrics
 

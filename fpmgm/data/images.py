@@ -125,8 +125,8 @@ def make_image_processor(image_size: int, resample: str = "bilinear") -> CLIPIma
         `ValueError`: for another `resample`.
         `ImportError`: without Pillow.
 
-    >>> make_image_processor(32).size
-    SizeDict(shortest_edge=32)
+    >>> make_image_processor(32).size["shortest_edge"]
+    32
     """
     if not is_vision_available():
         raise ImportError("pictures need Pillow: pip install 'fpmgm[images]'")

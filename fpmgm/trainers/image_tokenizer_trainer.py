@@ -47,8 +47,8 @@ class ImageTokenizerTrainer(Trainer):
     """Trains a tokenizer of `fpmgm.models` on rows with `pixel_values` (3, S, S) in [-1, 1].
 
     Logs `codebook_usage`, the share of codes that the latents of the steps since the last restart used, and evaluates
-    `psnr` (mean over pictures, dB, of clamped pixels), `codebook_usage` and `codebook_perplexity` (exp of the entropy of
-    the codes; at most K).
+    `psnr` (mean over pictures, dB, of clamped pixels), `codebook_usage` and `codebook_perplexity` (exp of the entropy
+    of the codes; at most K).
 
     Args:
         kwargs: As for `transformers.Trainer`, with an [`ImageTokenizerConfig`] as `args`.
