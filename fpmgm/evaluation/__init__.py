@@ -1,11 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures of generated sequences; each number's name says how it was made.
+"""Measures of generated sequences and pictures; each number's name says how it was made.
 
 `fpmgm.evaluation.metrics` holds them as metrics of Hugging Face's `evaluate`.
 """
 
 from .budgets import budget_table, evaluate_budgets, measure_samples
+from .extractors import EfficientNetLiteExtractor, InceptionExtractor
 from .frontier import common_entropies, perplexity_at_entropy, undominated
+from .images import (
+    FeatureExtractor,
+    ImageStatistics,
+    evaluate_images,
+    extract_features,
+    frechet_distance,
+    image_statistics,
+    inception_score,
+    to_uint8,
+)
 from .judge import Judge, generative_perplexity, load_judge
 from .likelihood import elbo_perplexity
 from .mauve import mauve_score
@@ -17,6 +28,10 @@ from .text import distinct_n, repetition_rate, unigram_entropy
 
 
 __all__ = [
+    "EfficientNetLiteExtractor",
+    "FeatureExtractor",
+    "ImageStatistics",
+    "InceptionExtractor",
     "Judge",
     "NGramJudge",
     "Samples",
@@ -26,7 +41,12 @@ __all__ = [
     "distinct_n",
     "elbo_perplexity",
     "evaluate_budgets",
+    "evaluate_images",
+    "extract_features",
+    "frechet_distance",
     "generative_perplexity",
+    "image_statistics",
+    "inception_score",
     "load_judge",
     "mauve_score",
     "measure_samples",
@@ -36,6 +56,7 @@ __all__ = [
     "sample_sequences",
     "sampling_candidates",
     "successive_halving",
+    "to_uint8",
     "undominated",
     "unigram_entropy",
 ]

@@ -13,6 +13,7 @@ from .consistency_trainer import ConsistencyTrainer
 from .conversion_config import ConversionConfig
 from .conversion_trainer import ConversionTrainer
 from .ema import EMACallback
+from .image_tokenizer_trainer import ImageTokenizerConfig, ImageTokenizerTrainer
 from .mgm_config import MGMTrainingConfig
 from .mgm_trainer import MGMTrainer
 from .peft import register_target_modules
@@ -29,6 +30,8 @@ __all__ = [
     "ConversionConfig",
     "ConversionTrainer",
     "EMACallback",
+    "ImageTokenizerConfig",
+    "ImageTokenizerTrainer",
     "MGMTrainer",
     "MGMTrainingConfig",
     "SDTTConfig",

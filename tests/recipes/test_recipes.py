@@ -11,11 +11,12 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel
 
 from fpmgm.data import train_tokenizer
-from fpmgm.trainers import ConsistencyConfig, ConversionConfig, MGMTrainingConfig, SDTTConfig
+from fpmgm.trainers import ConsistencyConfig, ConversionConfig, ImageTokenizerConfig, MGMTrainingConfig, SDTTConfig
 from fpmgm.trainers.arguments import LoraArguments, parse_arguments
 from tests.testing_utils import tiny_config
 
@@ -26,9 +27,11 @@ sys.path.append(str(RECIPES))  # last: recipes/evaluate.py has the name of a pac
 import convert_mdlm  # noqa: E402
 import distill_sdtt  # noqa: E402
 import posttrain_consistency  # noqa: E402
+import prepare_images  # noqa: E402
 import quickstart  # noqa: E402
 import sample  # noqa: E402
 import train_owt  # noqa: E402
+import train_vq  # noqa: E402
 from text_data import DataArguments  # noqa: E402
 from train_and_export import StartArguments  # noqa: E402
 
@@ -62,6 +65,7 @@ READERS = {
     "consistency": (StartArguments, LoraArguments, DataArguments, ConsistencyConfig),
     "convert": (StartArguments, convert_mdlm.ConvertArguments, LoraArguments, DataArguments, ConversionConfig),
     "sdtt": (StartArguments, LoraArguments, DataArguments, SDTTConfig),
+    "vq": (train_vq.VQArguments, ImageTokenizerConfig),
 }
 
 
@@ -235,3 +239,22 @@ def test_recipes_go_on_from_a_model_folder_and_export_another(
     stacks = {1: (1, 1, 1), 2: (1, 2, 1)}.get(model.config.num_fixed_point_layers, (4, 0, 0))
     assert (model.config.num_pre_layers, model.config.num_fixed_point_layers, model.config.num_post_layers) == stacks
     assert (tmp_path / "cka.png").is_file() == (config == "convert_small" and "--layer_map" not in options)
+
+
+def test_pictures_train_a_tokenizer_that_encodes_them(tmp_path, capsys):
+    for split, name in (("train", "ant"), ("train", "cat"), ("val", "cat")):
+        (tmp_path / "pictures" / split / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (20, 16), (60 * i, 200, len(name + split) * 9)).save(
+                tmp_path / "pictures" / split / name / f"{i}.png"
+            )
+    source = ["--image_dir", str(tmp_path / "pictures")]
+    argv = ["--config", str(RECIPES / "configs/vq_small.yaml"), *source, "--output_dir", str(tmp_path / "vq"), *QUIET]
+    argv += ["--image_size", "16", "--codebook_size", "16", "--max_steps", "1", "--per_device_train_batch_size", "2"]
+    metrics = train_vq.main(argv)
+    assert f"PSNR {metrics['eval_psnr']:.2f} dB on 4 held-out pictures" in capsys.readouterr().out
+    assert Image.open(tmp_path / "vq/reconstructions.png").size == (3 * 4 * 16, 3 * 2 * 16)
+    argv = [*source, "--tokenizer", str(tmp_path / "vq"), "--output_dir", str(tmp_path / "codes"), "--augment", "flip"]
+    codes = prepare_images.main([*argv, "--device", "cpu"])
+    assert "train: 8 pictures, 0 unreadable, 16 rows" in capsys.readouterr().out
+    assert codes["validation"]["class_labels"][:] == [1] * 4 and len(codes["train"][0]["input_ids"]) == 16

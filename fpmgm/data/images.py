@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures become rows of codes: read from class folders or the hub, cropped, varied, and encoded before training.
+
+Shapes: A variants of a picture, S image size, L codes of a picture.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow.compute
+import torch
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    List,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
+from tqdm.auto import tqdm
+from transformers import CLIPImageProcessorPil
+from transformers.utils import is_vision_available, logging
+
+from ..models.image_tokenizer import ImageTokenizerMixin
+
+
+if TYPE_CHECKING:
+    from PIL import Image as PILImage
+
+logger = logging.get_logger(__name__)
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
+ZOOM = 1.1  # of the shortest edge, for ten crops
+RESAMPLES = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
+PART = 1024  # pictures that an interruption can cost at most
+PREPARATION = "preparation.json"
+
+
+def load_images(
+    image_dir: str | Path | None = None,
+    dataset_name: str | None = None,
+    dataset_config: str | None = None,
+    train_split: str = "train",
+    eval_split: str | None = "val",
+    image_column: str = "image",
+    label_column: str = "label",
+) -> DatasetDict:
+    """Pictures with their classes, not yet decoded.
+
+    Args:
+        image_dir (`str` or `Path`, *optional*): Folder of splits of classes, as ImageNette's: `train/<class>/*.JPEG`,
+            `val/<class>/*.JPEG`. `None`: `dataset_name`.
+        dataset_name (`str`, *optional*): Hub dataset with a column of images and one of class labels, instead.
+        dataset_config (`str`, *optional*): Configuration of the hub dataset. `None`: its default.
+        train_split (`str`, defaults to `"train"`): Folder or split to train on.
+        eval_split (`str`, *optional*, defaults to `"val"`): Folder or split to validate on. `None`: none.
+        image_column, label_column (`str`): Columns of the hub dataset.
+
+    Returns:
+        `DatasetDict` with `"train"` and, unless `eval_split` is `None`, `"validation"`: columns `image` (path or
+        bytes) and `label`, a `ClassLabel` with the same names in both.
+
+    Raises:
+        `ValueError`: for a missing or empty folder, missing columns, or not exactly one source.
+    """
+    if (image_dir is None) == (dataset_name is None):
+        raise ValueError(
+            f"`image_dir`={image_dir} and `dataset_name`={dataset_name}: give one of them as the source of pictures."
+        )
+    splits = {"train": train_split, **({} if eval_split is None else {"validation": eval_split})}
+    if image_dir is not None:
+        return _image_folders({name: Path(image_dir) / folder for name, folder in splits.items()})
+    found = {name: load_dataset(dataset_name, dataset_config, split=split) for name, split in splits.items()}
+    for dataset in found.values():
+        missing = {image_column, label_column} - set(dataset.column_names)
+        if missing or not isinstance(dataset.features[label_column], ClassLabel):
+            raise ValueError(
+                f"`image_column`={image_column!r} and `label_column`={label_column!r} must be columns of "
+                f"{dataset_name!r}, the second one of class labels; it has {dict(dataset.features)}."
+            )
+    renames = {image_column: "image", label_column: "label"}
+    columns = {name: d.select_columns(list(renames)).rename_columns(renames) for name, d in found.items()}
+    return DatasetDict({name: d.cast_column("image", Image(decode=False)) for name, d in columns.items()})
+
+
+def _image_folders(folders: dict[str, Path]) -> DatasetDict:
+    for folder in folders.values():
+        if not folder.is_dir():
+            raise ValueError(f"`image_dir`: {str(folder)!r} does not exist: give a folder of splits of class folders.")
+    names = sorted({path.name for folder in folders.values() for path in folder.iterdir() if path.is_dir()})
+    features = Features({"image": Image(decode=False), "label": ClassLabel(names=names)})
+    datasets = {}
+    for split, folder in folders.items():
+        files = [
+            (str(path), label)
+            for label, name in enumerate(names)
+            for path in sorted((folder / name).rglob("*"))
+            if path.suffix.lower() in SUFFIXES
+        ]
+        if not files:
+            raise ValueError(f"`image_dir`: {str(folder)!r} has no pictures ({', '.join(SUFFIXES)}) in class folders.")
+        paths, labels = zip(*files, strict=True)
+        datasets[split] = Dataset.from_dict({"image": list(paths), "label": list(labels)}, features=features)
+    return DatasetDict(datasets)
+
+
+def make_image_processor(image_size: int, resample: str = "bilinear") -> CLIPImageProcessorPil:
+    """An image processor for tokenizers: shortest edge to `image_size`, centre crop, RGB, pixels in [-1, 1].
+
+    Args:
+        image_size (`int`): Pixels along one side.
+        resample (`str`, defaults to `"bilinear"`): `"nearest"`, `"lanczos"`, `"bilinear"` or `"bicubic"`.
+
+    Raises:
+        `ValueError`: for another `resample`.
+        `ImportError`: without Pillow.
+
+    >>> make_image_processor(32).size["shortest_edge"]
+    32
+    """
+    if not is_vision_available():
+        raise ImportError("pictures need Pillow: pip install 'fpmgm[images]'")
+    if resample not in RESAMPLES:
+        raise ValueError(f"`resample`={resample!r} must be one of {tuple(RESAMPLES)}.")
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": image_size},
+        crop_size={"height": image_size, "width": image_size},
+        resample=RESAMPLES[resample],
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+
+
+def read_image(image: dict) -> "PILImage.Image":
+    """The picture, a `PIL.Image`, of an undecoded `{"path", "bytes"}`; its orientation tag is not applied."""
+    from PIL import Image as PILImage
+
+    with PILImage.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"])) as opened:
+        opened.load()
+        return opened.convert("RGB")
+
+
+def centre_crop(image: "PILImage.Image", processor: CLIPImageProcessorPil) -> np.ndarray:
+    """(1, 3, S, S) pixels of a picture: the middle."""
+    return np.stack(processor(image)["pixel_values"])
+
+
+def flips(image: "PILImage.Image", processor: CLIPImageProcessorPil) -> np.ndarray:
+    """(2, 3, S, S) pixels of a picture: the middle, and the same mirrored."""
+    middle = centre_crop(image, processor)
+    return np.concatenate([middle, middle[..., ::-1]])
+
+
+def ten_crop(image: "PILImage.Image", processor: CLIPImageProcessorPil) -> np.ndarray:
+    """(10, 3, S, S) pixels of a picture whose shortest edge is 1.1 times as long: corners and middle, and mirrored."""
+    size = processor.crop_size["height"]
+    zoomed = round(ZOOM * size)
+    (pixels,) = processor(image, size={"shortest_edge": zoomed}, do_center_crop=False)["pixel_values"]  # (3, ·, ·)
+    height, width = pixels.shape[1:]
+    bottom, right = height - size, width - size
+    corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (round(bottom / 2), round(right / 2))]
+    crops = np.stack([pixels[:, top : top + size, left : left + size] for top, left in corners])
+    return np.concatenate([crops, crops[..., ::-1]])
+
+
+AUGMENTS = {"none": centre_crop, "flip": flips, "ten_crop": ten_crop}
+
+
+def prepare_codes(
+    images: DatasetDict,
+    tokenizer: ImageTokenizerMixin,
+    processor: CLIPImageProcessorPil,
+    folder: str | Path,
+    augment: str = "none",
+    batch_size: int = 32,
+) -> DatasetDict:
+    """Encode every picture and write the codes to `folder`; an interrupted call, repeated, goes on where it was.
+
+    Beside the codes lie the image processor and `preparation.json`: how they were made, how many there are, which
+    pictures could not be read.
+
+    Args:
+        images (`DatasetDict`): Columns `image` (undecoded) and `label`, as [`load_images`] gives them.
+        tokenizer: An image tokenizer, whose `encode` gives (B, H, W) codes.
+        processor (`CLIPImageProcessorPil`): Makes the tokenizer's pixels.
+        folder (`str` or `Path`): Where `load_from_disk` will find the codes.
+        augment (`str`, defaults to `"none"`): Rows for each training picture; one, two with `"flip"` (the second
+            mirrored), ten with `"ten_crop"`. Variants are made of pixels: codes of a mirrored picture are not mirrored
+            codes. Pictures to validate on always give one row.
+        batch_size (`int`, defaults to 32): Pictures read and encoded at once.
+
+    Returns:
+        `DatasetDict` with `input_ids` (L codes, row-major) and `class_labels`, a `ClassLabel`. Pictures that cannot be
+        read are left out and warned about.
+
+    Raises:
+        `ValueError`: for an unknown `augment`, a `folder` that holds another preparation, or if no picture of a split
+            can be read.
+    """
+    if augment not in AUGMENTS:
+        raise ValueError(f"`augment`={augment!r} must be one of {tuple(AUGMENTS)}.")
+    folder = Path(folder)
+    settings = _settings(images, tokenizer, processor, augment)
+    _check_same(folder, settings)
+    if (folder / "dataset_dict.json").is_file() and not (folder / "parts").exists():
+        return load_from_disk(folder)
+    codes, unreadable = {}, {}
+    for split, rows in images.items():
+        vary = AUGMENTS[augment if split == "train" else "none"]
+        codes[split], unreadable[split] = _encode(
+            rows, tokenizer, processor, vary, folder / "parts" / split, batch_size
+        )
+    processor.save_pretrained(folder)
+    counts = {split: {"pictures": len(images[split]), "rows": len(codes[split])} for split in codes}
+    _write_json(folder / PREPARATION, {**settings, "counts": counts, "unreadable": unreadable})
+    DatasetDict(codes).save_to_disk(folder)
+    shutil.rmtree(folder / "parts")
+    return load_from_disk(folder)
+
+
+def _encode(rows: Dataset, tokenizer, processor, vary, parts: Path, batch_size: int) -> tuple[Dataset, list[str]]:
+    """Codes of `rows`, made part by part, and the names of pictures that cannot be read."""
+    encoded, unreadable = [], []
+    for start in tqdm(range(0, len(rows), PART), desc=f"encoding {parts.name}", unit="part"):
+        part = parts / f"{start:09d}"
+        if not part.is_dir():
+            chosen = rows.select(range(start, min(start + PART, len(rows))))
+            _write_part(part, chosen, start, tokenizer, lambda image: vary(image, processor), batch_size)
+        unreadable += json.loads((part / "unreadable.json").read_text())
+        if (part / "codes").is_dir():
+            encoded.append(load_from_disk(part / "codes"))
+    for name in unreadable:
+        logger.warning(f"left out a picture that cannot be read: {name}")
+    if not encoded:
+        raise ValueError(f"none of the {len(rows)} pictures in {parts.name!r} can be read, such as {unreadable[0]}.")
+    return concatenate_datasets(encoded), unreadable
+
+
+def _write_part(part: Path, rows: Dataset, start: int, tokenizer, vary: Callable, batch_size: int) -> None:
+    """Encode `rows`, the first of which is row `start` of all, and write them in one move."""
+    ids, labels, unreadable = [], [], []
+    for pixels, classes in _pixel_batches(rows, start, vary, batch_size, unreadable):
+        codes = tokenizer.encode(torch.from_numpy(pixels).to(tokenizer.device, tokenizer.dtype))  # (B·A, H, W)
+        ids.append(codes.flatten(1).cpu().numpy())
+        labels += np.repeat(classes, len(codes) // len(classes)).tolist()
+    unfinished = part.with_suffix(".unfinished")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    if ids:
+        small = "uint16" if tokenizer.codebook_size <= 2**16 else "int32"
+        features = Features({"input_ids": List(Value(small)), "class_labels": rows.features["label"]})
+        table = {"input_ids": np.concatenate(ids), "class_labels": labels}
+        Dataset.from_dict(table, features=features).save_to_disk(unfinished / "codes")
+    (unfinished / "unreadable.json").write_text(json.dumps(unreadable))
+    unfinished.rename(part)
+
+
+def _pixel_batches(
+    rows: Dataset, start: int, vary: Callable, batch_size: int, unreadable: list[str]
+) -> Iterator[tuple[np.ndarray, list[int]]]:
+    """(B·A, 3, S, S) pixels and B labels of the pictures that can be read; the names of others go to `unreadable`."""
+    for first in range(0, len(rows), batch_size):
+        pixels, labels = [], []
+        for i in range(first, min(first + batch_size, len(rows))):
+            row = rows[i]
+            try:
+                image = read_image(row["image"])
+            except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for broken files
+                unreadable.append(f"{row['image']['path'] or f'row {start + i}'} ({error})")
+                continue
+            pixels.append(vary(image))
+            labels.append(row["label"])
+        if pixels:
+            yield np.concatenate(pixels), labels
+
+
+def _settings(images: DatasetDict, tokenizer, processor: CLIPImageProcessorPil, augment: str) -> dict:
+    """What decides the codes."""
+    pictures = hashlib.sha256()
+    for rows in images.values():
+        paths = pyarrow.compute.struct_field(rows.data.column("image"), "path").to_pylist()
+        pictures.update(json.dumps([paths, rows["label"][:]]).encode())
+    codebook = tokenizer.codebook.detach().float().cpu().numpy()
+    return {
+        "image_size": tokenizer.image_size,
+        "grid_size": tokenizer.grid_size,
+        "codebook_size": tokenizer.codebook_size,
+        "augment": augment,
+        "resample": processor.resample,
+        "classes": images["train"].features["label"].names,
+        "pictures": pictures.hexdigest(),
+        "codebook": hashlib.sha256(codebook.tobytes()).hexdigest(),
+    }
+
+
+def _check_same(folder: Path, settings: dict) -> None:
+    """Raise a `ValueError` if `folder` holds codes of other settings; note these in a new one."""
+    path = folder / PREPARATION
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        _write_json(path, settings)
+        return
+    other = json.loads(path.read_text())
+    different = [f"{name}={other.get(name)!r}" for name in settings if settings[name] != other.get(name)]
+    if different:
+        raise ValueError(
+            f"`folder`={str(folder)!r} holds codes made with {', '.join(different)}: remove it or give another one."
+        )
+
+
+def _write_json(path: Path, values: dict) -> None:
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(values, indent=2) + "\n")
+    unfinished.rename(path)

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training of an image tokenizer: reconstruction and codebook losses, and codes that nothing uses brought back.
+
+Shapes: B batch, K codebook size, E codebook dimension.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn import functional as F
+from transformers import Trainer, TrainingArguments
+
+from ..models.noise import stream_generator
+
+
+@dataclass
+class ImageTokenizerConfig(TrainingArguments):
+    r"""
+    Arguments of [`ImageTokenizerTrainer`], beside those of `TrainingArguments`.
+
+    Defaults that differ from `TrainingArguments`: `learning_rate=1e-3`, `lr_scheduler_type="cosine"`,
+    `warmup_steps=50`, `remove_unused_columns=False`.
+
+    Args:
+        restart_every (`int`, defaults to 50): Steps after which the codes that no latent was nearest to in them take
+            the place of random latents of the last batch. 0: never.
+
+    Raises:
+        `ValueError`: on a value that is not allowed.
+    """
+
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
+    warmup_steps: float = field(default=50, metadata={"help": "Steps of warm-up, or their share if below 1."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns that the model does not take."})
+
+    restart_every: int = field(default=50, metadata={"help": "Steps after which unused codes are moved; 0: never."})
+
+    def __post_init__(self):
+        if self.restart_every < 0:
+            raise ValueError(f"`restart_every`={self.restart_every} must be at least 0 (0: never).")
+        super().__post_init__()
+
+
+class ImageTokenizerTrainer(Trainer):
+    """Trains a tokenizer of `fpmgm.models` on rows with `pixel_values` (3, S, S) in [-1, 1].
+
+    Logs `codebook_usage`, the share of codes that the latents of the steps since the last restart used, and evaluates
+    `psnr` (mean over pictures, dB, of clamped pixels), `codebook_usage` and `codebook_perplexity` (exp of the entropy
+    of the codes; at most K).
+
+    Args:
+        kwargs: As for `transformers.Trainer`, with an [`ImageTokenizerConfig`] as `args`.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self._used: torch.Tensor | None = None  # (K,) uses of each code since the last restart
+        self._latents: torch.Tensor | None = None  # (…, E) of the last micro-batch
+        self._restarted_at = self.state.global_step
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """As in `Trainer`; first the dead codes are restarted, where it is time."""
+        due = self.args.restart_every and self.state.global_step - self._restarted_at >= self.args.restart_every
+        if due and self._used is not None:
+            self._restart()
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The tokenizer's own loss; its codes are counted."""
+        output = model(inputs["pixel_values"])
+        if model.training:
+            counts = output.codes.flatten().bincount(minlength=self._tokenizer.codebook_size)
+            self._used = counts if self._used is None else self._used + counts
+            self._latents = output.latents.detach().flatten(0, -2)
+        return (output.loss, output) if return_outputs else output.loss
+
+    @property
+    def _tokenizer(self):
+        return self.accelerator.unwrap_model(self.model)
+
+    @torch.no_grad()
+    def _restart(self) -> None:
+        """Put codes without a use at random latents of the last batch, the same on every rank."""
+        used = self.accelerator.reduce(self._used)
+        dead = (used == 0).nonzero().squeeze(1)
+        latents = self.accelerator.gather(self._latents)  # (…, E)
+        generator = stream_generator(self.args.seed, "restart", self.state.global_step)
+        chosen = torch.randint(len(latents), (len(dead),), generator=generator).to(latents.device)
+        self._tokenizer.codebook[dead] = latents[chosen].to(self._tokenizer.codebook.dtype)
+        self._used, self._restarted_at = None, self.state.global_step
+
+    def log(self, logs, start_time=None):
+        """Add the share of codes in use."""
+        if "loss" in logs and self._used is not None:
+            logs["codebook_usage"] = (self.accelerator.reduce(self._used) > 0).float().mean().item()
+        super().log(logs, start_time)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss of a batch; its codes and the quality of its pictures are added up."""
+        pixels = self._prepare_inputs(inputs)["pixel_values"]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output = model(pixels)
+        self._codes += output.codes.flatten().bincount(minlength=len(self._codes))
+        self._quality += torch.stack(
+            [psnr(output.pixel_values, pixels).sum(), pixels.new_tensor(len(pixels))]
+        ).double()
+        return output.loss.detach(), None, None
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """As in `Trainer`, with the quality of the reconstructions and the use of the codebook."""
+        self._codes = torch.zeros(self._tokenizer.codebook_size, dtype=torch.long, device=self.args.device)
+        self._quality = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, count = self.accelerator.reduce(self._quality).tolist()
+        counts = self.accelerator.reduce(self._codes)
+        output.metrics[f"{metric_key_prefix}_psnr"] = total / max(count, 1)
+        output.metrics[f"{metric_key_prefix}_codebook_usage"] = (counts > 0).float().mean().item()
+        output.metrics[f"{metric_key_prefix}_codebook_perplexity"] = codebook_perplexity(counts)
+        return output
+
+
+def psnr(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """(B,) peak signal-to-noise ratio in dB of `images` (B, …), clamped to [-1, 1], to `targets` in [-1, 1].
+
+    >>> psnr(torch.zeros(1, 4), torch.full((1, 4), 0.2)).round(decimals=3).tolist()
+    [20.0]
+    """
+    error = F.mse_loss(images.clamp(-1, 1).float(), targets.float(), reduction="none").flatten(1).mean(dim=1)
+    return 10 * torch.log10(4 / error)  # the peak is 2
+
+
+def codebook_perplexity(counts: torch.Tensor) -> float:
+    """exp of the entropy of codes that occur `counts` (K,) times.
+
+    >>> round(codebook_perplexity(torch.tensor([5, 5, 5, 5, 0])), 6)
+    4.0
+    """
+    shares = counts[counts > 0].double() / counts.sum()
+    return math.exp(-(shares * shares.log()).sum())

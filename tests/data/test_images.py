@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures become codes: every row is the tokenizer's answer to pixels made here with NumPy and Pillow."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Image, Value, load_from_disk
+from PIL import Image as PILImage
+
+from fpmgm.data import images as module
+from fpmgm.data import load_images, make_image_processor, prepare_codes
+
+
+class MeanTokenizer:
+    """The code of an 8 × 8 patch is its red channel's mean in 8 bits; `left` calls, then it fails."""
+
+    image_size, grid_size, codebook_size, device, dtype = 16, 2, 256, "cpu", torch.float32
+    codebook = torch.arange(256.0)[:, None]
+
+    def __init__(self, left: int = 10**6):
+        self.left, self.calls = left, 0
+
+    def encode(self, pixel_values):
+        assert pixel_values.shape[1:] == (3, 16, 16) and pixel_values.abs().max() <= 1
+        if self.calls == self.left:
+            raise KeyboardInterrupt
+        self.calls += 1
+        red = (pixel_values[:, 0] + 1) * 127.5
+        return red.view(-1, 2, 8, 2, 8).mean(dim=(2, 4)).round().long()
+
+
+def codes_of(pixels: np.ndarray) -> list[int]:
+    """Of (16, 16, 3) 8-bit pixels."""
+    red = pixels[..., 0].astype(float)
+    return [round(red[i : i + 8, j : j + 8].mean()) for i in (0, 8) for j in (0, 8)]
+
+
+def picture(seed: int, width: int = 24, height: int = 16, mode: str = "RGB") -> PILImage.Image:
+    """Smooth, so that two ways of resizing agree within one code."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    return PILImage.fromarray(coarse).resize((width, height), PILImage.Resampling.BICUBIC).convert(mode)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes to train on and one more to validate on; a grayscale picture, broken ones and a note."""
+    for split, name, count in (("train", "cat", 3), ("train", "ant", 2), ("val", "cat", 1), ("val", "bee", 1)):
+        (tmp_path / "pictures" / split / name).mkdir(parents=True)
+        for i in range(count):
+            mode = "L" if i == 1 else "RGB"
+            picture(10 * len(split) + i, mode=mode).save(tmp_path / "pictures" / split / name / f"{i}.PNG")
+    train = tmp_path / "pictures/train"
+    (train / "ant/broken.jpeg").write_bytes(b"no picture")
+    (train / "cat/empty.png").write_bytes(b"")
+    (train / "cat/half.png").write_bytes((train / "cat/0.PNG").read_bytes()[:200])
+    (train / "cat/notes.txt").write_text("not a picture")
+    return tmp_path / "pictures"
+
+
+def middle(image: PILImage.Image) -> np.ndarray:
+    """(16, 16, 3) of a picture of 24 × 16."""
+    return np.asarray(image.convert("RGB"))[:, 4:20]
+
+
+def test_a_folder_becomes_rows_of_codes_and_broken_pictures_are_named(folder, tmp_path, caplog):
+    processor = make_image_processor(16)
+    images = load_images(folder)
+    codes = prepare_codes(images, MeanTokenizer(), processor, tmp_path / "codes", batch_size=2)
+    files = [("ant", 0), ("ant", 1), ("cat", 0), ("cat", 1), ("cat", 2)]
+    expected = [codes_of(middle(PILImage.open(folder / "train" / name / f"{i}.PNG"))) for name, i in files]
+    assert codes["train"]["input_ids"][:] == expected
+    assert codes["train"]["class_labels"][:] == [0, 0, 2, 2, 2]
+    assert codes["validation"]["class_labels"][:] == [1, 2]  # the same ids where a class is missing
+    assert codes["validation"].features["class_labels"].names == ["ant", "bee", "cat"]
+    report = json.loads((tmp_path / "codes/preparation.json").read_text())
+    assert [Path(name.split(" (")[0]).name for name in report["unreadable"]["train"]] == [
+        "broken.jpeg", "empty.png", "half.png",
+    ]  # fmt: skip
+    assert report["counts"] == {"train": {"pictures": 8, "rows": 5}, "validation": {"pictures": 2, "rows": 2}}
+    assert (report["codebook_size"], report["grid_size"], report["classes"]) == (256, 2, ["ant", "bee", "cat"])
+    assert load_from_disk(tmp_path / "codes")["train"]["input_ids"][:] == expected
+
+
+def test_pictures_are_resized_by_their_shortest_edge(folder, tmp_path):
+    tall = picture(3, 40, 80)
+    tall.save(folder / "val/cat/0.PNG")
+    codes = prepare_codes(load_images(folder), MeanTokenizer(), make_image_processor(16), tmp_path / "codes")
+    resized = np.asarray(tall.resize((16, 32), PILImage.Resampling.BILINEAR))[8:24]
+    assert np.abs(np.array(codes["validation"][1]["input_ids"]) - codes_of(resized)).max() <= 1
+
+
+def test_variants_are_made_of_pixels_and_only_to_train_on(folder, tmp_path):
+    processor, images = make_image_processor(16), load_images(folder)
+    codes = prepare_codes(images, MeanTokenizer(), processor, tmp_path / "flip", augment="flip", batch_size=4)
+    first = middle(PILImage.open(folder / "train/ant/0.PNG"))
+    assert codes["train"]["input_ids"][:2] == [codes_of(first), codes_of(first[:, ::-1])]
+    assert codes["train"]["class_labels"][:] == [0] * 4 + [2] * 6
+    assert len(codes["validation"]) == 2
+
+    codes = prepare_codes(images, MeanTokenizer(), processor, tmp_path / "ten", augment="ten_crop")
+    image = PILImage.open(folder / "train/ant/0.PNG").resize((27, 18), PILImage.Resampling.BILINEAR)
+    pixels = np.asarray(image)
+    corners = [(0, 0), (0, 11), (2, 0), (2, 11), (1, 6)]
+    crops = [pixels[top : top + 16, left : left + 16] for top, left in corners]
+    expected = [codes_of(crop) for crop in crops] + [codes_of(crop[:, ::-1]) for crop in crops]
+    assert np.abs(np.array(codes["train"]["input_ids"][:10]) - expected).max() <= 1
+    assert len(codes["train"]) == 50 and len(codes["validation"]) == 2
+
+
+def interrupted_save(self, folder):
+    (folder / "dataset_dict.json").write_text('{"splits": ["train", "validation"]}')
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_preparation_goes_on_where_it_was(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PART", 2)
+    images, processor = load_images(folder), make_image_processor(16)
+    straight = MeanTokenizer()
+    expected = prepare_codes(images, straight, processor, tmp_path / "straight", batch_size=1)
+    stopped = MeanTokenizer(left=4)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_codes(images, stopped, processor, tmp_path / "codes", batch_size=1)
+    other = MeanTokenizer()
+    with pytest.raises(ValueError, match="augment='none'"):
+        prepare_codes(images, other, processor, tmp_path / "codes", augment="flip")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # while the parts are joined
+        patch.setattr(module.DatasetDict, "save_to_disk", interrupted_save)
+        prepare_codes(images, other, processor, tmp_path / "codes", batch_size=1)
+    codes = prepare_codes(images, other, processor, tmp_path / "codes", batch_size=1)
+    assert other.calls < straight.calls  # finished parts were kept
+    for split in ("train", "validation"):
+        assert codes[split]["input_ids"][:] == expected[split]["input_ids"][:]
+    report, whole = (json.loads((tmp_path / n / "preparation.json").read_text()) for n in ("codes", "straight"))
+    assert report == whole and not (tmp_path / "codes/parts").exists()
+    other.calls = 0
+    prepare_codes(images, other, processor, tmp_path / "codes")
+    assert other.calls == 0  # all was there
+
+
+def test_another_tokenizer_or_other_pictures_are_refused_in_the_same_folder(folder, tmp_path):
+    images, processor = load_images(folder), make_image_processor(16)
+    prepare_codes(images, MeanTokenizer(), processor, tmp_path / "codes")
+    other = MeanTokenizer()
+    other.codebook = other.codebook + 1
+    with pytest.raises(ValueError, match="codebook="):
+        prepare_codes(images, other, processor, tmp_path / "codes")
+    picture(5).save(folder / "train/cat/9.png")
+    with pytest.raises(ValueError, match="pictures="):
+        prepare_codes(load_images(folder), MeanTokenizer(), processor, tmp_path / "codes")
+
+
+def test_sources_that_give_nothing_are_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="give one of them"):
+        load_images()
+    with pytest.raises(ValueError, match="test' does not exist"):
+        load_images(folder, eval_split="test")
+    for path in folder.glob("val/*/*"):
+        path.write_bytes(b"broken")
+    with pytest.raises(ValueError, match="none of the 2 pictures in 'validation' can be read"):
+        prepare_codes(load_images(folder), MeanTokenizer(), make_image_processor(16), tmp_path / "codes")
+    for path in folder.glob("val/*/*"):
+        path.unlink()
+    with pytest.raises(ValueError, match="has no pictures"):
+        load_images(folder)
+    with pytest.raises(ValueError, match=r"'mirror'.*ten_crop"):
+        prepare_codes(load_images(folder, eval_split=None), None, None, tmp_path, augment="mirror")
+
+
+def test_a_hub_dataset_gives_the_same_codes_as_its_folder(folder, tmp_path, monkeypatch):
+    images = load_images(folder)
+    rows = images["train"].select([0, 3, 4])
+    embedded = [{"bytes": Path(row["image"]["path"]).read_bytes(), "path": None} for row in rows]
+    features = Features({"img": Image(), "cls": images["train"].features["label"], "id": Value("int64")})
+    hub = Dataset.from_dict({"img": embedded, "cls": rows["label"], "id": rows["label"]}, features=features)
+    monkeypatch.setattr(module, "load_dataset", lambda name, config, split: {"train": hub}[split])
+    source = {"dataset_name": "org/name", "eval_split": None}
+    loaded = load_images(**source, image_column="img", label_column="cls")
+    codes = prepare_codes(loaded, MeanTokenizer(), make_image_processor(16), tmp_path / "codes")
+    expected = prepare_codes(images, MeanTokenizer(), make_image_processor(16), tmp_path / "folder")
+    by_picture = expected["train"]["input_ids"][:]
+    assert codes["train"]["input_ids"][:] == [by_picture[0], by_picture[2], by_picture[3]]
+    with pytest.raises(ValueError, match=r"`image_column`='image'.*'img'"):
+        load_images(**source)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training of an image tokenizer: unused codes come back, and the quality reported is that of the exported model."""
+
+import math
+
+import torch
+from transformers import JanusVQVAEConfig
+
+from fpmgm.conversion import load_image_tokenizer
+from fpmgm.models.modeling_vqgan import VQGANModel
+from fpmgm.trainers import ImageTokenizerConfig, ImageTokenizerTrainer
+
+
+def rows(count: int, seed: int = 0) -> list[dict]:
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, 2, 2, generator=generator) * 2 - 1
+    return [{"pixel_values": x} for x in coarse.repeat_interleave(4, -1).repeat_interleave(4, -2)]
+
+
+def tokenizer_trainer(folder, **options) -> ImageTokenizerTrainer:
+    torch.manual_seed(0)
+    config = JanusVQVAEConfig(
+        num_patches=4, base_channels=32, channel_multiplier=[1, 1], num_res_blocks=1, latent_channels=32,
+        embed_dim=4, num_embeddings=24,
+    )  # fmt: skip
+    model = VQGANModel(config)
+    with torch.no_grad():
+        model.codebook[4:] = model.codebook[0]  # of equal codes the first is taken
+    args = ImageTokenizerConfig(
+        output_dir=str(folder), per_device_train_batch_size=4, per_device_eval_batch_size=3, max_steps=4,
+        warmup_steps=0, use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1, **options,
+    )  # fmt: skip
+    return ImageTokenizerTrainer(model=model, args=args, train_dataset=rows(16), eval_dataset=rows(8, seed=1))
+
+
+def test_codes_that_nothing_uses_are_moved_to_latents(tmp_path):
+    trainer = tokenizer_trainer(tmp_path / "off", restart_every=0)
+    trainer.train()
+    used = [entry["codebook_usage"] for entry in trainer.state.log_history if "codebook_usage" in entry]
+    assert used[-1] < 6 / 24  # nineteen codes are never taken
+    trainer = tokenizer_trainer(tmp_path / "on", restart_every=1)
+    trainer.train()
+    used = [entry["codebook_usage"] for entry in trainer.state.log_history if "codebook_usage" in entry]
+    assert used[0] < 6 / 24 and used[-1] > 9 / 24
+
+
+@torch.no_grad()
+def test_the_metrics_are_those_of_the_exported_tokenizer(tmp_path):
+    trainer = tokenizer_trainer(tmp_path, restart_every=1)
+    with torch.enable_grad():
+        trainer.train()
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    tokenizer = load_image_tokenizer(tmp_path)
+    torch.testing.assert_close(tokenizer.codebook.norm(dim=-1), torch.ones(24))
+    pixels = torch.stack([row["pixel_values"] for row in rows(8, seed=1)])
+    codes = tokenizer.encode(pixels)
+    error = (tokenizer.decode(codes) - pixels).square().mean(dim=(1, 2, 3))
+    expected = sum(10 * math.log10(4 / e) for e in error.tolist()) / 8
+    assert abs(metrics["eval_psnr"] - expected) < 1e-3
+    counts = [int((codes == k).sum()) for k in range(24)]
+    shares = [c / codes.numel() for c in counts if c]
+    assert abs(metrics["eval_codebook_usage"] - len(shares) / 24) < 1e-6
+    assert abs(metrics["eval_codebook_perplexity"] - math.prod(p**-p for p in shares)) < 1e-6
