@@ -112,7 +112,7 @@ def architecture(config) -> Architecture:
     ```python
     >>> from fpmgm import FPMDLMConfig
     >>> architecture(FPMDLMConfig()).block.parameters
-    7679232
+    7677696
 
     ```
     """
@@ -138,7 +138,7 @@ def _fpmdlm(config) -> Architecture:
         # Attention's output in rows, both branches after dropout, the norm, the MLP before and after GELU.
         kept_at_selected=Values(wide=size + 2 + modulated, narrow=4 * size + 2 * inner, masks=2 * size),
         widest=inner,
-        passes=(39 * size + 2 * inner, 57 * size + 3 * inner),
+        passes=(30 * size + 2 * inner, 62 * size + 3 * inner),
     )
     return Architecture(
         block=block,
