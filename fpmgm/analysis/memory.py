@@ -20,24 +20,35 @@ from .cost import WIDE, check_call, count_parameters
 
 
 NARROW = {"float32": 4, "bfloat16": 2}  # bytes of a number in the products; bfloat16 is autocast
-CHUNK_TENSORS = (4, 5)  # (R, V) float32 tensors of a loss at once: with one chunk; with more, the last one's gradient
+CHUNK_TENSORS = (4, 5)  # (R, V) float32 of a loss at once: with one chunk; with more, also the last one's gradient
 
-# Bytes of each weight's copies on one GPU: whole, and split over the GPUs. AdamW has two states; DDP sends gradients in
-# buckets beside them; DeepSpeed trains a copy in the products' type and keeps a float32 one with the states.
-ENGINES = {
-    "single": lambda c: {"weights": (4, 0), "gradients": (4, 0), "optimizer": (8, 0), "ema": (4, 0)},
-    "ddp": lambda c: {"weights": (4, 0), "gradients": (8, 0), "optimizer": (8, 0), "ema": (4, 0)},
-    "zero1": lambda c: {"weights": (c, 0), "gradients": (c, 0), "optimizer": (0, 12), "ema": (4, 0)},
-    "zero2": lambda c: {"weights": (c, 0), "gradients": (0, c), "optimizer": (0, 12), "ema": (4, 0)},
-    "zero3": lambda c: {"weights": (0, c), "gradients": (0, c), "optimizer": (0, 12), "ema": (0, 4)},
-    "fsdp2": lambda c: {"weights": (0, 4), "gradients": (0, 4), "optimizer": (0, 8), "ema": (0, 4)},
-}
+ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 DEVICES = ("cuda", "cpu")
 GATHERING = ("zero3", "fsdp2")  # engines that make a block's weights whole while it runs
 
 
+def bytes_per_weight(engine: str, narrow: int) -> dict[str, tuple[int, int]]:
+    """What one GPU holds for each weight, in bytes: whole, and split over the GPUs.
+
+    AdamW has two states. DDP sends gradients in buckets beside them. DeepSpeed trains a copy in the products' type, of
+    `narrow` bytes, and keeps a float32 one with the states.
+
+    >>> bytes_per_weight("zero2", narrow=2)["optimizer"]
+    (0, 12)
+    """
+    table = {
+        "single": {"weights": (4, 0), "gradients": (4, 0), "optimizer": (8, 0), "ema": (4, 0)},
+        "ddp": {"weights": (4, 0), "gradients": (4, 0), "optimizer": (8, 0), "ema": (4, 0), "buckets": (4, 0)},
+        "zero1": {"weights": (narrow, 0), "gradients": (narrow, 0), "optimizer": (0, 12), "ema": (4, 0)},
+        "zero2": {"weights": (narrow, 0), "gradients": (0, narrow), "optimizer": (0, 12), "ema": (4, 0)},
+        "zero3": {"weights": (0, narrow), "gradients": (0, narrow), "optimizer": (0, 12), "ema": (0, 4)},
+        "fsdp2": {"weights": (0, 4), "gradients": (0, 4), "optimizer": (0, 8), "ema": (0, 4)},
+    }
+    return {"buckets": (0, 0), **table[engine]}
+
+
 class Unit(NamedTuple):
-    """A piece of the forward pass in bytes: what it keeps for its backward pass, or of its `inputs` where it runs again
+    """A piece of the forward pass: bytes that it keeps for its backward pass, or of its `inputs` where it runs again
     instead, and the most that its backward pass needs beside that; the weights whose gradients it completes, and those
     that its products use."""
 
@@ -105,7 +116,8 @@ def training_memory(
     gpus: int = 1,
 ) -> dict[str, float]:
     """Bytes on one GPU at the peak of a micro-batch's step: `"weights"`, `"gradients"`, `"optimizer"` (AdamW's
-    states), `"ema"`, `"activations"`, `"working"` (logits, temporaries, gathered weights), and their sum `"peak"`.
+    states), `"buckets"`, `"ema"`, `"activations"`, `"working"` (logits, temporaries, gathered weights), and the sum,
+    `"peak"`.
 
     Args:
         config: A model configuration.
@@ -118,7 +130,7 @@ def training_memory(
         device (`str`, defaults to `"cuda"`): `"cuda"` or `"cpu"`: sizes of the head's chunks and of dropout masks.
         ema (`bool`, defaults to `True`): Whether there is an average of the weights.
         accumulating (`bool`, defaults to `False`): Whether the gradients of earlier micro-batches are there already.
-        engine (`str`, defaults to `"single"`): A key of `ENGINES`.
+        engine (`str`, defaults to `"single"`): One of `ENGINES`.
         gpus (`int`, defaults to 1): GPUs that an engine splits over.
 
     Raises:
@@ -133,10 +145,12 @@ def training_memory(
     positions = batch_size * length if positions is None else positions
     queries = math.ceil(positions / batch_size) if queries is None else queries
     # Dropout on a CPU keeps its mask in the type of its input, on a GPU as bool.
-    call = Call(a, batch_size, length, iterations, positions, queries, narrow, 1 if device == "cuda" else narrow, device)
+    mask = 1 if device == "cuda" else narrow
+    call = Call(a, batch_size, length, iterations, positions, queries, narrow, mask, device)
     weights = count_parameters(config)["total"]
-    held = {name: whole + split / gpus for name, (whole, split) in ENGINES[engine](narrow).items()}
-    resident = {name: held[name] * weights for name in ("weights", "optimizer")} | {"ema": held["ema"] * weights * ema}
+    held = {name: whole + split / gpus for name, (whole, split) in bytes_per_weight(engine, narrow).items()}
+    resident = {name: held[name] * weights for name in ("weights", "optimizer", "buckets")}
+    resident["ema"] = held["ema"] * weights * ema
     moments = _moments(call, weights, checkpointing, accumulating)
     if ema:  # the average on the model, whose own weights stand beside it
         moments.append(Moment(0, _inference(call) + resident["ema"], 0, weights - a.vocabulary * a.hidden))
