@@ -75,6 +75,8 @@ def compare(args: argparse.Namespace) -> list[dict]:
             "intermediate_size": 4 * args.hidden_size,
             "num_attention_heads": max(1, args.hidden_size // 64),
             "max_position_embeddings": args.length,
+            "vocab_size": args.vocab_size,
+            "mask_token_id": args.vocab_size - 1,
         }
         options = {"config": config, "batch_size": args.batch_size, "checkpointing": checkpointing, "dtype": dtype}
         command = [sys.executable, "-c", PEAK_SCRIPT, json.dumps(options)]
@@ -97,6 +99,7 @@ def main() -> None:
     """Measure, write JSON and a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden_size", type=int, default=768, help="768 is MDLM-small.")
+    parser.add_argument("--vocab_size", type=int, default=50258)
     parser.add_argument("--length", type=int, default=256, help="Tokens of a sequence.")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"])

@@ -130,6 +130,11 @@ def denoiser_work(
     return {name: parts[name] for name in PARTS if name in parts}
 
 
+def logits_work(config, positions: float, value_bytes: int = WIDE) -> Work:
+    """Logits at P positions, from the head's input; without gradient."""
+    return _Costs(value_bytes, training=False).head(architecture(config), positions)
+
+
 class _Costs:
     """Work of the pieces of a call, with numbers of `value_bytes` in products; forward, and backward in training."""
 

@@ -139,6 +139,8 @@ def training_memory(
     for name, value, allowed in (("dtype", dtype, NARROW), ("engine", engine, ENGINES), ("device", device, DEVICES)):
         if value not in allowed:
             raise ValueError(f"`{name}`={value!r} must be one of {tuple(allowed)}.")
+    if gpus < 1:
+        raise ValueError(f"`gpus`={gpus!r} must be at least 1.")
     a, narrow = architecture(config), NARROW[dtype]
     iterations = (config.grad_iterations[1] if iterations is None else iterations) if a.shared else 0
     check_call(a, batch_size, length, iterations, 0, positions, queries)

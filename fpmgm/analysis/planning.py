@@ -8,7 +8,7 @@ Shapes: B batch, L length, V vocabulary, P positions with logits, Q queries of a
 import math
 from dataclasses import dataclass
 
-from .cost import PARTS, WIDE, Work, denoiser_work, training_work
+from .cost import PARTS, WIDE, Work, denoiser_work, logits_work, training_work
 
 
 METHODS = ("base", "consistency", "conversion", "sdtt")
@@ -53,13 +53,14 @@ def method_work(
     iterations = None
     if method == "consistency" and config.num_fixed_point_layers:  # as many as the student
         iterations = (sum(config.grad_iterations) + sum(config.no_grad_iterations)) / 2
+    teacher = config if teacher is None else teacher
     call = denoiser_work(
-        teacher or config, batch_size, length, iterations, 0, positions, queries, value_bytes=value_bytes
+        teacher, batch_size, length, iterations, 0, positions, queries, head=False, value_bytes=value_bytes
     )
-    head = call.pop("head")
     work = sum(call.values(), Work()) * (TEACHER_STEPS if method == "sdtt" else 1)
     if method != "consistency":  # it compares hidden states, the others distributions
-        work += head + Work(0, WIDE * DIVERGENCE_PASSES * positions * config.vocab_size)
+        work += logits_work(teacher, positions, value_bytes)
+        work += Work(0, WIDE * DIVERGENCE_PASSES * positions * config.vocab_size)
     return {**parts, "teacher": work}
 
 
