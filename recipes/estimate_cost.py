@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model costs before it is run: parameters, FLOPs, bytes, memory, hours, money, seconds to sample.
+
+    python recipes/estimate_cost.py --model mdlm fp_mdlm --hardware H200 --gpus 8 --price 3.50
+    python recipes/estimate_cost.py --model recipes/configs/fp_mdlm_owt.yaml --hardware A100-80GB --gpus 4 --json
+    python recipes/estimate_cost.py --model fp_mdlm_8b --gpus 64 --checkpointing
+
+A model is one of the presets, a folder, a hub name, or a recipe's YAML with the architecture's fields. Nothing is run,
+but for `--hardware cpu`, which times a product and a copy. What is exact and what is an estimate: docs/cost.md.
+"""
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import yaml
+from transformers import AutoConfig, PreTrainedConfig
+
+from fpmgm import FPMDLMConfig, plan_budget
+from fpmgm.analysis.cost import Work, count_parameters, training_work
+from fpmgm.analysis.memory import ENGINES, NARROW, training_memory
+from fpmgm.analysis.planning import (
+    largest_masked_share,
+    method_work,
+    sampling_steps,
+    sampling_work,
+    seconds,
+    sent_bytes,
+)
+from fpmgm.trainers.arguments import parse_arguments
+
+
+class Hardware(NamedTuple):
+    """FLOP/s of matrix products by type, bytes of memory, bytes per second from and to it."""
+
+    flops: dict[str, float]
+    memory: float
+    bandwidth: float
+
+
+# From the makers' data sheets: SXM modules, products of dense matrices, float32 without TF32.
+HARDWARE = {
+    "A100-80GB": Hardware({"bfloat16": 312e12, "float32": 19.5e12}, 80e9, 2.039e12),
+    "H100": Hardware({"bfloat16": 989e12, "float32": 67e12}, 80e9, 3.35e12),
+    "H200": Hardware({"bfloat16": 989e12, "float32": 67e12}, 141e9, 4.8e12),
+}
+
+EXPLICIT, FIXED_POINT = (
+    dict(zip(("num_pre_layers", "num_fixed_point_layers", "num_post_layers"), counts, strict=True))
+    for counts in ((12, 0, 0), (1, 1, 1))
+)
+# The paper's text models, and ours of the same architecture with one and eight billion weights.
+MODELS = {
+    "mdlm": EXPLICIT,
+    "fp_mdlm": FIXED_POINT,
+    "mdlm_1b": {**EXPLICIT, "num_pre_layers": 16, "hidden_size": 2048, "num_attention_heads": 16},
+    "fp_mdlm_1b": {"hidden_size": 3072, "num_attention_heads": 24, **dict.fromkeys(FIXED_POINT, 2)},
+    "mdlm_8b": {**EXPLICIT, "num_pre_layers": 36, "hidden_size": 4096, "num_attention_heads": 32},
+    "fp_mdlm_8b": {**dict.fromkeys(FIXED_POINT, 3), "hidden_size": 8192, "num_attention_heads": 64}
+    | {"num_fixed_point_layers": 2},
+}
+# Optimizer steps and method; all of batches of `batch_size` sequences.
+RUNS = {
+    "pretraining": (1_000_000, "base"),
+    "consistency post-training": (30_000, "consistency"),
+    "conversion from an MDLM": (40_000, "conversion"),
+    "SDTT, 7 rounds": (70_000, "sdtt"),
+}
+UTILISATION = 0.11  # what the paper's hours on eight H200 imply: docs/cost.md
+
+
+@dataclass
+class CostArguments:
+    """What to estimate."""
+
+    model: list[str] = field(
+        default_factory=lambda: ["mdlm", "fp_mdlm"],
+        metadata={"help": f"Presets ({', '.join(MODELS)}), folders, hub names or YAML files."},
+    )
+    hardware: str = field(default="H200", metadata={"help": f"{', '.join(HARDWARE)}, or cpu: this machine, timed."})
+    gpus: int = field(default=8, metadata={"help": "Number of them."})
+    batch_size: int = field(default=512, metadata={"help": "Sequences of an optimizer step, over all GPUs."})
+    micro_batch_size: int | None = field(default=None, metadata={"help": "Of them at once on a GPU; null: its share."})
+    length: int | None = field(default=None, metadata={"help": "Tokens of a sequence; null: the model's longest."})
+    dtype: str = field(default="bfloat16", metadata={"help": "Of the products: bfloat16 (autocast) or float32."})
+    checkpointing: bool = field(default=False, metadata={"help": "Whether hours are with activation checkpointing."})
+    steps: int | None = field(default=None, metadata={"help": "Optimizer steps of pretraining; null: 1,000,000."})
+    utilisation: float = field(default=UTILISATION, metadata={"help": "Share of the peak FLOP/s that is reached."})
+    price: float | None = field(default=None, metadata={"help": "Of a GPU for an hour; null: no cost is shown."})
+    budgets: list[int] = field(
+        default_factory=lambda: [96, 192, 384, 768], metadata={"help": "Block evaluations of a sampled sequence."}
+    )
+    sampling_batch_size: int = field(default=1, metadata={"help": "Sequences sampled at once."})
+    vocab_size: int = field(default=50258, metadata={"help": "For a YAML whose tokenizer has a name: GPT-2's."})
+    json: bool = field(default=False, metadata={"help": "Print JSON, with every number, instead of tables."})
+    plain: bool = field(default=False, metadata={"help": "Print tables for a terminal instead of Markdown."})
+
+    def __post_init__(self):
+        for name in ("gpus", "batch_size", "sampling_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}`={getattr(self, name)} must be at least 1.")
+        if not 0 < self.utilisation <= 1:
+            raise ValueError(f"`utilisation`={self.utilisation} must lie in (0, 1].")
+        if self.dtype not in NARROW:
+            raise ValueError(f"`dtype`={self.dtype!r} must be one of {tuple(NARROW)}.")
+        if self.hardware not in (*HARDWARE, "cpu"):
+            raise ValueError(f"`hardware`={self.hardware!r} must be one of {(*HARDWARE, 'cpu')}.")
+        if self.micro_batch_size is None:
+            self.micro_batch_size = self.batch_size // self.gpus
+        if self.micro_batch_size < 1 or self.batch_size % (self.gpus * self.micro_batch_size):
+            raise ValueError(
+                f"`batch_size`={self.batch_size} must be a multiple of `gpus`={self.gpus} times `micro_batch_size`="
+                f"{self.micro_batch_size}: change one of the three."
+            )
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a GPU in an optimizer step."""
+        return self.batch_size // (self.gpus * self.micro_batch_size)
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    """Estimate and print; returns one estimate for each model."""
+    (args,) = parse_arguments((CostArguments,), __doc__, argv)
+    hardware = measure_cpu(args.dtype) if args.hardware == "cpu" else HARDWARE[args.hardware]
+    estimates = [estimate(name, load_config(name, args.vocab_size), args, hardware) for name in args.model]
+    if args.json:
+        print(json.dumps({"arguments": asdict(args), "hardware": hardware._asdict(), "models": estimates}, indent=1))
+    else:
+        table = plain if args.plain else markdown
+        print("\n\n".join("\n\n".join([f"## {e['model']}", *tables(e, args, table)]) for e in estimates))
+    return estimates
+
+
+# --- what is asked ------------------------------------------------------------------------------------------------
+
+
+def load_config(name: str, vocab_size: int) -> PreTrainedConfig:
+    """The configuration of a preset, of a recipe's YAML, or of a folder or hub name.
+
+    Raises:
+        `ValueError`: for a YAML without the architecture's fields.
+    """
+    if name in MODELS:
+        return FPMDLMConfig(**{"intermediate_size": 4 * MODELS[name].get("hidden_size", 768), **MODELS[name]})
+    if Path(name).suffix not in (".yaml", ".yml"):
+        return AutoConfig.from_pretrained(name)
+    values = yaml.safe_load(Path(name).read_text()) or {}
+    own = {f.name for f in fields(FPMDLMConfig)} & set(FPMDLMConfig.__annotations__)
+    architecture = {key: value for key, value in values.items() if key in own}
+    if "num_pre_layers" not in architecture:
+        raise ValueError(
+            f"`model`={name!r} does not set `num_pre_layers`: give a YAML that describes an architecture, or the "
+            "model that this one starts from."
+        )
+    size = values["tokenizer_vocab_size"] if values.get("tokenizer", "") is None else vocab_size
+    return FPMDLMConfig(**{"vocab_size": size, "mask_token_id": size - 1, **architecture})
+
+
+def measure_cpu(dtype: str) -> Hardware:
+    """This machine: the fastest of several products and copies, and all its memory."""
+    x, y = (torch.randn(1536, 1536).to(getattr(torch, dtype)) for _ in range(2))
+    source, target = torch.randn(2**25), torch.empty(2**25)
+
+    def fastest(run, times: int = 8) -> float:
+        best = float("inf")
+        for _ in range(times):
+            start = time.perf_counter()
+            run()
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    flops = 2 * 1536**3 / fastest(lambda: x @ y)
+    bandwidth = 2 * source.nbytes / fastest(lambda: target.copy_(source))
+    return Hardware({dtype: flops}, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), bandwidth)
+
+
+# --- the numbers --------------------------------------------------------------------------------------------------
+
+
+def estimate(name: str, config: PreTrainedConfig, args: CostArguments, hardware: Hardware) -> dict:
+    """Everything about one model, as plain numbers."""
+    length = args.length or config.max_position_embeddings
+    speed = hardware.flops[args.dtype] * args.utilisation, hardware.bandwidth
+    step = training_work(
+        config, args.batch_size, length, queries=length, checkpointing=args.checkpointing,
+        value_bytes=NARROW[args.dtype],
+    )  # fmt: skip
+    return {
+        "model": name,
+        "parameters": count_parameters(config),
+        "step": {part: asdict(work) for part, work in step.items()},
+        "memory": memory(config, length, args, hardware),
+        "runs": [run(config, kind, length, args, speed) for kind in RUNS if runs_on(config, kind)],
+        "sampling": [sampling(config, budget, length, args, speed) for budget in args.budgets],
+    }
+
+
+def memory(config: PreTrainedConfig, length: int, args: CostArguments, hardware: Hardware) -> list[dict]:
+    """The peak on a GPU for each engine, without and with checkpointing, and the largest micro-batch that fits."""
+    groups = args.gpus * args.micro_batches
+    largest_share = 1 - 1 / (2 * groups)  # antithetic times: a micro-batch's are neighbours
+
+    def peak(micro_batch_size: int, engine: str, checkpointing: bool) -> dict[str, float]:
+        return training_memory(
+            config, micro_batch_size, length, positions=largest_share * micro_batch_size * length, queries=length,
+            checkpointing=checkpointing, dtype=args.dtype, device="cpu" if args.hardware == "cpu" else "cuda",
+            accumulating=args.micro_batches > 1, engine=engine, gpus=args.gpus,
+        )  # fmt: skip
+
+    rows = []
+    for engine in ["single"] if args.gpus == 1 else [name for name in ENGINES if name != "single"]:
+        for checkpointing in (False, True):
+            sizes = [2**i for i in range(args.batch_size.bit_length()) if 2**i <= args.batch_size // args.gpus]
+            fitting = [n for n in sizes if peak(n, engine, checkpointing)["peak"] <= hardware.memory]
+            rows.append({
+                "engine": engine, "checkpointing": checkpointing, **peak(args.micro_batch_size, engine, checkpointing),
+                "largest_micro_batch": max(fitting, default=None),
+                "sent_bytes": sent_bytes(
+                    count_parameters(config)["total"], engine, args.gpus, NARROW[args.dtype], args.micro_batches
+                ),
+            })  # fmt: skip
+    return rows
+
+
+def runs_on(config: PreTrainedConfig, kind: str) -> bool:
+    """Conversion makes fixed-point models; SDTT is the explicit ones' baseline."""
+    fixed_point = config.num_fixed_point_layers > 0
+    return {"conversion": fixed_point, "consistency": fixed_point, "sdtt": not fixed_point}.get(RUNS[kind][1], True)
+
+
+def run(config: PreTrainedConfig, kind: str, length: int, args: CostArguments, speed: tuple[float, float]) -> dict:
+    """Hours and cost of a run; every rank waits for the one with most masked positions."""
+    steps, method = RUNS[kind]
+    if method == "base" and args.steps is not None:
+        steps = args.steps
+    teacher = None
+    if method == "conversion":
+        teacher = type(config)(**{**config.to_dict(), **EXPLICIT})
+
+    def work(share: float) -> dict[str, Work]:
+        return method_work(
+            config, method, args.micro_batch_size, length, share * args.micro_batch_size * length, length, teacher,
+            args.checkpointing, NARROW[args.dtype],
+        )  # fmt: skip
+
+    slowest = work(largest_masked_share(args.gpus, args.micro_batches))
+    optimizer = {"optimizer": slowest.pop("optimizer")}
+    duration = args.micro_batches * seconds(slowest, *speed) + seconds(optimizer, *speed)
+    hours = steps * duration / 3600
+    flops = sum(part.flops for part in work(0.5).values()) * args.gpus * args.micro_batches
+    return {
+        "run": kind,
+        "steps": steps,
+        "tokens": steps * args.batch_size * length,
+        "flops": steps * flops,
+        "seconds_per_step": duration,
+        "hours": hours,
+        "gpu_hours": hours * args.gpus,
+        "cost": None if args.price is None else hours * args.gpus * args.price,
+    }
+
+
+def sampling(
+    config: PreTrainedConfig, budget: int, length: int, args: CostArguments, speed: tuple[float, float]
+) -> dict:
+    """A sequence under a budget, on one GPU."""
+    plan, batch_size = plan_budget(config, budget), args.sampling_batch_size
+    parts = sampling_work(
+        config, sampling_steps(plan.iterations, batch_size, length), length, value_bytes=NARROW[args.dtype]
+    )
+    return {
+        "budget": budget,
+        "num_steps": plan.num_steps,
+        "flops": sum(work.flops for work in parts.values()) / batch_size,
+        "bytes": sum(work.bytes for work in parts.values()) / batch_size,
+        "seconds": seconds(parts, *speed) / batch_size,
+        "parts": {part: asdict(work) for part, work in parts.items()},
+    }
+
+
+# --- the tables ---------------------------------------------------------------------------------------------------
+
+
+def tables(found: dict, args: CostArguments, table) -> list[str]:
+    """The sections of one model's report."""
+    parameters = {name: n for name, n in found["parameters"].items() if n}
+    step, gib = found["step"], 2**30
+    flops, moved = (sum(work[key] for work in step.values()) for key in ("flops", "bytes"))
+    where = f"{args.gpus} × {args.hardware}, {args.dtype}"
+    work_rows = [
+        [name, f"{work['flops'] / 1e12:.2f}", f"{work['flops'] / flops:.1%}", f"{work['bytes'] / 1e9:.1f}"]
+        for name, work in [*step.items(), ("total", {"flops": flops, "bytes": moved})]
+        if work["bytes"]
+    ]
+    parts = ("weights", "gradients", "optimizer", "buckets", "ema", "activations", "working", "peak")
+    memory_rows = [
+        [
+            row["engine"],
+            "yes" if row["checkpointing"] else "no",
+            *(f"{row[part] / gib:.2f}" for part in parts),
+            row["largest_micro_batch"] or "none",
+            f"{row['sent_bytes'] / gib:.2f}",
+        ]
+        for row in found["memory"]
+    ]
+    run_rows = [
+        [
+            row["run"],
+            f"{row['steps']:,}",
+            f"{row['flops']:.3g}",
+            f"{row['seconds_per_step']:.3g}",
+            f"{row['hours']:.1f}",
+            f"{row['gpu_hours']:.0f}",
+            *([] if row["cost"] is None else [f"{row['cost']:.0f}"]),
+        ]
+        for row in found["runs"]
+    ]
+    sampling_rows = [
+        [
+            row["budget"],
+            row["num_steps"],
+            f"{row['flops'] / 1e12:.2f}",
+            f"{row['bytes'] / 1e9:.1f}",
+            f"{row['seconds']:.3g}",
+        ]
+        for row in found["sampling"]
+    ]
+    cost = [] if args.price is None else ["cost"]
+    return [
+        "Parameters (exact)",
+        table(list(parameters), [[f"{n:,}" for n in parameters.values()]]),
+        f"A training step of {args.batch_size} sequences, the mean over times and iterations (bytes estimated)",
+        table(["part", "TFLOPs", "share", "GB moved"], work_rows),
+        f"Memory of a GPU at the peak, GiB (estimated): {where}, micro-batch {args.micro_batch_size}",
+        table(["engine", "checkpointing", *parts, "largest micro-batch", "sent per step"], memory_rows),
+        f"Runs (estimated): {where}, utilisation {args.utilisation}",
+        table(["run", "steps", "FLOPs", "seconds per step", "hours", "GPU hours", *cost], run_rows),
+        f"A sampled sequence (estimated): one {args.hardware}, {args.dtype}, batch {args.sampling_batch_size}, "
+        f"utilisation {args.utilisation}",
+        table(["budget", "steps", "TFLOPs", "GB moved", "seconds"], sampling_rows),
+    ]
+
+
+def markdown(columns: list[str], rows: list[list]) -> str:
+    """A Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def plain(columns: list[str], rows: list[list]) -> str:
+    """Columns of a terminal."""
+    lines = [[str(cell) for cell in line] for line in [columns, *rows]]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Computed costs against PyTorch's FLOP counter, the parameters of real models, and what operators really touch."""
+
+import pytest
+import torch
+from torch.utils import flop_counter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion
+from fpmgm.analysis.cost import count_parameters, denoiser_work, training_work
+from fpmgm.analysis.planning import (
+    SamplingStep,
+    largest_masked_share,
+    method_work,
+    sampling_steps,
+    sampling_work,
+    seconds,
+    sent_bytes,
+)
+from fpmgm.models import head
+from fpmgm.trainers import (
+    ConsistencyConfig,
+    ConsistencyTrainer,
+    ConversionConfig,
+    ConversionTrainer,
+    SDTTConfig,
+    SDTTTrainer,
+)
+from fpmgm.trainers.batch import MicroBatch
+
+from ..testing_utils import tiny_config, tiny_model
+from ..trainers.training_utils import token_rows
+
+
+aten = torch.ops.aten
+BATCH, LENGTH = 3, 8
+MASKED = {0: 5, 2: 2}  # positions in a row: P = 7, Q = 5
+MDLM = {"num_pre_layers": 3, "num_fixed_point_layers": 0, "num_post_layers": 0}
+
+# What the counter does not know: attention on a CPU, and the head's weight gradient, added in place in float32.
+UNKNOWN = {
+    aten.addmm_: lambda total, a, b, out_shape=None, **kwargs: flop_counter.mm_flop(a, b),
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, out_shape=None, **kwargs: (
+        flop_counter.sdpa_flop_count(q, k, v)
+    ),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *rest, out_shape=None, **kwargs: (
+        flop_counter.sdpa_backward_flop_count(g, q, k, v)
+    ),
+}
+
+
+def flops(parts) -> float:
+    return sum(work.flops for work in parts.values())
+
+
+def moved(parts) -> float:
+    return sum(work.bytes for work in parts.values())
+
+
+def call(model, iterations=(0, 0), backward=False) -> None:
+    """A call with labels and logits at the masked positions."""
+    labels = torch.full((BATCH, LENGTH), -100)
+    for row, count in MASKED.items():
+        labels[row, :count] = 1
+    numbers = dict(zip(("num_no_grad_iterations", "num_iterations"), iterations, strict=True))
+    output = model(
+        torch.full((BATCH, LENGTH), 10),
+        timesteps=torch.full((BATCH,), 0.5),
+        labels=labels,
+        logits_positions=(labels != -100).flatten().nonzero().squeeze(1),
+        **(numbers if model.config.num_fixed_point_layers else {}),
+    )
+    if backward:
+        output.loss.backward()
+
+
+def count(run, known=UNKNOWN) -> int:
+    with FlopCounterMode(display=False, custom_mapping=known) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def computed(config, iterations=(0, 0), **options) -> float:
+    return flops(denoiser_work(config, BATCH, LENGTH, iterations[1], iterations[0], 7, 5, **options))
+
+
+ARCHITECTURES = {
+    "mdlm": ({**MDLM, "num_pre_layers": 12}, (0, 0)),
+    "mlp": ({"dropout": 0.1}, (2, 3)),
+    "linear": ({"input_injection": "linear"}, (1, 1)),
+    "diagonal": ({"input_injection": "diagonal", "dropout": 0.1}, (0, 4)),
+    "in_time": ({"time_conditioning": True}, (0, 1)),
+    "mdlm_in_time": ({**MDLM, "time_conditioning": True, "dropout": 0.1}, (0, 0)),
+    "deep": ({"num_pre_layers": 2, "num_fixed_point_layers": 2, "num_post_layers": 3}, (4, 2)),
+    "no_pre": ({"num_pre_layers": 0, "intermediate_size": 24, "tie_word_embeddings": True}, (1, 2)),
+    "no_post": ({"num_post_layers": 0, "conditioning_size": 6}, (1, 2)),
+    "bare": ({"num_pre_layers": 0, "num_post_layers": 0, "input_injection": "linear"}, (0, 2)),
+    "post_only": ({"num_pre_layers": 0, "num_fixed_point_layers": 0, "num_post_layers": 2}, (0, 0)),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_flops_are_those_that_pytorch_counts(name):
+    overrides, iterations = ARCHITECTURES[name]
+    model = tiny_model(**overrides)
+    with torch.no_grad():
+        assert count(lambda: call(model, iterations)) == computed(model.config, (0, sum(iterations)))
+    model.train()
+    assert count(lambda: call(model, iterations, True)) == computed(model.config, iterations, training=True)
+    model.gradient_checkpointing_enable()
+    expected = computed(model.config, iterations, training=True, checkpointing=True)
+    assert count(lambda: call(model, iterations, True)) == expected
+
+
+def test_what_the_counter_misses_on_a_cpu_is_attention_and_a_product_of_the_head():
+    model = tiny_model().train()
+    config = model.config
+    known = count(lambda: call(model, (2, 3), True), known={})
+    scores = 2 * BATCH * config.hidden_size * LENGTH  # FLOPs of a product of one query with all keys
+    whole, pruned = LENGTH * scores, 5 * scores
+    attention = 2 * (6 * whole + pruned) + 5 * (4 * whole + pruned)  # P and five iterations, post; P, three and post
+    weight = 2 * 7 * config.hidden_size * config.vocab_size
+    assert computed(config, (2, 3), training=True) == known + attention + weight
+    model.zero_grad()
+
+    def under_autocast():
+        with torch.autocast("cpu", torch.bfloat16):
+            call(model, (2, 3))
+
+    forward = computed(config, (0, 5)) + 2 * weight  # there the product is one that the counter sees
+    assert count(under_autocast, known={}) == forward - 2 * (6 * whole + pruned)
+
+
+def test_flops_do_not_depend_on_the_heads_chunks_and_no_counter_is_needed_for_written_out_attention(monkeypatch):
+    model = tiny_model().train()
+    monkeypatch.setattr(head, "chunk_rows", lambda vocab_size, device: 2)
+    assert count(lambda: call(model, (1, 2), True)) == computed(model.config, (1, 2), training=True)
+    model.eval().set_attn_implementation("eager")
+    with torch.no_grad():
+        assert count(lambda: call(model, (1, 2)), known={}) == computed(model.config, (0, 3))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("overrides", [{}, MDLM, {"num_post_layers": 0}])
+def test_flops_of_sampling_are_those_that_pytorch_counts(batch_size, overrides):
+    model, seen = tiny_model(**overrides), []
+    found = []
+
+    def run():
+        found.append(
+            model.generate(
+                batch_size=batch_size, budget=24, seed=3, return_dict_in_generate=True, callback=seen.append
+            )
+        )
+
+    counted = count(run)
+    steps = []
+    for step in seen:  # idle ones do not run
+        rows, n = step.revealed.sum(dim=1), found[0].iterations[step.step]
+        alike = step.step == 0 and batch_size > 1  # one row is run, at the columns that any row reveals
+        positions = int(step.revealed.any(dim=0).sum()) if alike else int(rows.sum())
+        queries = positions if alike else int(rows.max())
+        steps.append(SamplingStep(1 if alike else batch_size, positions, max(1, queries), int(rows.sum()), n))
+    assert counted == flops(sampling_work(model.config, steps, LENGTH))
+
+
+def test_expected_sampling_steps_add_up_to_the_sequences():
+    steps = sampling_steps([6, 5, 4, 3], batch_size=2, length=64)
+    assert sum(step.draws for step in steps) == 2 * 64
+    assert [step.rows for step in steps] == [1, 2, 2, 2] and [step.iterations for step in steps] == [6, 5, 4, 3]
+    assert steps[0].positions == 64 * (1 - 0.75**2)  # columns that one row or the other reveals
+    assert all(step.positions / step.rows <= step.queries <= 64 for step in steps)
+    given = sampling_steps([1, 1], batch_size=1, length=64, counts=[20, 44])
+    assert [(step.positions, step.queries) for step in given] == [(20, 20), (44, 44)]
+
+
+TRAINERS = {
+    "consistency": (ConsistencyTrainer, ConsistencyConfig, {}),
+    "conversion": (ConversionTrainer, ConversionConfig, MDLM),
+    "sdtt": (SDTTTrainer, SDTTConfig, {}),
+}
+
+
+@pytest.mark.parametrize("method", TRAINERS)
+def test_flops_of_the_trainers_with_a_teacher_are_those_that_pytorch_counts(method, tmp_path):
+    trainer_class, config_class, teacher = TRAINERS[method]
+    model = tiny_model(no_grad_iterations=[1, 1], grad_iterations=[2, 2]).train()
+    options = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, "save_strategy": "no"}
+    if method == "sdtt":  # a step so short that the teacher reveals nothing
+        options |= {"first_step_size": 1e-12, "rounds": 1}
+    given = {"teacher": tiny_model(**teacher)} if method == "conversion" else {}
+    trainer = trainer_class(model, config_class(**options), train_dataset=token_rows(4), **given)
+    uniforms = torch.full((BATCH, LENGTH), 0.99)
+    for row, masked in MASKED.items():
+        uniforms[row, :masked] = 0.01
+    micro_batch = MicroBatch(
+        key=(0,), places=torch.arange(BATCH), t=torch.full((BATCH,), 0.5), uniforms=uniforms,
+        iterations={"num_no_grad_iterations": 1, "num_iterations": 2}, share_of_positions=1.0,
+        share_of_a_sequence=1 / BATCH,
+    )  # fmt: skip
+
+    def step():
+        inputs = {"input_ids": torch.ones(BATCH, LENGTH, dtype=torch.long)}
+        loss, _ = trainer.micro_batch_loss(model, inputs, micro_batch)
+        loss.backward()
+
+    parts = method_work(model.config, method, BATCH, LENGTH, 7, 5, tiny_config(**teacher) if teacher else None)
+    assert count(step) == flops(parts)
+    base = method_work(model.config, "base", BATCH, LENGTH, 7, 5)
+    assert flops(parts) == flops(base) + parts["teacher"].flops
+
+
+def test_parameters_are_those_of_the_models():
+    assert count_parameters(FPMDLMConfig(**{**MDLM, "num_pre_layers": 12}))["total"] == 169_627_218
+    assert count_parameters(FPMDLMConfig())["total"] == 104_659_794
+    for overrides, _ in ARCHITECTURES.values():
+        config = tiny_config(**overrides)
+        with torch.device("meta"):
+            model = FPMDLMForMaskedDiffusion(config)
+        assert count_parameters(config)["total"] == model.num_parameters()
+    parts = count_parameters(FPMDLMConfig())
+    assert parts.pop("total") == sum(parts.values())
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes of the tensors that operators read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        free = function.is_view or any(name in str(function) for name in ("detach", "empty", "alias", "unsafe_view"))
+        tensors = [x for x in tree_leaves((args, kwargs, output)) if torch.is_tensor(x)]
+        self.total += 0 if free else sum(x.numel() * x.element_size() for x in tensors)
+        return output
+
+
+@pytest.mark.parametrize("overrides", [MDLM, {}, {"input_injection": "diagonal"}], ids=["mdlm", "mlp", "diagonal"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bytes_are_within_a_seventh_of_what_operators_touch(overrides, dtype):
+    model = tiny_model(hidden_size=64, intermediate_size=256, dropout=0.1, max_position_embeddings=64, **overrides)
+    labels = torch.randint(10, (4, 64)).masked_fill(torch.arange(256).view(4, 64) % 2 == 0, -100)
+    options = {"labels": labels, "logits_positions": (labels != -100).flatten().nonzero().squeeze(1)}
+    if model.fixed_point is not None:
+        options |= {"num_no_grad_iterations": 2, "num_iterations": 3}
+    size = {"float32": 4, "bfloat16": 2}[dtype]
+    for training in (True, False):
+        model.train(training)
+        with Traffic() as traffic:
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"), torch.set_grad_enabled(training):
+                loss = model(torch.full((4, 64), 10), **options).loss
+            if training:
+                loss.backward()
+        parts = denoiser_work(model.config, 4, 64, 3, 2, 128, 32, training=training, value_bytes=size)
+        assert moved(parts) == pytest.approx(traffic.total, rel=1 / 7)
+
+
+def test_more_of_anything_costs_more():
+    config = tiny_config()
+
+    def cost(**changes) -> tuple[float, float]:
+        options = {"batch_size": 4, "length": 8, "iterations": 3, "no_grad_iterations": 1, "positions": 8} | changes
+        parts = training_work(config, **options)
+        return flops(parts), moved(parts)
+
+    for name, value in (
+        ("batch_size", 5), ("length", 9), ("iterations", 4), ("no_grad_iterations", 2), ("positions", 9),
+        ("queries", 3), ("checkpointing", True),
+    ):  # fmt: skip
+        assert all(more > less for more, less in zip(cost(**{name: value}), cost(), strict=True)), name
+    middle = [(a + b) / 2 for a, b in zip(cost(iterations=2), cost(iterations=5), strict=True)]
+    assert cost(iterations=3.5) == pytest.approx(middle, rel=1e-12)  # so that mean iterations give the mean work
+
+
+def test_time_is_bound_by_products_or_by_traffic_part_by_part():
+    parts = training_work(tiny_config(), 4, 8)
+    expected = sum(max(work.flops / 100, work.bytes / 7) for work in parts.values())
+    assert seconds(parts, 100, 7) == expected
+    assert seconds({"optimizer": parts["optimizer"]}, 1, 10) == parts["optimizer"].bytes / 10
+
+
+def test_the_rank_with_most_to_do_has_less_of_it_with_more_micro_batches():
+    assert largest_masked_share(1) == largest_masked_share(1, 4) == 0.5
+    # By the times themselves: sequences of a rank are neighbours, (shift + j/n) mod 1.
+    shifts, places = torch.linspace(0, 1, 129)[:-1], torch.arange(2400) / 2400
+    times = ((shifts[:, None] + places) % 1).view(-1, 2, 3, 400)  # (shift, micro-batch, rank, sequence)
+    largest = times.mean(dim=(1, 3)).amax(dim=1).mean().item()
+    assert largest_masked_share(3, 2, shifts=128) == pytest.approx(largest, abs=2e-3)
+    assert largest_masked_share(8) > largest_masked_share(8, 2) > largest_masked_share(8, 8) > 0.5
+
+
+def test_sent_bytes():
+    assert sent_bytes(100, "single", 1) == sent_bytes(100, "ddp", 1) == 0
+    assert sent_bytes(100, "ddp", 4) == 2 * 0.75 * 400  # a ring: every GPU sends 3/4 of the gradients, and of the sums
+    assert sent_bytes(100, "zero3", 4) == sent_bytes(100, "fsdp2", 4) == 3 * 0.75 * 200
+    assert sent_bytes(100, "zero3", 4, micro_batches=5) == 5 * sent_bytes(100, "zero3", 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "`batch_size`=0 must be at least 1"),
+        ({"iterations": 0}, "`iterations`=0 must be at least 1"),
+        ({"no_grad_iterations": -1}, "`no_grad_iterations`=-1 must be at least 0"),
+        ({"positions": 25}, "`positions`=25 must be at most the 24"),
+        ({"positions": 24, "queries": 7}, "`queries`=7 must be the most"),
+        ({"queries": 7}, "`queries`=7 must be the most of the `positions`=None"),
+        ({"config": object()}, "`model_type`=None, but must be one of"),
+    ],
+)
+def test_bad_calls_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        denoiser_work(**{"config": tiny_config(), "batch_size": 3, "length": 8, **changes})
+    with pytest.raises(ValueError, match=r"`method`='sft' must be one of"):
+        method_work(tiny_config(), "sft", 3, 8, 7)

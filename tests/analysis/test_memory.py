@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Computed peak memory against what PyTorch's allocator reports."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion
+from fpmgm.analysis.cost import count_parameters
+from fpmgm.analysis.memory import ENGINES, training_memory
+
+
+MDLM = {"num_pre_layers": 4, "num_fixed_point_layers": 0, "num_post_layers": 0}
+LENGTH, BATCH = 64, 4
+
+
+def small_config(**overrides) -> FPMDLMConfig:
+    sizes = {"vocab_size": 1024, "mask_token_id": 1023, "hidden_size": 128, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 512, "conditioning_size": 16, "max_position_embeddings": LENGTH}
+    return FPMDLMConfig(**{**sizes, **overrides})
+
+
+def train(config: FPMDLMConfig, checkpointing: bool, dtype: str, masked: torch.Tensor) -> None:
+    """Two optimizer steps with clipping and an average of the weights, as the trainer does."""
+    model = FPMDLMForMaskedDiffusion(config).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    average = [p.detach().clone() for p in model.parameters()]
+    options = {} if model.fixed_point is None else {"num_no_grad_iterations": 1, "num_iterations": 3}
+    for _ in range(2):
+        ids = torch.randint(config.mask_token_id, masked.shape)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = model(
+                ids.masked_fill(masked, config.mask_token_id),
+                timesteps=torch.full((BATCH,), 0.5),
+                labels=ids.masked_fill(~masked, -100),
+                logits_positions=masked.flatten().nonzero().squeeze(1),
+                **options,
+            ).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch._foreach_lerp_(average, [p.detach() for p in model.parameters()], 1e-4)
+        del loss
+
+
+def measured_peak(run) -> int:
+    """The most bytes allocated at once while `run` runs."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = peak = 0
+    for _, change in changes:
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+# Settings whose peaks are in the head, in the backward pass and in the optimizer.
+SETTINGS = {
+    "mdlm": (MDLM, False, "float32"),
+    "mdlm_checkpointed": ({**MDLM, "vocab_size": 300, "mask_token_id": 299}, True, "float32"),
+    "mlp": ({}, False, "float32"),
+    "mlp_checkpointed": ({"vocab_size": 300, "mask_token_id": 299}, True, "float32"),
+    "diagonal_autocast": ({"input_injection": "diagonal"}, False, "bfloat16"),
+    "linear_in_time": ({"input_injection": "linear", "time_conditioning": True, "dropout": 0.0}, False, "float32"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_peak_is_within_a_tenth_of_the_allocators(name):
+    overrides, checkpointing, dtype = SETTINGS[name]
+    config = small_config(**overrides)
+    masked = torch.rand(BATCH, LENGTH, generator=torch.Generator().manual_seed(0)) < 0.5
+    measured = measured_peak(lambda: train(config, checkpointing, dtype, masked))
+    computed = training_memory(
+        config, BATCH, LENGTH, iterations=3, positions=int(masked.sum()), queries=int(masked.sum(1).max()),
+        checkpointing=checkpointing, dtype=dtype, device="cpu",
+    )  # fmt: skip
+    assert computed["peak"] == pytest.approx(measured, rel=0.1)
+    parts = {part: size for part, size in computed.items() if part != "peak"}
+    assert computed["peak"] == sum(parts.values())
+
+
+def test_weights_and_their_copies():
+    config = small_config()
+    weights = count_parameters(config)["total"]
+    memory = training_memory(config, BATCH, LENGTH)
+    assert (memory["weights"], memory["optimizer"], memory["ema"]) == (4 * weights, 8 * weights, 4 * weights)
+    assert training_memory(config, BATCH, LENGTH, ema=False)["ema"] == 0
+    accumulating = training_memory(config, BATCH, LENGTH, accumulating=True)
+    assert accumulating["gradients"] == 4 * weights and accumulating["peak"] > memory["peak"]
+
+
+def peak(**changes) -> float:
+    options = {"config": small_config(), "batch_size": BATCH, "length": LENGTH} | changes
+    return training_memory(**options)["peak"]
+
+
+def test_what_must_be_less_is_less():
+    assert peak(checkpointing=True) < peak() < peak(batch_size=5) < peak(batch_size=5, length=80)
+    assert peak(positions=20) < peak() and peak(iterations=3) < peak(iterations=4)
+    assert peak(iterations=4, dtype="bfloat16") < peak(iterations=4)
+    stages = [peak(engine=engine, gpus=8) for engine in ("ddp", "zero1", "zero2", "zero3")]
+    assert stages == sorted(stages, reverse=True)
+    for engine in set(ENGINES) - {"single", "ddp"}:
+        assert peak(engine=engine, gpus=64) < peak(engine=engine, gpus=8)
+    deep = small_config(num_pre_layers=12, num_fixed_point_layers=0, num_post_layers=0)
+    assert peak(config=deep, engine="fsdp2", gpus=8) < peak(config=deep, engine="ddp", gpus=8)
+    assert peak(engine="ddp", gpus=8) == peak(engine="ddp", gpus=64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "float16"}, "`dtype`='float16' must be one of"),
+        ({"engine": "zero4"}, "`engine`='zero4' must be one of"),
+        ({"device": "tpu"}, "`device`='tpu' must be one of"),
+        ({"positions": 10**6}, "`positions`=1000000 must be at most"),
+        ({"gpus": 0}, "`gpus`=0 must be at least 1"),
+    ],
+)
+def test_bad_settings_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        peak(**changes)
