@@ -3,7 +3,7 @@
 
 The encoder reads patches and as many learned latent tokens, which share the patches' positions, and keeps the latent
 tokens; the decoder reads mask tokens and the quantised latents and keeps the mask tokens. No weights come with this
-library. `load_xqgan` reads a file of yours: those published with XQGAN are under a licence for non-commercial research.
+library: `load_xqgan` reads a file of yours. Those published with XQGAN are licensed for non-commercial research.
 
 Shapes: B batch, S image size, H = W grid size, N = H·W, D hidden size, E codebook dimension, P patch size.
 """
