@@ -155,7 +155,7 @@ def training_memory(
     resident["ema"] = held["ema"] * weights * ema
     moments = _moments(call, weights, checkpointing, accumulating)
     if ema:  # the average on the model, whose own weights stand beside it
-        moments.append(Moment(0, _inference(call) + resident["ema"], 0, weights - a.vocabulary * a.hidden))
+        moments.append(Moment(0, _inference(call) + resident["weights"], 0, weights - a.vocabulary * a.hidden))
     gathered = _gathered(a, weights) * narrow if engine in GATHERING else 0
     copy_bytes = narrow if narrow < WIDE and engine in ("single", "ddp") else 0  # the others train a copy
     found = [
