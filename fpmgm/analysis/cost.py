@@ -207,8 +207,15 @@ class _Costs:
 
 
 def check_call(
-    a: Architecture, batch_size: int, length: int, iterations: float, no_grad: float, positions, queries
+    a: Architecture,
+    batch_size: int,
+    length: int,
+    iterations: float,
+    no_grad: float,
+    positions: float | None,
+    queries: float | None,
 ) -> None:
+    """Raise a `ValueError` for a call that no model of this architecture could make."""
     for name, value, least in (
         ("batch_size", batch_size, 1),
         ("length", length, 1),
@@ -255,7 +262,7 @@ def training_work(
     >>> from fpmgm import FPMDLMConfig
     >>> parts = training_work(FPMDLMConfig(), batch_size=8, length=1024)
     >>> round(sum(work.flops for work in parts.values()) / 1e12, 2)
-    4.47
+    4.57
 
     ```
     """
