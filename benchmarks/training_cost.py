@@ -16,6 +16,7 @@ makes two whole steps with AdamW, everything included.
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
