@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""lm-eval's table of results with the protocol in every row: a score means nothing without it."""
+"""lm-eval's table of results with the protocol beside each task: a score means nothing without it."""
 
 from typing import Any
 
