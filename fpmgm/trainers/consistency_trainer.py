@@ -70,7 +70,7 @@ class ConsistencyTrainer(NestedTrainer):
         super().__init__(model, args, **kwargs)
         if args.consistency_loss == "logit_kl":
             check_head(self.model)
-        if args.stop_at_perplexity_increase is not None and self.eval_dataset is not None:
+        if args.stop_at_perplexity_increase is not None:
             self.add_callback(StopAtPerplexity(args.stop_at_perplexity_increase))
 
     def teach(self, model, clean: dict, micro_batch: MicroBatch) -> Target:
@@ -136,8 +136,8 @@ def _without_rule(args: ConsistencyConfig) -> None:
     if args.stop_at_perplexity_increase is not None:
         args.stop_at_perplexity_increase = None
         logger.warning_once(
-            "`stop_at_perplexity_increase` is off, because nothing is evaluated: give `eval_dataset` and `eval_strategy`, or "
-            "set it to None."
+            "`stop_at_perplexity_increase` is off, because nothing is evaluated: give `eval_dataset` and "
+            "`eval_strategy`, or set it to None."
         )
 
 
