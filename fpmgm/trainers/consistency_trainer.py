@@ -71,7 +71,7 @@ class ConsistencyTrainer(NestedTrainer):
         super().__init__(model, args, **kwargs)
         if args.consistency_loss == "logit_kl":
             check_head(self.model)
-        if args.stop_at_perplexity_increase is not None and self.eval_dataset is not None:
+        if args.stop_at_perplexity_increase is not None:
             self.add_callback(StopAtPerplexity(args.stop_at_perplexity_increase))
 
     def teach(self, model, clean: dict, micro_batch: MicroBatch) -> Target:
