@@ -17,7 +17,7 @@ quickstart: $(BIN)/.installed  ## train, sample under budgets and compare, on te
 
 test: $(BIN)/.installed  ## lint and tests
 	$(MAKE) check
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests  # the workers share the cores
 
 # DeepSpeed stands apart, in an environment that also sees .venv: it slows every start and writes to the output.
 $(DISTRIBUTED)/.installed: $(BIN)/.installed
