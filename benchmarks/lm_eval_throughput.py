@@ -33,7 +33,8 @@ from fpmgm import __version__
 from fpmgm.evaluation.lm_eval import MGMLM, PROTOCOLS
 from fpmgm.evaluation.lm_eval.protocols import Draws, thinned
 from fpmgm.models.noise import stream_generator
-from sampling_speed import ARCHITECTURES, commit, random_model
+from provenance import commit
+from sampling_speed import ARCHITECTURES, random_model
 
 
 EOS = 0
