@@ -107,11 +107,21 @@ def start(function: Callable, *args, **kwargs) -> int:
     return pid
 
 
+def is_running(pid: int) -> bool:
+    """Whether it has not ended yet; `finish` may still ask for its exit code."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
 def finish(pid: int) -> int:
     """Its exit code, negative for a signal."""
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     assert code in (0, -signal.SIGKILL), code
     return code
+
+
+def newest(folder: Path) -> int:
+    """The step of its newest checkpoint, 0 without one."""
+    return max((int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*")), default=0)
 
 
 def state_of(folder: Path) -> dict:
@@ -143,11 +153,17 @@ def killed_at_random_times(folder: Path) -> list[dict]:
         "max_steps": 60, "save_steps": 2, "save_total_limit": 2, "logging_steps": 3, "gradient_accumulation_steps": 2,
         "eval_strategy": "steps", "eval_steps": 4, "eval_dataset": token_rows(5, seed=1),
     }  # fmt: skip
+    clock = time.monotonic()
     finish(start(train, folder / "straight", **arguments))
+    two_steps = (time.monotonic() - clock) / 30
     draw, left = random.Random(0), []
     while True:
+        # By checkpoints and not by the clock: as many kills on a fast machine as on a slow one.
+        target = newest(folder / "killed") + draw.randrange(0, 14, 2)
         pid = start(train, folder / "killed", **arguments)
-        time.sleep(draw.uniform(0.2, 2))
+        while is_running(pid) and newest(folder / "killed") < target:
+            time.sleep(two_steps / 20)
+        time.sleep(draw.uniform(0, 2 * two_steps))
         os.kill(pid, signal.SIGKILL)
         if finish(pid) == 0:
             return left
