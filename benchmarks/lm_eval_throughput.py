@@ -16,24 +16,21 @@ seconds are those that it worked for this process, so that others' work on a sha
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import transformers
 from lm_eval.api.instance import Instance
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from fpmgm import __version__
 from fpmgm.evaluation.lm_eval import MGMLM, PROTOCOLS
 from fpmgm.evaluation.lm_eval.protocols import Draws, thinned
 from fpmgm.models.noise import stream_generator
-from provenance import commit
+from provenance import machine
 from sampling_speed import ARCHITECTURES, random_model
 
 
@@ -172,13 +169,13 @@ def markdown(result: dict) -> str:
             f"| {our_seconds:.1f} | {row['ratio']:.1f} "
             f"| {row['copies_of_ours_with_own_mc_num']} / {row['own_mc_num'] * result['arguments']['requests']} |"
         )
-    a, machine = result["arguments"], result["machine"]
+    a, m = result["arguments"], result["machine"]
     return "\n".join([
         *lines,
         "",
         f"{a['requests']} request(s) of {a['prefix']} + {a['target']} tokens, {a['architecture']} at width "
         f"{a['hidden_size']}, vocabulary {a['vocab_size']:,}, random weights, batches of {a['batch_size']}; "
-        f"{machine['device']}, {machine['threads']} thread(s), torch {machine['torch']}, commit {machine['commit']}. "
+        f"{m['device']}, {m['threads']} thread(s), torch {m['torch']}, commit {m['commit']}. "
         f"Medians of {a['repetitions']} turns, the ratio that of the turns' ratios; on a CPU its own time.",
     ])  # fmt: skip
 
@@ -210,17 +207,10 @@ def main() -> None:
         **ARCHITECTURES[args.architecture],
     ).to(args.device)
     result = {
-        "machine": {
-            "device": torch.cuda.get_device_name() if args.device == "cuda" else "CPU",
-            "threads": torch.get_num_threads(),
-            "load_average": os.getloadavg(),
-            "processor": platform.processor() or platform.machine(),
-            "torch": torch.__version__, "transformers": transformers.__version__, "fpmgm": __version__,
-            "commit": commit(),
-        },
+        "machine": {**machine(args.device), "load_average": os.getloadavg()},
         "arguments": vars(args),
         "rows": [measure(args, model, protocol) for protocol in tqdm(args.protocols)],
-    }  # fmt: skip
+    }
     path = Path(args.output)
     path.write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(result) + "\n")
