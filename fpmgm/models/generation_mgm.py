@@ -94,11 +94,12 @@ class MGMGenerationMixin:
         check_randomness(seed, generator, len(tokens))
         if classes is not None:
             classes = class_rows(classes, len(tokens), config.guidance_scale, self.config.num_classes)
-        real = torch.ones_like(tokens) if attention_mask is None else attention_mask
-        real = real.bool().cpu()
-        wanted = (tokens == self.config.mask_token_id).cpu() & real
+        real = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        wanted = (tokens == self.config.mask_token_id) & real
         rule = order(wanted, real, plan.num_steps, self.config.mask_token_id, config, seed, generator)
         alike = bool(wanted.all()) and attention_mask is None
+        tokens = tokens.to(self.device)
+        attention_mask = None if attention_mask is None else attention_mask.to(self.device)
         training = [module for module in self.modules() if module.training]
         self.eval()
         try:
@@ -111,7 +112,10 @@ class MGMGenerationMixin:
         return out
 
     def _denoise(self, tokens, attention_mask, classes, alike, rule, plan, config, callback, streamer):
-        """The loop over steps: start of the solver, denoiser, draw at the revealed positions."""
+        """The loop over steps: start of the solver, denoiser, draw at the revealed positions.
+
+        Which positions a step needs is known on the CPU, so that no step waits for the device.
+        """
         batch_size, times = len(tokens), time_grid(plan.num_steps)
         copies = 1 if classes is None else len(classes) // batch_size  # 2: guidance, the second without classes
         scales = guidance_scales(config.guidance_scale, config.guidance_schedule, plan.num_steps)
@@ -223,11 +227,12 @@ class MGMGenerationMixin:
         return self.orders[order]
 
     def _start(self, input_ids, batch_size, length, attention_mask) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The masked tokens to begin with and the attention mask, both (B, L) on the model's device."""
+        """The masked tokens to begin with and the attention mask, both (B, L) on the CPU."""
         longest, mask_token_id = self.config.max_position_embeddings, self.config.mask_token_id
         if batch_size is not None:
             check_whole("batch_size", batch_size, minimum=1, unit="sequences")
-        input_ids = None if input_ids is None else torch.as_tensor(input_ids).long()
+        input_ids = None if input_ids is None else torch.as_tensor(input_ids).long().cpu()
+        attention_mask = None if attention_mask is None else attention_mask.cpu()
         if input_ids is None:
             length = check_whole("length", longest if length is None else length, minimum=1, unit="tokens")
             input_ids = torch.full((batch_size or 1, length), mask_token_id)
@@ -248,9 +253,7 @@ class MGMGenerationMixin:
                 f"`batch_size`={batch_size} must be the {len(input_ids)} rows of `input_ids`, or one row."
             )
         check_ids(input_ids, attention_mask, self.config)
-        if attention_mask is not None:
-            attention_mask = attention_mask.to(self.device)
-        return input_ids.to(self.device), attention_mask
+        return input_ids, attention_mask
 
     def adjust_generation_fn(
         self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, *args, **kwargs
@@ -285,7 +288,7 @@ def check_ids(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, conf
         )
     wanted = input_ids == config.mask_token_id
     if attention_mask is not None:
-        wanted = wanted & attention_mask.bool().to(wanted.device)
+        wanted = wanted & attention_mask.bool()
     complete = (~wanted.any(dim=1)).nonzero().flatten().tolist()
     if complete:
         raise ValueError(
