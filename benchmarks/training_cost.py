@@ -7,7 +7,8 @@
 *plain* is an MDLM step from its public description, on this library's blocks: the head at every position, a dense
 log-softmax over all logits, the loss picked from it. *ours* are the trainers' own steps. Both are timed from the
 uncorrupted batch to the gradients; the optimizer's step is timed on its own. A fixed-point step is the mean over the
-iterations that SJFB draws: 2 without gradient, and 4 or 5 with it in turn.
+iterations that SJFB draws: 2 without gradient, and 4 or 5 with it in turn. *checkpointed* runs each block, and each
+iteration, a second time in the backward pass.
 
 The floor beside a time ratio is the ratio of the two steps' FLOPs, as PyTorch counts them. Utilisation is a step's
 FLOPs per second over those of a large matrix product, measured in the same run. Peak memory is that of a process that
@@ -58,6 +59,7 @@ STEPS = {
     "plain MDLM": (MDLM, "plain", None),
     "MDLM": (MDLM, "base", None),
     "FP-MDLM mlp": (FP, "base", "mlp"),
+    "FP-MDLM mlp, checkpointed": (FP, "checkpointed", "mlp"),
     "FP-MDLM linear": (FP, "base", "linear"),
     "FP-MDLM diagonal": (FP, "base", "diagonal"),
     "consistency mlp": (FP, "consistency", "mlp"),
@@ -74,6 +76,8 @@ RATIOS = [
     ("FP-MDLM mlp", "MDLM"),
     ("FP-MDLM diagonal", "MDLM"),
     ("MDLM", "plain MDLM"),
+    ("FP-MDLM mlp, checkpointed", "FP-MDLM mlp"),
+    ("FP-MDLM mlp, checkpointed", "plain MDLM"),
     ("consistency mlp", "FP-MDLM mlp"),
     ("consistency diagonal", "FP-MDLM diagonal"),
     ("conversion mlp", "FP-MDLM mlp"),
@@ -129,7 +133,9 @@ def make_trainer(name: str, args: argparse.Namespace):
     if kind == "plain":
         return PlainTrainer(model)
     row = Dataset.from_dict({"input_ids": [[0] * args.length]})
-    if kind == "base":
+    if kind == "checkpointed":
+        model.gradient_checkpointing_enable()
+    if kind in ("base", "checkpointed"):
         return MGMTrainer(model, MGMTrainingConfig(**shared), train_dataset=row)
     if kind == "consistency":
         return ConsistencyTrainer(

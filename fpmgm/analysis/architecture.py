@@ -131,14 +131,14 @@ def _fpmdlm(config) -> Architecture:
         modulation=Linear(conditioning, 6 * size),
         width=size,
         norms=2 * size,
-        # The norm's input and statistics; its output, queries, keys and values, turned keys.
-        kept_at_positions=Values(wide=size + 2 + modulated, narrow=5 * size),
+        # The norm's input and statistics; its output, values, turned keys.
+        kept_at_positions=Values(wide=size + 2 + modulated, narrow=3 * size),
         # Turned queries, attention's output and normaliser.
         kept_at_queries=Values(wide=config.num_attention_heads, narrow=2 * size),
-        # Attention's output in rows, both branches after dropout, the norm, the MLP before and after GELU.
-        kept_at_selected=Values(wide=size + 2 + modulated, narrow=4 * size + 2 * inner, masks=2 * size),
+        # Attention's output in rows, both branches after dropout, the norm, the MLP before GELU.
+        kept_at_selected=Values(wide=size + 2 + modulated, narrow=4 * size + inner, masks=2 * size),
         widest=inner,
-        passes=(30 * size + 2 * inner, 62 * size + 3 * inner),
+        passes=(32 * size + 2 * inner, 62 * size + 5 * inner),
     )
     return Architecture(
         block=block,
@@ -163,14 +163,14 @@ def _injection(config) -> Injection:
     size = config.hidden_size
     project = Linear(size, size)  # G
     kinds = {
-        # Kept: h_pre and u once; the state, the hidden layer before and after GELU at each iteration.
+        # Kept: h_pre and u once; the state and the hidden layer before GELU at each iteration.
         "mlp": Injection(
             once=(project, Linear(size, 2 * size)),
             each=(Linear(size, 2 * size, bias=False), Linear(2 * size, size)),
             vectors=0,
             kept_once=Values(narrow=2 * size),
-            kept_each=Values(narrow=5 * size),
-            passes=(10 * size, 8 * size),
+            kept_each=Values(narrow=3 * size),
+            passes=(10 * size, 12 * size),
         ),
         "linear": Injection(
             once=(project, Linear(size, size)),

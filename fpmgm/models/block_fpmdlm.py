@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_fpmdlm import FPMDLMConfig
-from .layers import Modulation, eager_attention_forward, gated_residual, modulate, wide
+from .layers import Modulation, eager_attention_forward, gated_residual, gelu_linear, modulate, wide
 from .selection import Selection
 
 
@@ -99,6 +99,7 @@ class FPMDLMAttention(nn.Module):
         qkv = self.qkv_proj(x).unflatten(-1, (3, -1, self.head_size))  # (B, L, 3, H, K)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, H, L, K)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        value = value.contiguous()  # a view would keep all of qkv for the backward pass
         key, query_rotary = rotate(key, rotary), rotary
         if selection is not None:
             batch = torch.arange(len(x), device=x.device)[:, None]
@@ -146,5 +147,5 @@ class FPMDLMBlock(nn.Module):
         if selection is not None:
             x, gate1, shift2, scale2, gate2 = (selection.pick(z) for z in (x, gate1, shift2, scale2, gate2))
         x = gated_residual(x, gate1, y, self.dropout, self.training, keep1)
-        y = F.gelu(self.up_proj(self.norm2(x, shift2, scale2)), approximate="tanh")
-        return gated_residual(x, gate2, self.down_proj(y), self.dropout, self.training, keep2)
+        y = gelu_linear(self.down_proj, self.up_proj(self.norm2(x, shift2, scale2)))
+        return gated_residual(x, gate2, y, self.dropout, self.training, keep2)

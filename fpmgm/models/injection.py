@@ -10,10 +10,9 @@ import math
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import initialization as init
 
-from .layers import IdentityLinear
+from .layers import IdentityLinear, gelu_linear
 
 
 class MLPInjection(nn.Module):
@@ -33,7 +32,7 @@ class MLPInjection(nn.Module):
         return self.input_proj(u)
 
     def forward(self, h: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
-        return self.out_proj(F.gelu(self.state_proj(h) + constant, approximate="tanh"))
+        return gelu_linear(self.out_proj, self.state_proj(h) + constant)
 
 
 class LinearInjection(nn.Module):

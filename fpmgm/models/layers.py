@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small pieces that the blocks of all models share: linear maps with a start of their own, modulation, dropout.
+"""Small pieces that the blocks of all models share: linear maps with a start of their own, modulation, dropout, and
+activations that the backward pass makes again instead of keeping them.
 
 A module with `initialize` gives its own parameters their start; the others get their model's.
 
@@ -27,6 +28,50 @@ def shared_dropout(x: torch.Tensor, p: float, training: bool, keep: torch.Tensor
     if keep is None:
         return F.dropout(x, p, training)
     return x * keep / (1 - p)
+
+
+class _GELU(torch.autograd.Function):
+    """GELU in tanh's approximation, whose input `kept_input` gives before the backward pass too."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        ctx.x = None
+        return F.gelu(x, approximate="tanh")
+
+    @staticmethod
+    def backward(ctx, slope):
+        x, ctx.x = _GELU.kept_input(ctx), None
+        return torch.ops.aten.gelu_backward(slope, x, approximate="tanh")
+
+    @staticmethod
+    def kept_input(ctx):
+        """x, unpacked once: activation checkpointing, which makes it again, refuses a second time."""
+        if ctx.x is None:
+            (ctx.x,) = ctx.saved_tensors
+        return ctx.x
+
+
+def gelu_linear(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """linear(GELU(x)); the backward pass makes GELU(x) again from x, which is kept anyway.
+
+    An MLP's hidden units are its largest tensor and cost next to nothing to make. Unlike activation checkpointing this
+    runs no module a second time, so it works under engines that gather weights for a module's call. A compiler makes
+    such choices itself.
+    """
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
+        return linear(F.gelu(x, approximate="tanh"))
+    y = _GELU.apply(x)
+    address, size, node = y.data_ptr(), y.numel(), y.grad_fn  # `pack` may outlive this call, y must not
+
+    def pack(kept):
+        return kept.shape if kept.data_ptr() == address and kept.numel() == size else kept
+
+    def unpack(kept):
+        return F.gelu(_GELU.kept_input(node), approximate="tanh").view(kept) if isinstance(kept, torch.Size) else kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return linear(y)
 
 
 def gated_residual(
