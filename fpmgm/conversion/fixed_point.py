@@ -83,16 +83,23 @@ def auto_layer_map(
 ) -> tuple[dict[str, list[int]], torch.Tensor]:
     """A layer map from the sharpest boundary of linear CKA, and the similarities (K, K) that it was read from.
 
-    The first layers become the pre-stack, the first ones after the boundary the shared stack, the last the post-stack.
+    The first layers become the pre-stack, the first ones after the boundary the shared stack, the last the post-stack;
+    near either end the shared stack moves inwards, so that no layer is taken twice.
 
     Args:
         model (`PreTrainedModel`): The explicit teacher.
         batches (`Iterable[torch.Tensor]`): (B, L) ids.
         sizes (`dict[str, int]`): Layers of `"pre"`, `"fixed_point"` and `"post"`.
+
+    Raises:
+        `ValueError`: if `model` has fewer layers than `sizes` ask for.
     """
+    depth = len(explicit_layers(model))
+    if depth < sum(sizes.values()):
+        raise ValueError(f"`sizes`={sizes} ask for more layers than the {depth} of `model`: ask for fewer.")
     similarity = layer_similarity(model, batches)
-    depth, boundary = len(similarity), strongest_boundary(similarity)
-    first = min(boundary, depth - sizes["fixed_point"])
+    boundary = strongest_boundary(similarity)
+    first = max(sizes["pre"], min(boundary, depth - sizes["fixed_point"] - sizes["post"]))
     layer_map = {
         "pre": list(range(1, sizes["pre"] + 1)),
         "fixed_point": list(range(first + 1, first + sizes["fixed_point"] + 1)),

@@ -157,17 +157,21 @@ def test_a_diagonal_injection_starts_as_the_mean_of_state_and_input():
 # --- by similarity, and mistakes -------------------------------------------------------------------------------------
 
 
-def test_auto_takes_the_layers_around_the_strongest_boundary():
+# The boundary is before layer 5, where it is taken; before layer 7, which the post-stack has; before layer 2 of two.
+@pytest.mark.parametrize(("strong", "pre", "taken"), [(5, 1, 5), (7, 1, 5), (2, 2, 3)])
+def test_auto_takes_the_layers_around_the_strongest_boundary(strong, pre, taken):
     teacher = teacher_model(4).train()
+    layers = [*teacher.pre_layers, *teacher.post_layers]
     with torch.no_grad():
-        for number, layer in enumerate([*teacher.pre_layers, *teacher.post_layers], start=1):
+        for number, layer in enumerate(layers, start=1):
             layer.modulation.weight.zero_()
             layer.modulation.bias.zero_()
-            layer.modulation.bias.chunk(6)[5].fill_(30.0 if number == 5 else 0.05)  # the MLP's gate
-    student = convert_to_fixed_point(teacher, "auto", batches=torch.stack([ids(), ids().flip(0)]), num_post_layers=2)
-    assert torch.equal(student.fixed_point.layers[0].up_proj.weight, teacher.post_layers[0].up_proj.weight)
-    assert torch.equal(student.pre_layers[0].up_proj.weight, teacher.pre_layers[0].up_proj.weight)
-    for found, source in zip(student.post_layers, teacher.post_layers[-2:], strict=True):
+            layer.modulation.bias.chunk(6)[5].fill_(30.0 if number == strong else 0.05)  # the MLP's gate
+    batches = torch.stack([ids(), ids().flip(0)])
+    student = convert_to_fixed_point(teacher, "auto", batches=batches, num_pre_layers=pre, num_post_layers=2)
+    stacks = [*student.pre_layers, *student.fixed_point.layers, *student.post_layers]
+    sources = [*layers[:pre], layers[taken - 1], *layers[-2:]]
+    for found, source in zip(stacks, sources, strict=True):
         assert torch.equal(found.up_proj.weight, source.up_proj.weight)
     assert teacher.training
 
@@ -186,6 +190,11 @@ def test_auto_takes_the_layers_around_the_strongest_boundary():
 def test_maps_that_cannot_be_followed_are_refused(layer_map, message):
     with pytest.raises(ValueError, match=message):
         convert_to_fixed_point(teacher_model(), layer_map)
+
+
+def test_auto_refuses_more_layers_than_there_are():
+    with pytest.raises(ValueError, match=r"'post': 6.* more layers than the 7"):
+        convert_to_fixed_point(teacher_model(), "auto", batches=ids()[None], num_post_layers=6)
 
 
 def test_a_count_of_layers_that_contradicts_the_map_is_refused():
