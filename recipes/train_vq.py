@@ -16,13 +16,12 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import JanusVQVAEConfig, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from fpmgm.data import load_images, make_image_processor
 from fpmgm.data.images import centre_crop, read_image
 from fpmgm.evaluation import to_uint8
 from fpmgm.models.modeling_vqgan import VQGANModel
-from fpmgm.trainers import ImageTokenizerConfig, ImageTokenizerTrainer
+from fpmgm.trainers import ImageTokenizerConfig, ImageTokenizerTrainer, last_checkpoint
 from fpmgm.trainers.arguments import parse_arguments
 
 
@@ -88,7 +87,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     trainer = ImageTokenizerTrainer(
         model=model, args=training, train_dataset=train_pixels, eval_dataset=eval_pixels, processing_class=processor
     )
-    last = training.resume_from_checkpoint or get_last_checkpoint(training.output_dir)
+    last = training.resume_from_checkpoint or last_checkpoint(training.output_dir)
     trainer.save_metrics("train", trainer.train(resume_from_checkpoint=last).metrics)
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)

@@ -6,12 +6,15 @@ Shapes: B batch, K codebook size, E codebook dimension.
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from ..models.noise import stream_generator
+from .checkpoints import AtomicCheckpointTrainer
 
 
 @dataclass
@@ -43,12 +46,12 @@ class ImageTokenizerConfig(TrainingArguments):
         super().__post_init__()
 
 
-class ImageTokenizerTrainer(Trainer):
+class ImageTokenizerTrainer(AtomicCheckpointTrainer):
     """Trains a tokenizer of `fpmgm.models` on rows with `pixel_values` (3, S, S) in [-1, 1].
 
     Logs `codebook_usage`, the share of codes that the latents of the steps since the last restart used, and evaluates
     `psnr` (mean over pictures, dB, of clamped pixels), `codebook_usage` and `codebook_perplexity` (exp of the entropy
-    of the codes; at most K).
+    of the codes; at most K). A resumed run equals the uninterrupted one bit for bit.
 
     Args:
         kwargs: As for `transformers.Trainer`, with an [`ImageTokenizerConfig`] as `args`.
@@ -58,12 +61,12 @@ class ImageTokenizerTrainer(Trainer):
         super().__init__(**kwargs)
         self._used: torch.Tensor | None = None  # (K,) uses of each code since the last restart
         self._latents: torch.Tensor | None = None  # (…, E) of the last micro-batch
-        self._restarted_at = self.state.global_step
+        self._restarted_at = 0
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """As in `Trainer`; first the dead codes are restarted, where it is time."""
-        due = self.args.restart_every and self.state.global_step - self._restarted_at >= self.args.restart_every
-        if due and self._used is not None:
+        step, every = self.state.global_step, self.args.restart_every
+        if every and step % every == 0 and step != self._restarted_at:
             self._restart()
         return super().training_step(model, inputs, num_items_in_batch)
 
@@ -90,6 +93,20 @@ class ImageTokenizerTrainer(Trainer):
         chosen = torch.randint(len(latents), (len(dead),), generator=generator).to(latents.device)
         self._tokenizer.codebook[dead] = latents[chosen].to(self._tokenizer.codebook.dtype)
         self._used, self._restarted_at = None, self.state.global_step
+
+    def save_beside(self, folder: Path) -> None:
+        """Write what the next restart needs of this rank into a checkpoint."""
+        save_file({"used": self._used, "latents": self._latents.contiguous()}, self._restart_file(folder))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._restarted_at = 0
+        if checkpoint is not None:
+            state = load_file(self._restart_file(Path(checkpoint)), device=str(self.args.device))
+            self._used, self._latents = state["used"], state["latents"]
+
+    def _restart_file(self, folder: Path) -> Path:
+        return folder / f"restart_{self.args.process_index}.safetensors"
 
     def log(self, logs, start_time=None):
         """Add the share of codes in use."""

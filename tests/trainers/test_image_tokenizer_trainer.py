@@ -2,6 +2,7 @@
 """Training of an image tokenizer: unused codes come back, and the quality reported is that of the exported model."""
 
 import math
+import shutil
 
 import torch
 from transformers import JanusVQVAEConfig
@@ -17,7 +18,7 @@ def rows(count: int, seed: int = 0) -> list[dict]:
     return [{"pixel_values": x} for x in coarse.repeat_interleave(4, -1).repeat_interleave(4, -2)]
 
 
-def tokenizer_trainer(folder, **options) -> ImageTokenizerTrainer:
+def tokenizer_trainer(folder, max_steps=4, **options) -> ImageTokenizerTrainer:
     torch.manual_seed(0)
     config = JanusVQVAEConfig(
         num_patches=4, base_channels=32, channel_multiplier=[1, 1], num_res_blocks=1, latent_channels=32,
@@ -27,7 +28,7 @@ def tokenizer_trainer(folder, **options) -> ImageTokenizerTrainer:
     with torch.no_grad():
         model.codebook[4:] = model.codebook[0]  # of equal codes the first is taken
     args = ImageTokenizerConfig(
-        output_dir=str(folder), per_device_train_batch_size=4, per_device_eval_batch_size=3, max_steps=4,
+        output_dir=str(folder), per_device_train_batch_size=4, per_device_eval_batch_size=3, max_steps=max_steps,
         warmup_steps=0, use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1, **options,
     )  # fmt: skip
     return ImageTokenizerTrainer(model=model, args=args, train_dataset=rows(16), eval_dataset=rows(8, seed=1))
@@ -42,6 +43,22 @@ def test_codes_that_nothing_uses_are_moved_to_latents(tmp_path):
     trainer.train()
     used = [entry["codebook_usage"] for entry in trainer.state.log_history if "codebook_usage" in entry]
     assert used[0] < 6 / 24 and used[-1] > 9 / 24
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path):
+    # The restarts at steps 3 and 6 see uses and latents from before the checkpoints at 2, 4 and 6.
+    options = {"max_steps": 8, "restart_every": 3, "save_strategy": "steps", "save_steps": 2}
+    options |= {"gradient_accumulation_steps": 2}
+    straight = tokenizer_trainer(tmp_path / "straight", **options)
+    straight.train()
+    expected = straight.model.state_dict()
+    for step in (2, 4, 6):
+        shutil.copytree(tmp_path / f"straight/checkpoint-{step}", tmp_path / f"{step}/checkpoint-{step}")
+        resumed = tokenizer_trainer(tmp_path / str(step), **options)
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed.state.global_step == 8
+        for name, tensor in resumed.model.state_dict().items():
+            assert torch.equal(tensor, expected[name]), (step, name)
 
 
 @torch.no_grad()
