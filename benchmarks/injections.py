@@ -6,11 +6,12 @@
 Each pair of injection and learning rate trains a small FP-MDLM 1/1/1 of one width from one seed. Reported are
 validation perplexity at equal steps, and at equal time by the median seconds of a training step, for which the
 injections take turns before the runs; the residual of the last iteration; and whether the run ended before its time
-because its loss or gradient was not finite.
+because its loss or gradient was not finite. Runs that `--output` holds already are not made again.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import random
 import statistics
@@ -26,7 +27,7 @@ from datasets import Dataset
 from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion
 from fpmgm.data import load_text, pack, train_tokenizer
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
-from provenance import machine
+from provenance import commit, machine
 
 
 INJECTIONS = ("mlp", "linear", "diagonal")
@@ -64,6 +65,16 @@ def make_trainer(injection: str, learning_rate: float, args: argparse.Namespace,
     return MGMTrainer(model=model, args=training, train_dataset=train_blocks, eval_dataset=eval_blocks)
 
 
+def earlier(path: Path, arguments: dict) -> dict | None:
+    """What an earlier run left in `path`; a `ValueError` if it was another one."""
+    if not path.is_file():
+        return None
+    result = json.loads(path.read_text())
+    if result["arguments"] != arguments:
+        raise ValueError(f"`output`={str(path)!r} is of a run with {result['arguments']}: give another file.")
+    return result
+
+
 def step_seconds(args: argparse.Namespace, data, folder: str) -> dict[str, float]:
     """Median seconds of a training step of each injection; they take turns."""
     trainers = {name: make_trainer(name, 1e-3, args, data, folder) for name in INJECTIONS}
@@ -94,6 +105,7 @@ def run(injection: str, learning_rate: float, args: argparse.Namespace, data, fo
         "perplexities": [line["eval_perplexity"] for line in evaluations],
         "residual": logs[-1]["residual"] if logs else None,
         "finished": trainer.state.global_step == args.max_steps,
+        "commit": commit(),
     }
     print(f"{injection:8} {learning_rate:g}: {[round(p, 1) for p in row['perplexities']]}, residual {row['residual']}")
     return row
@@ -126,7 +138,7 @@ def draw(result: dict, path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     rates = sorted({row["learning_rate"] for row in result["rows"]})
-    styles = dict(zip(rates, ("-", "--", ":", "-."), strict=False))
+    styles = dict(zip(rates, itertools.cycle(("-", "--", "-.", ":", (0, (6, 2, 1, 2, 1, 2)))), strict=False))
     for row in result["rows"]:
         options = {"color": COLORS[row["injection"]], "linestyle": styles[row["learning_rate"]], "marker": "."}
         label = f"{row['injection']}, {row['learning_rate']:g}"
@@ -134,6 +146,8 @@ def draw(result: dict, path: Path) -> None:
         times = [step * result["step_seconds"][row["injection"]] for step in row["steps"]]
         right.plot(times, row["perplexities"], **options)
     left.set(xlabel="step", ylabel="validation perplexity", yscale="log")
+    left.yaxis.set_major_formatter("{x:.0f}")
+    left.yaxis.set_minor_formatter("{x:.0f}")
     right.set(xlabel="seconds of training")
     left.legend(fontsize=7, title="injection, learning rate", title_fontsize=7)
     for axes in (left, right):
@@ -158,18 +172,23 @@ def main() -> None:
     parser.add_argument("--output", default="benchmarks/results/injections_cpu.json")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    data = prepare(args)
+    data, path = prepare(args), Path(args.output)
     arguments = {**vars(args), "text_files": [Path(file).name for file in args.text_files]}
+    arguments = {name: value for name, value in arguments.items() if name not in ("learning_rates", "output")}
     with tempfile.TemporaryDirectory() as folder:
-        result = {
+        result = earlier(path, arguments) or {
             "machine": machine("cuda" if torch.cuda.is_available() else "cpu"),
             "arguments": arguments,
             "step_seconds": step_seconds(args, data, folder),
-            "rows": [run(i, rate, args, data, folder) for i in INJECTIONS for rate in args.learning_rates],
+            "rows": [],
         }
-    path = Path(args.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+        done = {(row["injection"], row["learning_rate"]) for row in result["rows"]}
+        for injection, rate in itertools.product(INJECTIONS, args.learning_rates):
+            if (injection, rate) not in done:
+                result["rows"].append(run(injection, rate, args, data, folder))
+                result["rows"].sort(key=lambda row: (INJECTIONS.index(row["injection"]), row["learning_rate"]))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(result) + "\n")
     draw(result, path.with_suffix(".png"))
     print(markdown(result))
