@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_fpmaskgit import FPMaskGITConfig
-from .layers import Modulation, eager_attention_forward, gated_residual, modulate, shared_dropout, wide
+from .layers import Modulation, draw_kept, eager_attention_forward, gated_residual, linear_of, modulate, wide
 from .selection import Selection
 
 
@@ -74,7 +74,7 @@ class FPMaskGITBlock(nn.Module):
 
     def __init__(self, config: FPMaskGITConfig):
         super().__init__()
-        self.dropout = config.dropout
+        self.dropout, self.hidden_units = config.dropout, config.intermediate_size
         self.modulation = Modulation(config.conditioning_size, config.hidden_size, 6)
         self.norm1 = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = FPMaskGITAttention(config)
@@ -88,8 +88,7 @@ class FPMaskGITBlock(nn.Module):
         iterated, so that it stays one map."""
         if self.dropout == 0:
             return None
-        sizes = h.shape[-1], self.up_proj.out_features
-        return tuple(torch.rand(*h.shape[:-1], size, device=h.device) >= self.dropout for size in sizes)
+        return tuple(draw_kept(h, size, self.dropout) for size in (h.shape[-1], self.hidden_units))
 
     def forward(
         self,
@@ -108,5 +107,11 @@ class FPMaskGITBlock(nn.Module):
             x, gate1, shift2, scale2, gate2 = (selection.pick(z) for z in (x, gate1, shift2, scale2, gate2))
         x = gated_residual(x, gate1, y, self.dropout, self.training, keep1)
         y = modulate(self.norm2(x), shift2, scale2)
-        y = shared_dropout(F.silu(self.gate_proj(y)) * self.up_proj(y), self.dropout, self.training, keep2)
-        return torch.addcmul(x, gate2, self.down_proj(y))
+        if self.training and self.dropout and keep2 is None:
+            keep2 = draw_kept(y, self.hidden_units, self.dropout)
+
+        def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+            hidden = F.silu(gate) * up
+            return hidden if keep2 is None else hidden * keep2 / (1 - self.dropout)
+
+        return torch.addcmul(x, gate2, linear_of(self.down_proj, swiglu, self.gate_proj(y), self.up_proj(y)))

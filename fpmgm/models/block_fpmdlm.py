@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_fpmdlm import FPMDLMConfig
-from .layers import Modulation, eager_attention_forward, gated_residual, gelu_linear, modulate, wide
+from .layers import Modulation, draw_kept, eager_attention_forward, gated_residual, gelu, linear_of, modulate, wide
 from .selection import Selection
 
 
@@ -129,7 +129,7 @@ class FPMDLMBlock(nn.Module):
         """What both dropouts keep of (B, L, D): drawn once where the block is iterated, so that it stays one map."""
         if self.dropout == 0:
             return None
-        return tuple(torch.rand_like(h, dtype=torch.float32) >= self.dropout for _ in range(2))
+        return tuple(draw_kept(h, h.shape[-1], self.dropout) for _ in range(2))
 
     def forward(
         self,
@@ -147,5 +147,5 @@ class FPMDLMBlock(nn.Module):
         if selection is not None:
             x, gate1, shift2, scale2, gate2 = (selection.pick(z) for z in (x, gate1, shift2, scale2, gate2))
         x = gated_residual(x, gate1, y, self.dropout, self.training, keep1)
-        y = gelu_linear(self.down_proj, self.up_proj(self.norm2(x, shift2, scale2)))
+        y = linear_of(self.down_proj, gelu, self.up_proj(self.norm2(x, shift2, scale2)))
         return gated_residual(x, gate2, y, self.dropout, self.training, keep2)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .layers import IdentityLinear, gelu_linear
+from .layers import IdentityLinear, gelu, linear_of
 
 
 class MLPInjection(nn.Module):
@@ -32,7 +32,7 @@ class MLPInjection(nn.Module):
         return self.input_proj(u)
 
     def forward(self, h: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
-        return gelu_linear(self.out_proj, self.state_proj(h) + constant)
+        return linear_of(self.out_proj, gelu, self.state_proj(h) + constant)
 
 
 class LinearInjection(nn.Module):

@@ -7,6 +7,8 @@ A module with `initialize` gives its own parameters their start; the others get 
 Shapes: B batch, L length, D hidden size, C conditioning size, H heads, K head size.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -23,55 +25,69 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
     return x * (1 + scale) + shift
 
 
-def shared_dropout(x: torch.Tensor, p: float, training: bool, keep: torch.Tensor | None = None) -> torch.Tensor:
-    """Dropout of `x` with probability `p`; `keep` (same shape, bool) is a mask drawn beforehand. `None`: draw one."""
-    if keep is None:
-        return F.dropout(x, p, training)
-    return x * keep / (1 - p)
+def draw_kept(x: torch.Tensor, size: int, p: float) -> torch.Tensor:
+    """What a dropout with probability `p` keeps of something like `x` (…, D) with `size` channels: (…, size), bool."""
+    return torch.rand(*x.shape[:-1], size, device=x.device) >= p
 
 
-class _GELU(torch.autograd.Function):
-    """GELU in tanh's approximation, whose input `kept_input` gives before the backward pass too."""
+class _MadeAgain(torch.autograd.Function):
+    """activation(*inputs), of which the inputs alone are kept; `again` makes inputs and output, once."""
 
     @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        ctx.x = None
-        return F.gelu(x, approximate="tanh")
+    def forward(ctx, activation, *inputs):
+        ctx.save_for_backward(*inputs)
+        ctx.activation, ctx.made = activation, None
+        return activation(*inputs)
 
     @staticmethod
     def backward(ctx, slope):
-        x, ctx.x = _GELU.kept_input(ctx), None
-        return torch.ops.aten.gelu_backward(slope, x, approximate="tanh")
+        (inputs, y), ctx.made = _MadeAgain.again(ctx), None
+        return None, *torch.autograd.grad(y, inputs, slope, create_graph=torch.is_grad_enabled())
 
     @staticmethod
-    def kept_input(ctx):
-        """x, unpacked once: activation checkpointing, which makes it again, refuses a second time."""
-        if ctx.x is None:
-            (ctx.x,) = ctx.saved_tensors
-        return ctx.x
+    def again(ctx):
+        if ctx.made is None:  # activation checkpointing refuses to give the inputs twice
+            inputs = ctx.saved_tensors
+            if not torch.is_grad_enabled():  # else these gradients are to have gradients themselves
+                inputs = tuple(x.detach().requires_grad_() for x in inputs)
+            with torch.enable_grad():
+                ctx.made = inputs, ctx.activation(*inputs)
+        return ctx.made
 
 
-def gelu_linear(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """linear(GELU(x)); the backward pass makes GELU(x) again from x, which is kept anyway.
+def linear_of(linear: nn.Module, activation: Callable, *inputs: torch.Tensor) -> torch.Tensor:
+    """linear(activation(*inputs)), whose backward pass makes the activation's output again from its inputs.
 
-    An MLP's hidden units are its largest tensor and cost next to nothing to make. Unlike activation checkpointing this
-    runs no module a second time, so it works under engines that gather weights for a module's call. A compiler makes
-    such choices itself.
+    An MLP's hidden units are its largest tensors and cost next to nothing to make. Unlike activation checkpointing,
+    this runs no module a second time, so it works under engines that gather weights for a module's call. A compiler
+    makes such choices itself.
+
+    Args:
+        linear (`nn.Module`): Any module; an adapter may have taken the place of a linear map.
+        activation (`Callable`): A function of `inputs` without randomness, elementwise or nearly so.
+        inputs (`torch.Tensor`): What is kept.
     """
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
-        return linear(F.gelu(x, approximate="tanh"))
-    y = _GELU.apply(x)
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and all(x.requires_grad for x in inputs)):
+        return linear(activation(*inputs))
+    y = _MadeAgain.apply(activation, *inputs)
     address, size, node = y.data_ptr(), y.numel(), y.grad_fn  # `pack` may outlive this call, y must not
 
     def pack(kept):
         return kept.shape if kept.data_ptr() == address and kept.numel() == size else kept
 
     def unpack(kept):
-        return F.gelu(_GELU.kept_input(node), approximate="tanh").view(kept) if isinstance(kept, torch.Size) else kept
+        if not isinstance(kept, torch.Size):
+            return kept
+        y = _MadeAgain.again(node)[1]
+        return (y if torch.is_grad_enabled() else y.detach()).view(kept)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return linear(y)
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """GELU in tanh's approximation."""
+    return F.gelu(x, approximate="tanh")
 
 
 def gated_residual(

@@ -12,7 +12,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fpmgm.models.layers import gelu_linear
+from fpmgm.models.layers import gelu, linear_of
+
+
+def swiglu(gate, up):
+    return F.silu(gate) * up
 
 
 class LowRank(nn.Module):
@@ -48,17 +52,19 @@ def test_gradients_are_those_of_the_kept_activation():
     module = LowRank().double()
     x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
     gradients = []
-    for function in (gelu_linear, lambda linear, x: linear(F.gelu(x, approximate="tanh"))):
+    for function in (linear_of, lambda linear, activation, *inputs: linear(activation(*inputs))):
         torch.manual_seed(1)
-        gradients.append(torch.autograd.grad(function(module, x).pow(2).sum(), [x, *module.parameters()]))
+        y = function(module, gelu, x) + function(module, swiglu, x, x.flip(-1) * 2)
+        gradients.append(torch.autograd.grad(y.pow(2).sum(), [x, *module.parameters()]))
     for ours, expected in zip(*gradients, strict=True):
         assert torch.equal(ours, expected)
 
 
 def test_second_derivatives():
-    linear, x = nn.Linear(4, 2).double(), torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: gelu_linear(linear, x), x)
-    assert torch.autograd.gradgradcheck(lambda x: gelu_linear(linear, x), x)
+    linear, x = nn.Linear(4, 2).double(), torch.randn(2, 3, 4, dtype=torch.float64).requires_grad_()
+    for function in (lambda x: linear_of(linear, gelu, x[0]), lambda x: linear_of(linear, swiglu, x[0], x[1])):
+        assert torch.autograd.gradcheck(function, x)
+        assert torch.autograd.gradgradcheck(function, x)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -71,9 +77,9 @@ def test_the_activation_is_not_kept(checkpointed):
         linear(F.gelu(x, approximate="tanh"))
     with watched(kept):
         if checkpointed:  # then its own hooks keep the input alone
-            checkpoint(gelu_linear, linear, x, use_reentrant=False).sum().backward()
+            checkpoint(linear_of, linear, gelu, x, use_reentrant=False).sum().backward()
         else:
-            gelu_linear(linear, x)
+            linear_of(linear, gelu, x)
     assert outputs[0] in {y.data_ptr() for y in plain}
     assert not set(outputs[1:]) & {y.data_ptr() for y in kept}
 
@@ -83,7 +89,7 @@ def test_pre_activations_are_not_kept_under_checkpointing():
     alive = []
     before.register_forward_hook(lambda module, args, y: alive.append(weakref.ref(y.untyped_storage())))
     x = torch.randn(100, 16, requires_grad=True)
-    y = checkpoint(lambda x: gelu_linear(linear, before(x)), x, use_reentrant=False)
+    y = checkpoint(lambda x: linear_of(linear, gelu, before(x)), x, use_reentrant=False)
     assert [storage() for storage in alive] == [None]
     (gradient,) = torch.autograd.grad(y.sum(), x)
     (expected,) = torch.autograd.grad(linear(F.gelu(before(x), approximate="tanh")).sum(), x)
