@@ -52,7 +52,7 @@ def make_grid(images: "list[Image.Image]", columns: int | None = None, scale: in
     columns = math.ceil(len(images) ** 0.5) if columns is None else columns
     if not images or columns < 1 or scale < 1:
         raise ValueError(
-            f"`images` has {len(images)} pictures for `columns`={columns} and `scale`={scale}: each must be at least 1."
+            f"`images` has {len(images)} pictures for `columns`={columns}, `scale`={scale}: each must be at least 1."
         )
     columns = min(columns, len(images))
     width, height = (scale * side for side in images[0].size)

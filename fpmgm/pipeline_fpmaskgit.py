@@ -177,10 +177,8 @@ class FPMaskGITPipeline:
     def _masked_codes(self, image, mask, batch_size: int) -> torch.LongTensor:
         """(E, L) codes of the E pictures, the mask id where they are to be drawn anew."""
         if image is None or mask is None:
-            missing, does = (
-                ("image", "to keep a part of") if image is None else ("mask", "that says what to draw anew")
-            )
-            raise ValueError(f"`{missing}`=None: give both `image` and `mask`, one {does}, or neither.")
+            missing = "image" if image is None else "mask"
+            raise ValueError(f"`{missing}`=None: give `image` and, for what to draw anew, `mask`, or neither.")
         images = list(image) if isinstance(image, (list, tuple)) else [image]
         masks = list(mask) if isinstance(mask, (list, tuple)) else [mask] * len(images)
         if len(masks) != len(images):
@@ -206,9 +204,7 @@ class FPMaskGITPipeline:
                 )
         wanted = F.adaptive_max_pool2d(pixels[None].float(), grid).flatten().bool()
         if not wanted.any():
-            raise ValueError(
-                "`mask` marks nothing to draw anew: make it white, or true, where the picture may change."
-            )
+            raise ValueError("`mask` marks nothing: make it white, or true, where the picture is to be drawn anew.")
         return wanted
 
     # --- folders and repositories ------------------------------------------------------------------------------------
