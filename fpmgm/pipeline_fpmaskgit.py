@@ -4,29 +4,27 @@
 Shapes: B pictures, L codes of a picture, H = W grid size, S image size.
 """
 
-import difflib
 import json
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
-from numbers import Integral
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
-from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from . import model_cards
 from .conversion.image_tokenizers import load_image_tokenizer
 from .models.budget import check_whole
-from .models.image_processing import RESAMPLES, make_image_processor
+from .models.image_processing import make_image_processor
 from .models.image_tokenizer import to_uint8
 from .models.modeling_fpmaskgit import FPMaskGITModel
 from .pictures import to_pil
+from .pipeline_inputs import class_ids, entries, wanted_codes
 
 
 if TYPE_CHECKING:
@@ -36,7 +34,6 @@ INDEX = "model_index.json"
 PARTS = {"model": "model", "vq": "tokenizer", "processor": "processor"}  # sub-folder → attribute
 CARD = Path(model_cards.__file__).with_name("pipeline.md")
 OUTPUT_TYPES = ("pil", "pt", "np")
-MOST_NAMED = 20  # classes that an error lists
 
 
 @dataclass
@@ -172,7 +169,7 @@ class FPMaskGITPipeline:
         pixels = torch.cat([to_uint8(self.tokenizer.decode(part)).cpu() for part in parts])  # (B, 3, S, S)
         if output_type == "pil":
             return to_pil(pixels)
-        return pixels if output_type == "pt" else pixels.permute(0, 2, 3, 1).contiguous().numpy()
+        return pixels.contiguous() if output_type == "pt" else pixels.permute(0, 2, 3, 1).contiguous().numpy()
 
     def _masked_codes(self, image, mask, batch_size: int) -> torch.LongTensor:
         """(E, L) codes of the E pictures, the mask id where they are to be drawn anew."""
@@ -183,29 +180,11 @@ class FPMaskGITPipeline:
         masks = list(mask) if isinstance(mask, (list, tuple)) else [mask] * len(images)
         if len(masks) != len(images):
             raise ValueError(f"`mask` lists {len(masks)} masks for {len(images)} pictures: give one for all or each.")
-        wanted = torch.stack([self._wanted(*pair) for pair in zip(images, masks, strict=True)])  # (E, L)
+        wanted = torch.stack(
+            [wanted_codes(m, i, self.tokenizer, self.processor) for i, m in zip(images, masks, strict=True)]
+        )
         codes = self.encode(images, batch_size)
         return codes.masked_fill(wanted.to(codes.device), self.model.config.mask_token_id)
-
-    def _wanted(self, image, mask) -> torch.BoolTensor:
-        """(L,) codes to draw anew: those with a pixel in the mask."""
-        grid, size = self.tokenizer.grid_size, self.tokenizer.image_size
-        if hasattr(mask, "convert"):  # a PIL.Image
-            if mask.size != image.size:
-                raise ValueError(f"`mask` of size {mask.size} must have the size {image.size} of `image`.")
-            white = mask.convert("L").point(lambda value: 255 * (value > 127)).convert("RGB")
-            options = {"resample": RESAMPLES["bilinear"], "do_normalize": False, "return_tensors": "pt"}
-            pixels = self.processor(white, **options)["pixel_values"][0, 0] > 0  # (S, S)
-        else:
-            pixels = torch.as_tensor(mask).cpu() != 0
-            if pixels.shape not in ((grid, grid), (size, size)):
-                raise ValueError(
-                    f"`mask` of shape {tuple(pixels.shape)} must be ({grid}, {grid}) codes or ({size}, {size}) pixels."
-                )
-        wanted = F.adaptive_max_pool2d(pixels[None].float(), grid).flatten().bool()
-        if not wanted.any():
-            raise ValueError("`mask` marks nothing: make it white, or true, where the picture is to be drawn anew.")
-        return wanted
 
     # --- folders and repositories ------------------------------------------------------------------------------------
 
@@ -361,57 +340,3 @@ def check_parts(model: torch.nn.Module, tokenizer: torch.nn.Module, processor: A
             f"`processor` gives pictures of {crop[0]} × {crop[1]} pixels, `tokenizer` takes {size} × {size}: leave "
             "`processor` out, or make it with `make_image_processor`."
         )
-
-
-def class_ids(class_labels: Any, id2label: dict[int, str]) -> list[int] | None:
-    """Ids of classes given by id or name; ids are not checked.
-
-    Raises:
-        `ValueError`: for a name that no class has, or more than one.
-
-    >>> class_ids(["tench", 1], {0: "tench, Tinca tinca", 1: "church"})
-    [0, 1]
-    """
-    if class_labels is None:
-        return None
-    labels = class_labels.tolist() if hasattr(class_labels, "tolist") else class_labels
-    labels = [labels] if isinstance(labels, (str, Integral)) else list(labels)
-    return [class_id(label, id2label) if isinstance(label, str) else label for label in labels]
-
-
-def class_id(label: str, id2label: dict[int, str]) -> int:
-    """Id of the class that has this name, or has it among synonyms with ", " between them."""
-    found = [i for i, name in id2label.items() if label in (name, *name.split(", "))]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise ValueError(f"`class_labels`: {label!r} names the classes {found}: give an id.")
-    names = list(id2label.values())
-    if len(names) > MOST_NAMED:
-        names = difflib.get_close_matches(label, names, n=5, cutoff=0.0)
-    allowed = f"one of {names}" if len(names) == len(id2label) else f"such as {names}"
-    raise ValueError(
-        f"`class_labels`: {label!r} must be a name in `model.config.id2label`, {allowed}, or an id from 0 to "
-        f"{len(id2label) - 1}."
-    )
-
-
-def entries(
-    classes: list[int] | None, codes: torch.LongTensor | None, repeats: int
-) -> tuple[list[int] | None, torch.LongTensor | None]:
-    """Classes and (E, L) codes to begin with, one of either standing for all, each repeated.
-
-    Raises:
-        `ValueError`: for several of both that are not equally many.
-    """
-    if classes is not None and codes is not None and len(classes) != len(codes):
-        if 1 not in (len(classes), len(codes)):
-            raise ValueError(
-                f"`image` lists {len(codes)} pictures for {len(classes)} entries of `class_labels`: give one for all "
-                "or one for each."
-            )
-        count = max(len(classes), len(codes))
-        classes, codes = classes * (count // len(classes)), codes.expand(count, -1)
-    classes = None if classes is None else [label for label in classes for _ in range(repeats)]
-    codes = None if codes is None else codes.repeat_interleave(repeats, dim=0)
-    return classes, codes
