@@ -108,7 +108,8 @@ def save_animation(
 
 @torch.no_grad()
 def _known_pixels(codes: torch.LongTensor, tokenizer, batch_size: int) -> torch.Tensor:
-    """(B, 3, S, S) 8-bit pixels of (B, L) codes; a masked one is a zero vector to the decoder, and grey."""
+    """(B, 3, S, S) 8-bit pixels of (B, L) codes; a masked one is grey, and a zero vector to the decoder: any code in
+    its place would tint its neighbours."""
     side, patch = tokenizer.grid_size, tokenizer.image_size // tokenizer.grid_size
     codebook, pictures = F.normalize(tokenizer.codebook, dim=-1), []
     for part in codes.to(tokenizer.device).view(-1, side, side).split(batch_size):  # (b, H, W)

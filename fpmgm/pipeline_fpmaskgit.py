@@ -180,9 +180,8 @@ class FPMaskGITPipeline:
         masks = list(mask) if isinstance(mask, (list, tuple)) else [mask] * len(images)
         if len(masks) != len(images):
             raise ValueError(f"`mask` lists {len(masks)} masks for {len(images)} pictures: give one for all or each.")
-        wanted = torch.stack(
-            [wanted_codes(m, i, self.tokenizer, self.processor) for i, m in zip(images, masks, strict=True)]
-        )
+        pairs = zip(masks, images, strict=True)
+        wanted = torch.stack([wanted_codes(*pair, self.tokenizer, self.processor) for pair in pairs])  # (E, L)
         codes = self.encode(images, batch_size)
         return codes.masked_fill(wanted.to(codes.device), self.model.config.mask_token_id)
 

@@ -57,8 +57,8 @@ def wanted_codes(mask: Any, image: "Image.Image", tokenizer, processor) -> torch
     """(L,) codes to draw anew: those with a pixel in the mask.
 
     Args:
-        mask: A `PIL.Image.Image` of the size of `image`, white where it is to be drawn anew, or a tensor or array, true
-            there, of (H, W) codes or (S, S) pixels.
+        mask: A `PIL.Image.Image` of the size of `image`, white where it is to be drawn anew, or a tensor or array,
+            true there, of (H, W) codes or (S, S) pixels.
         image (`PIL.Image.Image`): The picture that the mask belongs to.
         tokenizer ([`VQGANModel`] or [`XQGANModel`]): For its grid and image size.
         processor (`CLIPImageProcessorPil`): Resizes and crops a mask as it does the picture.

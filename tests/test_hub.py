@@ -225,6 +225,8 @@ def test_a_pushed_pipeline_draws_the_same(hub):
     card = ModelCard(hub[0].repositories["tester/pipeline"]["README.md"].decode())
     assert 'FPMaskGITPipeline.from_pretrained("tester/pipeline")' in card.text
     assert card.data.library_name == "fpmgm"
+    files = hub[0].repositories["tester/pipeline"]
+    assert files["modeling_xqgan.py"] == files["vq/modeling_xqgan.py"]  # the code is found from both places
 
 
 @pytest.mark.parametrize("source", ["hub", "local"])
@@ -301,3 +303,4 @@ def test_no_code_but_the_models_folder_is_pushed(hub):
     assert "modeling_fpmdlm.py" in code
     assert code <= models
     assert code == {name for name in server.repositories["tester/trained"] if name.endswith(".py")}
+    assert {Path(name).name for name in server.repositories["tester/pipeline"] if name.endswith(".py")} <= models
