@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from .models.generation_mgm import GenerationStep
-from .models.image_tokenizer import to_uint8
+from .models.image_tokenizer import ImageTokenizerMixin, to_uint8
 
 
 if TYPE_CHECKING:
@@ -66,7 +66,11 @@ def make_grid(images: "list[Image.Image]", columns: int | None = None, scale: in
 
 
 def reveal_frames(
-    steps: list[GenerationStep], tokenizer, columns: int | None = None, scale: int = 1, decode_batch_size: int = 16
+    steps: list[GenerationStep],
+    tokenizer: ImageTokenizerMixin,
+    columns: int | None = None,
+    scale: int = 1,
+    decode_batch_size: int = 16,
 ) -> "list[Image.Image]":
     """What is known of the pictures after each step: a sheet of them for each, grey where a code is masked.
 
@@ -107,7 +111,7 @@ def save_animation(
 
 
 @torch.no_grad()
-def _known_pixels(codes: torch.LongTensor, tokenizer, batch_size: int) -> torch.Tensor:
+def _known_pixels(codes: torch.LongTensor, tokenizer: ImageTokenizerMixin, batch_size: int) -> torch.Tensor:
     """(B, 3, S, S) 8-bit pixels of (B, L) codes; a masked one is grey, and a zero vector to the decoder: any code in
     its place would tint its neighbours."""
     side, patch = tokenizer.grid_size, tokenizer.image_size // tokenizer.grid_size

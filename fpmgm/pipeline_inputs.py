@@ -12,10 +12,12 @@ import torch
 from torch.nn import functional as F
 
 from .models.image_processing import RESAMPLES
+from .models.image_tokenizer import ImageTokenizerMixin
 
 
 if TYPE_CHECKING:
     from PIL import Image
+    from transformers import CLIPImageProcessorPil
 
 MOST_NAMED = 20  # classes that an error lists
 
@@ -53,7 +55,9 @@ def class_id(label: str, id2label: dict[int, str]) -> int:
     )
 
 
-def wanted_codes(mask: Any, image: "Image.Image", tokenizer, processor) -> torch.BoolTensor:
+def wanted_codes(
+    mask: Any, image: "Image.Image", tokenizer: ImageTokenizerMixin, processor: "CLIPImageProcessorPil"
+) -> torch.BoolTensor:
     """(L,) codes to draw anew: those with a pixel in the mask.
 
     Args:
