@@ -130,9 +130,9 @@ class FPMaskGITPipeline:
         Raises:
             `ValueError`: names the argument, its value, what is allowed and what to do.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type`={output_type!r} must be one of {OUTPUT_TYPES}.")
+        check_output_type(output_type)
         check_whole("num_images_per_class", num_images_per_class, minimum=1, unit="pictures")
+        check_whole("decode_batch_size", decode_batch_size, minimum=1, unit="pictures")
         classes = class_ids(class_labels, self.model.config.id2label)
         codes = None if image is None and mask is None else self._masked_codes(image, mask, decode_batch_size)
         classes, codes = entries(classes, codes, num_images_per_class)
@@ -165,6 +165,7 @@ class FPMaskGITPipeline:
     @torch.no_grad()
     def decode(self, codes: torch.LongTensor, output_type: str = "pil", batch_size: int = 16) -> Any:
         """Pictures of (B, L) codes, `batch_size` at a time; `output_type` as in [`FPMaskGITPipelineOutput`]."""
+        check_output_type(output_type)
         parts = codes.to(self.tokenizer.device).split(batch_size)
         pixels = torch.cat([to_uint8(self.tokenizer.decode(part)).cpu() for part in parts])  # (B, 3, S, S)
         if output_type == "pil":
@@ -235,7 +236,13 @@ class FPMaskGITPipeline:
         )
 
     def save_pretrained(
-        self, save_directory: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **kwargs: Any
+        self,
+        save_directory: str | Path,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
     ) -> None:
         """Write `model/`, `vq/`, `processor/`, `model_index.json`, a card `README.md`, and the code that loads the
         first two where fpmgm is not installed.
@@ -244,12 +251,12 @@ class FPMaskGITPipeline:
             save_directory (`str` or `Path`): Folder; files of these names in it are replaced.
             push_to_hub (`bool`, defaults to `False`): Whether to push as well.
             repo_id (`str`, *optional*): Where to. `None`: the name of the folder.
-            kwargs: For [`~FPMaskGITPipeline.push_to_hub`].
+            private, token (*optional*): See [`~FPMaskGITPipeline.push_to_hub`].
         """
         folder = Path(save_directory)
         self._write(folder, name=repo_id or folder.resolve().name)
         if push_to_hub:
-            self.push_to_hub(repo_id or folder.resolve().name, **kwargs)
+            self.push_to_hub(repo_id or folder.resolve().name, private=private, token=token)
 
     def push_to_hub(
         self,
@@ -320,6 +327,12 @@ class FPMaskGITPipeline:
         self.model.to(device)
         self.tokenizer.to(device)
         return self
+
+
+def check_output_type(output_type: str) -> None:
+    """Raise a `ValueError` unless pictures can be had like this."""
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"`output_type`={output_type!r} must be one of {OUTPUT_TYPES}.")
 
 
 def check_parts(model: torch.nn.Module, tokenizer: torch.nn.Module, processor: Any) -> None:

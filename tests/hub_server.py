@@ -18,6 +18,7 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.commits: Counter[str] = Counter()  # by repository
+        self.requests: dict[str, dict] = {}  # what was asked for when a repository was made
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def __enter__(self):
@@ -41,6 +42,7 @@ class _Handler(BaseHTTPRequestHandler):
                 request["name"] if not request.get("organization") else f"{request['organization']}/{request['name']}"
             )
             files.setdefault(name, {})
+            self.server.requests.setdefault(name, request)
             self._json({"url": f"{self.server.url}/{name}", "id": name})
         elif path == "/api/validate-yaml":
             self._json({"errors": [], "warnings": []})

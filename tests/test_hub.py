@@ -49,7 +49,7 @@ vqgan = VQGANModel(JanusVQVAEConfig(
 ))
 FPMaskGITPipeline(image_model, vqgan).save_pretrained(folder / "pipeline")
 pipeline = FPMaskGITPipeline(image_model, tiny_image_tokenizer())
-pipeline.push_to_hub("tester/pipeline", private=True)
+pipeline.save_pretrained(folder / "pushed", push_to_hub=True, repo_id="tester/pipeline", private=True)
 loaded = {
     "made": pipeline,
     "hub": FPMaskGITPipeline.from_pretrained("tester/pipeline", revision="main", token="dummy"),
@@ -221,7 +221,7 @@ def test_a_pushed_pipeline_draws_the_same(hub):
     written = load_file(hub[1] / "written.safetensors")
     assert torch.equal(written["hub codes"], written["made codes"])
     assert torch.equal(written["hub images"], written["made images"])
-    assert hub[0].commits["tester/pipeline"] == 1
+    assert hub[0].commits["tester/pipeline"] == 1 and hub[0].requests["tester/pipeline"]["private"] is True
     card = ModelCard(hub[0].repositories["tester/pipeline"]["README.md"].decode())
     assert 'FPMaskGITPipeline.from_pretrained("tester/pipeline")' in card.text
     assert card.data.library_name == "fpmgm"

@@ -112,6 +112,7 @@ def test_pictures_and_masks_of_pixels_go_the_same_way(pipeline):
     image, mask = picture(48, 24), Image.new("L", (48, 24))
     mask.putpixel((12 + 2 * 9, 2 * 5), 255)
     mask.putpixel((5, 5), 255)  # cropped away
+    mask.putpixel((20, 20), 120)  # darker than half
     wanted = torch.zeros(9, dtype=torch.bool)
     wanted[1 * SIDE + 2] = True
     out = pipeline("church", image=image, mask=mask, num_steps=1, iterations=2, seed=0)
@@ -144,6 +145,7 @@ def test_several_pictures_with_a_mask_each(pipeline):
         ({"class_labels": ["church", 4]}, r"`class_labels`=\[1, 4\] must be .* from 0 to 2, or 3 for no class"),
         ({"class_labels": []}, r"`class_labels`=\[\] must be"),
         ({"num_images_per_class": 0}, "`num_images_per_class`=0 must be a whole number of pictures"),
+        ({"decode_batch_size": 0}, "`decode_batch_size`=0 must be a whole number of pictures"),
         ({"output_type": "jpg"}, r"`output_type`='jpg' must be one of \('pil', 'pt', 'np'\)"),
         ({"image": picture(12, 12)}, "`mask`=None: give `image` and"),
         ({"mask": grid_mask()}, "`image`=None: give `image` and"),
