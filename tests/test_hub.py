@@ -221,7 +221,7 @@ def test_a_pushed_pipeline_draws_the_same(hub):
     written = load_file(hub[1] / "written.safetensors")
     assert torch.equal(written["hub codes"], written["made codes"])
     assert torch.equal(written["hub images"], written["made images"])
-    assert hub[0].commits["tester/pipeline"] == 1 and hub[0].requests["tester/pipeline"]["private"] is True
+    assert hub[0].commits["tester/pipeline"] == 1 and hub[0].requests["tester/pipeline"]["visibility"] == "private"
     card = ModelCard(hub[0].repositories["tester/pipeline"]["README.md"].decode())
     assert 'FPMaskGITPipeline.from_pretrained("tester/pipeline")' in card.text
     assert card.data.library_name == "fpmgm"
