@@ -14,6 +14,8 @@ from .models.generation_mgm import GenerationStep, MGMGenerationConfig, MGMGener
 from .models.modeling_fpmaskgit import FPMaskGITModel
 from .models.modeling_fpmdlm import FPMDLMForMaskedDiffusion
 from .models.modeling_mgm import MGMOutput
+from .pictures import make_grid, reveal_frames, save_animation
+from .pipeline_fpmaskgit import FPMaskGITPipeline, FPMaskGITPipelineOutput
 from .streamers import TextStreamer
 
 
@@ -31,6 +33,8 @@ __all__ = [
     "FPMDLMForMaskedDiffusion",
     "FPMaskGITConfig",
     "FPMaskGITModel",
+    "FPMaskGITPipeline",
+    "FPMaskGITPipelineOutput",
     "GenerationStep",
     "MGMGenerationConfig",
     "MGMGenerationMixin",
@@ -40,5 +44,8 @@ __all__ = [
     "convert_to_fixed_point",
     "load_halton_maskgit",
     "load_mdlm",
+    "make_grid",
     "plan_budget",
+    "reveal_frames",
+    "save_animation",
 ]

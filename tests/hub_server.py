@@ -5,6 +5,7 @@ import base64
 import hashlib
 import json
 import re
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from urllib.parse import unquote, urlparse
@@ -16,6 +17,8 @@ class HubServer(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories: dict[str, dict[str, bytes]] = {}
+        self.commits: Counter[str] = Counter()  # by repository
+        self.requests: dict[str, dict] = {}  # what was asked for when a repository was made
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def __enter__(self):
@@ -39,6 +42,7 @@ class _Handler(BaseHTTPRequestHandler):
                 request["name"] if not request.get("organization") else f"{request['organization']}/{request['name']}"
             )
             files.setdefault(name, {})
+            self.server.requests.setdefault(name, request)
             self._json({"url": f"{self.server.url}/{name}", "id": name})
         elif path == "/api/validate-yaml":
             self._json({"errors": [], "warnings": []})
@@ -48,6 +52,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"files": [{**file, "shouldIgnore": False} for file in asked]})
         elif found := re.fullmatch(r"/api/models/(.+)/commit/[^/]+", path):
             repository = files[found[1]]
+            self.server.commits[found[1]] += 1
             for line in map(json.loads, body.decode().splitlines()):
                 if line["key"] == "file":
                     repository[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
@@ -63,8 +68,8 @@ class _Handler(BaseHTTPRequestHandler):
         if (found := re.fullmatch(r"/api/models/(.+?)(/revision/[^/]+)?", path)) and found[1] in files:
             names = [{"rfilename": name} for name in files[found[1]]]
             return self._json({"id": found[1], "sha": self._commit(files[found[1]]), "siblings": names, "tags": []})
-        if (found := re.fullmatch(r"/api/models/(.+)/tree/.+", path)) and found[1] in files:
-            return self._error(404, "EntryNotFound")  # asked for sub-folders only, and there are none
+        if (found := re.fullmatch(r"/api/models/(.+)/tree/[^/]+(/.+)?", path)) and found[1] in files:
+            return self._tree(files[found[1]], (found[2] or "").removeprefix("/"))
         if not (found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)) or found[1] not in files:
             return self._error(404, "RepoNotFound")
         if found[2] not in files[found[1]]:
@@ -74,6 +79,14 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, content, **{"ETag": etag, "X-Repo-Commit": self._commit(files[found[1]])})
 
     do_HEAD = do_GET
+
+    def _tree(self, repository: dict[str, bytes], folder: str) -> None:
+        """All files below a folder, which is what is asked for."""
+        below = {name: data for name, data in repository.items() if not folder or name.startswith(f"{folder}/")}
+        if not below:
+            return self._error(404, "EntryNotFound")
+        oids = {name: hashlib.sha1(data).hexdigest() for name, data in below.items()}
+        self._json([{"type": "file", "path": n, "size": len(d), "oid": oids[n]} for n, d in below.items()])
 
     def _commit(self, repository: dict[str, bytes]) -> str:
         return hashlib.sha1(repr(sorted(repository.items())).encode()).hexdigest()

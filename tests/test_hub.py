@@ -23,12 +23,13 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import save_file
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, JanusVQVAEConfig
 
-from fpmgm import FPMDLMForMaskedDiffusion, MGMGenerationConfig
+from fpmgm import FPMaskGITPipeline, FPMDLMForMaskedDiffusion, MGMGenerationConfig
 from fpmgm.data import train_tokenizer
+from fpmgm.models.modeling_vqgan import VQGANModel
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
-from tests.testing_utils import tiny_image_model, tiny_model
+from tests.testing_utils import tiny_image_model, tiny_image_tokenizer, tiny_model
 
 folder = Path(sys.argv[1])
 texts = ["the cat sat on the mat, and the other cat sat on the other mat"] * 4
@@ -42,6 +43,19 @@ model.save_pretrained(folder / "local")
 tokenizer.save_pretrained(folder / "local")
 image_model = tiny_image_model(num_register_tokens=2)
 image_model.save_pretrained(folder / "image")
+vqgan = VQGANModel(JanusVQVAEConfig(
+    num_patches=3, base_channels=32, channel_multiplier=[1, 1, 1], num_res_blocks=1, latent_channels=32, embed_dim=4,
+    num_embeddings=7,
+))
+FPMaskGITPipeline(image_model, vqgan).save_pretrained(folder / "pipeline")
+pipeline = FPMaskGITPipeline(image_model, tiny_image_tokenizer())
+pipeline.save_pretrained(folder / "pushed", push_to_hub=True, repo_id="tester/pipeline", private=True)
+loaded = {
+    "made": pipeline,
+    "hub": FPMaskGITPipeline.from_pretrained("tester/pipeline", revision="main", token="dummy"),
+    "local": FPMaskGITPipeline.from_pretrained(folder / "pipeline"),
+}
+drawn = {name: each([0, "LABEL_2"], budget=20, seed=4, output_type="pt") for name, each in loaded.items()}
 assert type(AutoModel.from_pretrained("tester/tiny")) is FPMDLMForMaskedDiffusion
 
 ids = torch.arange(16).view(2, 8) * 17 % 270
@@ -51,6 +65,8 @@ written = {
     "with_arguments": model.generate(batch_size=3, budget=24, temperature=1.0, top_k=None, reuse="3sr", seed=5),
     "with_its_own_configuration": model.generate(batch_size=3, seed=6),
     "codes": image_model.generate(batch_size=3, budget=24, seed=5),
+    **{f"{name} codes": out.codes for name, out in drawn.items()},
+    **{f"{name} images": out.images for name, out in drawn.items()},
 }
 save_file(written, folder / "written.safetensors")
 words = "the other cat – 😀"
@@ -104,7 +120,7 @@ sys.meta_path.insert(0, NotInstalled())
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModel, AutoModelForMaskedLM, AutoTokenizer, JanusVQVAE
 
 folder = Path(sys.argv[1])
 ids = load_file(folder / "written.safetensors")["ids"]
@@ -136,6 +152,16 @@ for source, place in {"hub": "tester/tiny", "local": str(folder / "local")}.item
     facts[f"{source} tokens"] = AutoTokenizer.from_pretrained(place, **remote)(words)["input_ids"]
 
 tensors["codes"] = AutoModel.from_pretrained(folder / "image", **remote).generate(batch_size=3, budget=24, seed=5)
+for source, place in {"hub": "tester/pipeline", "local": str(folder / "pipeline")}.items():
+    model, tokenizer = (AutoModel.from_pretrained(place, subfolder=part, **remote) for part in ("model", "vq"))
+    codes = model.generate(class_labels=[0, 2], budget=20, seed=4)
+    tensors |= {f"{source} codes": codes, f"{source} pixels": tokenizer.decode(codes)}
+    processor = AutoImageProcessor.from_pretrained(place, subfolder="processor")
+    facts[f"{source} pipeline"] = [processor.crop_size["height"], model.config.id2label[2]]
+part = AutoModel.from_pretrained(folder / "pipeline" / "model", **remote)  # a checkpoint of its own
+tensors["part codes"] = part.generate(class_labels=[0, 2], budget=20, seed=4)
+plain = JanusVQVAE.from_pretrained(folder / "pipeline", subfolder="vq").eval()
+tensors["plain pixels"] = plain.decode(codes).detach()
 
 trained = AutoModelForMaskedLM.from_pretrained("tester/trained", **remote)
 tensors |= {f"trained/{name}": tensor.clone() for name, tensor in trained.state_dict().items()}
@@ -189,6 +215,34 @@ def test_a_checkpoint_works_the_same_where_fpmgm_is_not_installed(hub, kind):
 def test_an_image_model_works_the_same_where_fpmgm_is_not_installed(hub):
     written, loaded = (load_file(hub[1] / name)["codes"] for name in ("written.safetensors", "loaded.safetensors"))
     assert torch.equal(loaded, written)
+
+
+def test_a_pushed_pipeline_draws_the_same(hub):
+    written = load_file(hub[1] / "written.safetensors")
+    assert torch.equal(written["hub codes"], written["made codes"])
+    assert torch.equal(written["hub images"], written["made images"])
+    assert hub[0].commits["tester/pipeline"] == 1 and hub[0].requests["tester/pipeline"]["visibility"] == "private"
+    card = ModelCard(hub[0].repositories["tester/pipeline"]["README.md"].decode())
+    assert 'FPMaskGITPipeline.from_pretrained("tester/pipeline")' in card.text
+    assert card.data.library_name == "fpmgm"
+    files = hub[0].repositories["tester/pipeline"]
+    assert files["modeling_xqgan.py"] == files["vq/modeling_xqgan.py"]  # the code is found from both places
+
+
+@pytest.mark.parametrize("source", ["hub", "local"])
+def test_the_parts_of_a_pipeline_work_the_same_where_fpmgm_is_not_installed(hub, source):
+    written, loaded = (load_file(hub[1] / name) for name in ("written.safetensors", "loaded.safetensors"))
+    assert torch.equal(loaded[f"{source} codes"], written[f"{source} codes"])
+    images = ((loaded[f"{source} pixels"] + 1) * 127.5).round().byte()
+    assert torch.equal(images, written[f"{source} images"])
+    assert len(images.unique()) > 20  # something that could differ
+    assert json.loads((hub[1] / "facts.json").read_text())[f"{source} pipeline"] == [12, "LABEL_2"]
+
+
+def test_a_part_of_a_pipeline_is_a_checkpoint_of_its_own(hub):
+    loaded = load_file(hub[1] / "loaded.safetensors")
+    assert torch.equal(loaded["part codes"], loaded["local codes"])
+    torch.testing.assert_close(loaded["plain pixels"].clamp(-1, 1), loaded["local pixels"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -249,3 +303,4 @@ def test_no_code_but_the_models_folder_is_pushed(hub):
     assert "modeling_fpmdlm.py" in code
     assert code <= models
     assert code == {name for name in server.repositories["tester/trained"] if name.endswith(".py")}
+    assert {Path(name).name for name in server.repositories["tester/pipeline"] if name.endswith(".py")} <= models

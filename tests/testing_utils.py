@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fpmgm import FPMaskGITConfig, FPMaskGITModel, FPMDLMConfig, FPMDLMForMaskedDiffusion
+from fpmgm.models.modeling_xqgan import XQGANConfig, XQGANModel
 
 
 SHARED = Path(os.environ.get("FPMGM_SHARED", Path(__file__).parents[2] / "shared"))
@@ -56,6 +57,21 @@ def tiny_image_config(**overrides) -> FPMaskGITConfig:
 def tiny_image_model(seed: int = 0, scale: float = 0.3, **overrides) -> FPMaskGITModel:
     """An image model with every weight drawn at random, in evaluation."""
     return _shaken(FPMaskGITModel, tiny_image_config(**overrides), seed, scale)
+
+
+def tiny_image_tokenizer(seed: int = 0, scale: float = 0.3, **overrides) -> XQGANModel:
+    """A tokenizer for `tiny_image_model`: 12 pixels, 3 × 3 of 7 codes, every weight drawn at random."""
+    defaults = {
+        "image_size": 12,
+        "patch_size": 4,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "codebook_size": 7,
+        "codebook_dim": 4,
+    }
+    return _shaken(XQGANModel, XQGANConfig(**{**defaults, **overrides}), seed, scale)
 
 
 def _shaken(model_class, config, seed: int, scale: float):

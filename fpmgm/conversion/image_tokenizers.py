@@ -6,6 +6,7 @@ Their weights are under licences of their own; XQGAN's is for non-commercial res
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -51,13 +52,14 @@ COUNTERS = (".codebook_used", ".ema_vocab_hit_SV", ".lvl1LC")  # buffers that co
 DINO_HEAD_SIZE = 64  # of every DINOv2 size
 
 
-def load_image_tokenizer(path_or_repo: str | Path, subfolder: str = "") -> VQGANModel | XQGANModel:
+def load_image_tokenizer(path_or_repo: str | Path, subfolder: str = "", **kwargs: Any) -> VQGANModel | XQGANModel:
     """Load an image tokenizer: pixels ↔ a grid of codes.
 
     Args:
         path_or_repo (`str` or `Path`): A folder or hub repository that `save_pretrained` wrote, or a file of LlamaGen
             (`vq_ds16_c2i.pt`) or XQGAN (`XQGAN-4096.pt`).
         subfolder (`str`, *optional*): Where in the folder or repository, such as `"vq"`. Empty: at its top.
+        kwargs: For `from_pretrained`: `revision`, `token`, `dtype`, `device_map`, … Not for a file.
 
     Returns:
         [`VQGANModel`] or [`XQGANModel`] in evaluation mode: both have `encode` and `decode`.
@@ -67,15 +69,20 @@ def load_image_tokenizer(path_or_repo: str | Path, subfolder: str = "") -> VQGAN
     """
     path = Path(path_or_repo)
     if path.suffix in (".pt", ".pth", ".safetensors"):
+        if kwargs:
+            raise ValueError(
+                f"{sorted(kwargs)} cannot be given with a file, `path_or_repo`={str(path)!r}: leave them out."
+            )
         state = _tensors(path, use_ema=True)
         return _xqgan(state, path) if "encoder.latent_tokens" in state else _llamagen(state, path, image_size=256)
-    config, _ = PreTrainedConfig.get_config_dict(path_or_repo, subfolder=subfolder)
+    config, _ = PreTrainedConfig.get_config_dict(path_or_repo, subfolder=subfolder, **kwargs)
     if config.get("model_type") not in IMAGE_TOKENIZERS:
         raise ValueError(
             f"`path_or_repo`={str(path_or_repo)!r} holds `model_type`={config.get('model_type')!r}, which is no image "
             f"tokenizer: known are {tuple(IMAGE_TOKENIZERS)}."
         )
-    return IMAGE_TOKENIZERS[config["model_type"]].from_pretrained(path_or_repo, subfolder=subfolder).eval()
+    tokenizer_class = IMAGE_TOKENIZERS[config["model_type"]]
+    return tokenizer_class.from_pretrained(path_or_repo, subfolder=subfolder, **kwargs).eval()
 
 
 def load_llamagen_vq(path: str | Path, image_size: int = 256, use_ema: bool = True) -> VQGANModel:

@@ -7,7 +7,8 @@ from transformers.utils import is_datasets_available
 if not is_datasets_available():
     raise ImportError("fpmgm.data needs datasets: pip install 'fpmgm[train]'")
 
-from .images import load_images, make_image_processor, prepare_codes
+from ..models.image_processing import make_image_processor
+from .images import load_images, prepare_codes
 from .text import load_text, pack
 from .tokenizer import add_mask_token, train_tokenizer
 

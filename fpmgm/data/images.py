@@ -29,7 +29,7 @@ from datasets import (
 )
 from tqdm.auto import tqdm
 from transformers import CLIPImageProcessorPil
-from transformers.utils import is_vision_available, logging
+from transformers.utils import logging
 
 from ..models.image_tokenizer import ImageTokenizerMixin
 
@@ -41,7 +41,6 @@ logger = logging.get_logger(__name__)
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 ZOOM = 1.1  # of the shortest edge, for ten crops
-RESAMPLES = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
 PART = 1024  # pictures that an interruption can cost at most
 PREPARATION = "preparation.json"
 
@@ -112,33 +111,6 @@ def _image_folders(folders: dict[str, Path]) -> DatasetDict:
         paths, labels = zip(*files, strict=True)
         datasets[split] = Dataset.from_dict({"image": list(paths), "label": list(labels)}, features=features)
     return DatasetDict(datasets)
-
-
-def make_image_processor(image_size: int, resample: str = "bilinear") -> CLIPImageProcessorPil:
-    """An image processor for tokenizers: shortest edge to `image_size`, centre crop, RGB, pixels in [-1, 1].
-
-    Args:
-        image_size (`int`): Pixels along one side.
-        resample (`str`, defaults to `"bilinear"`): `"nearest"`, `"lanczos"`, `"bilinear"` or `"bicubic"`.
-
-    Raises:
-        `ValueError`: for another `resample`.
-        `ImportError`: without Pillow.
-
-    >>> make_image_processor(32).size["shortest_edge"]
-    32
-    """
-    if not is_vision_available():
-        raise ImportError("pictures need Pillow: pip install 'fpmgm[images]'")
-    if resample not in RESAMPLES:
-        raise ValueError(f"`resample`={resample!r} must be one of {tuple(RESAMPLES)}.")
-    return CLIPImageProcessorPil(
-        size={"shortest_edge": image_size},
-        crop_size={"height": image_size, "width": image_size},
-        resample=RESAMPLES[resample],
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-    )
 
 
 def read_image(image: dict) -> "PILImage.Image":

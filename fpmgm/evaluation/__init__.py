@@ -4,6 +4,7 @@
 `fpmgm.evaluation.metrics` holds them as metrics of Hugging Face's `evaluate`.
 """
 
+from ..models.image_tokenizer import to_uint8
 from .budgets import budget_table, evaluate_budgets, measure_samples
 from .extractors import EfficientNetLiteExtractor, InceptionExtractor
 from .frontier import common_entropies, perplexity_at_entropy, undominated
@@ -15,7 +16,6 @@ from .images import (
     frechet_distance,
     image_statistics,
     inception_score,
-    to_uint8,
 )
 from .judge import Judge, generative_perplexity, load_judge
 from .likelihood import elbo_perplexity

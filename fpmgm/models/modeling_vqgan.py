@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The convolutional image tokenizer: LlamaGen's VQ-16 and smaller ones of its kind, on transformers' `JanusVQVAE`.
 
-Its folder is one of `JanusVQVAE`'s, which loads it where this library is not installed.
+Its folder is one of `JanusVQVAE`'s too, which loads it where this library is not installed.
 
 Shapes: B batch, S image size, H = W grid size, E codebook dimension.
 """
@@ -57,5 +57,7 @@ class VQGANModel(ImageTokenizerMixin, JanusVQVAE):
         """(B, 3, S, S) decoder output, of (B, H, W, E) quantised latents."""
         return self.decoder(self.post_quant_conv(latents.permute(0, 3, 1, 2)))
 
+
+VQGANModel.register_for_auto_class("AutoModel")
 
 __all__ = ["VQGANModel"]

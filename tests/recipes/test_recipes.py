@@ -15,10 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel
 
+from fpmgm import FPMaskGITPipeline
 from fpmgm.data import train_tokenizer
 from fpmgm.trainers import ConsistencyConfig, ConversionConfig, ImageTokenizerConfig, MGMTrainingConfig, SDTTConfig
 from fpmgm.trainers.arguments import LoraArguments, parse_arguments
-from tests.testing_utils import tiny_config
+from tests.testing_utils import tiny_config, tiny_image_model, tiny_image_tokenizer
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -30,6 +31,7 @@ import posttrain_consistency  # noqa: E402
 import prepare_images  # noqa: E402
 import quickstart  # noqa: E402
 import sample  # noqa: E402
+import sample_images  # noqa: E402
 import train_owt  # noqa: E402
 import train_vq  # noqa: E402
 from text_data import DataArguments  # noqa: E402
@@ -258,3 +260,30 @@ def test_pictures_train_a_tokenizer_that_encodes_them(tmp_path, capsys):
     codes = prepare_images.main([*argv, "--device", "cpu"])
     assert "train: 8 pictures, 0 unreadable, 16 rows" in capsys.readouterr().out
     assert codes["validation"]["class_labels"][:] == [1] * 4 and len(codes["train"][0]["input_ids"]) == 16
+
+
+def test_a_pipeline_draws_a_grid_and_an_animation_and_into_a_picture(tmp_path, capsys):
+    names = {0: "tench, Tinca tinca", 1: "3", 2: "gas pump"}
+    model = tiny_image_model(num_classes=None, id2label=names)
+    FPMaskGITPipeline(model, tiny_image_tokenizer()).save_pretrained(tmp_path / "pipeline")
+    config, folder = tmp_path / "config.yaml", tmp_path / "pictures"
+    config.write_text("class_labels: [gas pump, tench]\nnum_images_per_class: 2\nnum_steps: 5\nguidance_scale: 2.0\n")
+    argv = ["--config", str(config), "--model", str(tmp_path / "pipeline"), "--output_dir", str(folder)]
+    argv += ["--device", "cpu", "--budget", "25"]
+    out = sample_images.main(argv)
+    assert "4 picture(s)" in (printed := capsys.readouterr().out)
+    assert "5 steps, 25 block evaluations each, 25 more for guidance" in printed
+    files = ["0000-gas_pump.png", "0001-gas_pump.png", "0002-tench.png", "0003-tench.png", "grid.png", "reveal.gif"]
+    assert sorted(path.name for path in folder.iterdir()) == files
+    for name, drawn in zip(files, out.images, strict=False):
+        with Image.open(folder / name) as image:
+            assert image.tobytes() == drawn.tobytes()
+    with Image.open(folder / "grid.png") as grid, Image.open(folder / "reveal.gif") as reveal:
+        assert grid.size == reveal.size == (26, 26) and reveal.n_frames == 5
+
+    Image.new("RGB", (24, 12), "red").save(tmp_path / "image.png")
+    Image.linear_gradient("L").resize((24, 12)).save(tmp_path / "mask.png")  # white below
+    argv = [*argv, "--image", str(tmp_path / "image.png"), "--mask", str(tmp_path / "mask.png")]
+    out = sample_images.main([*argv, "--class_labels", "3", "2", "--budget", "10", "--num_steps", "2"])
+    assert out.class_labels.tolist() == [1, 1, 2, 2]  # "3" is a name here, "2" an id
+    assert (out.codes[:, :3] == out.codes[0, :3]).all() and (out.codes[:, 3:] != out.codes[0, 3:]).any()
