@@ -164,8 +164,10 @@ def main() -> None:
         measure(name, sequences, references, model, tokenizer, judge, args)
         for name, sequences in logging.tqdm(texts.items(), desc="texts")
     ]
+    names = {"text_files": [Path(file).name for file in args.text_files]}
+    names |= {name: Path(getattr(args, name)).name for name in ("model", "judge", "cache_dir", "output")}
     result = {
-        "arguments": vars(args),
+        "arguments": vars(args) | names,
         "length": length,
         "commit": commit(),
         "provenance": provenance(judge.model.device),
