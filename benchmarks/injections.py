@@ -132,25 +132,32 @@ def markdown(result: dict) -> str:
 
 
 def draw(result: dict, path: Path) -> None:
-    """Perplexity against steps and against time, one line for each run."""
+    """The last perplexity against the learning rate, and each injection's best run against time."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
+    for injection in INJECTIONS:
+        rows = [row for row in result["rows"] if row["injection"] == injection and row["perplexities"]]
+        ends, rates = [row["perplexities"][-1] for row in rows], [row["learning_rate"] for row in rows]
+        left.plot(rates, ends, color=COLORS[injection], marker=".", label=injection)
+        best = rows[int(np.argmin(ends))]
+        times = [step * result["step_seconds"][injection] for step in best["steps"]]
+        label = f"{injection}, {best['learning_rate']:g}"
+        right.plot(times, best["perplexities"], color=COLORS[injection], marker=".", label=label)
+    steps = result["arguments"]["max_steps"]
+    left.set(xlabel="learning rate", ylabel="validation perplexity", xscale="log", yscale="log")
     rates = sorted({row["learning_rate"] for row in result["rows"]})
-    styles = dict(zip(rates, itertools.cycle(("-", "--", "-.", ":", (0, (6, 2, 1, 2, 1, 2)))), strict=False))
-    for row in result["rows"]:
-        options = {"color": COLORS[row["injection"]], "linestyle": styles[row["learning_rate"]], "marker": "."}
-        label = f"{row['injection']}, {row['learning_rate']:g}"
-        left.plot(row["steps"], row["perplexities"], label=label, **options)
-        times = [step * result["step_seconds"][row["injection"]] for step in row["steps"]]
-        right.plot(times, row["perplexities"], **options)
-    left.set(xlabel="step", ylabel="validation perplexity", yscale="log")
-    left.yaxis.set_major_formatter("{x:.0f}")
-    left.yaxis.set_minor_formatter("{x:.0f}")
-    right.set(xlabel="seconds of training")
-    left.legend(fontsize=7, title="injection, learning rate", title_fontsize=7)
+    left.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    left.minorticks_off()
+    left.set_title(f"after {steps:,} steps", fontsize=10)
+    right.set_xlabel("seconds of training")
+    right.set_title("the best learning rate of each", fontsize=10)
     for axes in (left, right):
+        axes.yaxis.set_major_locator(LogLocator(subs=range(1, 10)))
+        axes.yaxis.set_major_formatter("{x:.0f}")
+        axes.legend(title="injection")
         axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=140)
 
