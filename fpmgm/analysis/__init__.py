@@ -8,8 +8,28 @@ if not is_matplotlib_available():
     raise ImportError("fpmgm.analysis needs matplotlib: pip install 'fpmgm[eval]'")
 
 from .denoising import plot_denoising
+from .divergence import lagged_divergence, overall, plot_lagged_divergence
 from .frontier import plot_frontier
 from .similarity import plot_similarity
+from .solver import SolverMeasurements, joined, measure_solver
+from .solver_pictures import plot_movement, plot_residuals, plot_start_distances
+from .trajectory import Trajectory, masked_trajectory, sampled_trajectory
 
 
-__all__ = ["plot_denoising", "plot_frontier", "plot_similarity"]
+__all__ = [
+    "SolverMeasurements",
+    "Trajectory",
+    "joined",
+    "lagged_divergence",
+    "masked_trajectory",
+    "measure_solver",
+    "overall",
+    "plot_denoising",
+    "plot_frontier",
+    "plot_lagged_divergence",
+    "plot_movement",
+    "plot_residuals",
+    "plot_similarity",
+    "plot_start_distances",
+    "sampled_trajectory",
+]

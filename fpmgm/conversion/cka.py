@@ -33,36 +33,39 @@ def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:
 def layer_similarity(
     model: nn.Module, batches: Iterable[torch.Tensor], times: tuple[float, ...] = TIMES, seed: int = 0
 ) -> torch.Tensor:
-    """Linear CKA between the outputs of all layers, a mean over times, (K, K).
+    """Linear CKA between the outputs of all layers in the order in which they run, a mean over times, (K, K).
+
+    Of a fixed-point model each iteration of the shared layers counts (`num_fixed_point_iterations` of them).
 
     Args:
-        model (`PreTrainedModel`): An explicit model (`num_fixed_point_layers=0`).
+        model (`PreTrainedModel`): Explicit or fixed-point.
         batches (`Iterable[torch.Tensor]`): (B, L) ids of real text or image codes; each is masked at every time.
         times (`tuple[float, ...]`, defaults to (0.1, 0.3, 0.5, 0.7, 0.9)): Diffusion times.
         seed (`int`, defaults to 0): Seed of the masks.
 
     Raises:
-        `ValueError`: for a fixed-point model, or no batch.
+        `ValueError`: for no batch.
     """
-    layers, batches = explicit_layers(model), list(batches)
+    batches = list(batches)
     if not batches:
         raise ValueError("`batches` is empty: give some real text as (batch, length) ids.")
-    training = model.training
-    outputs: list[list[torch.Tensor]] = [[] for _ in layers]
-    hooks = [layer.register_forward_hook(_keeper(kept)) for layer, kept in zip(layers, outputs, strict=True)]
-    similarities = []
+    training, outputs, similarities = model.training, [], []
+    shared = model.fixed_point.layers if model.config.num_fixed_point_layers else []
+    layers = [*model.pre_layers, *shared, *model.post_layers]
+    hooks = [layer.register_forward_hook(_keeper(outputs)) for layer in layers]
     try:
         model.eval()
         for time in times:
-            for kept in outputs:
-                kept.clear()
+            features = []  # for each batch, in running order, the outputs (N, D)
             for i, input_ids in enumerate(batches):
                 t = torch.full((len(input_ids),), time)
                 uniforms = mask_uniforms(input_ids.shape[1], *((seed, i, row) for row in range(len(input_ids))))
                 masked = uniforms < masked_probability(t)[:, None]
                 noisy, _ = mask_tokens(input_ids, masked, model.config.mask_token_id)
+                outputs.clear()
                 model(noisy.to(model.device), timesteps=t.to(model.device), output_logits=False)
-            features = [torch.cat(kept) for kept in outputs]  # each (N, D)
+                features.append(list(outputs))
+            features = [torch.cat(parts) for parts in zip(*features, strict=True)]  # each (N, D)
             similarities.append(torch.tensor([[linear_cka(x, y) for y in features] for x in features]))
     finally:
         model.train(training)

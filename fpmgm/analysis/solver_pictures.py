@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of what the solver does from step to step (Figure 3, Section 4.3.1, Figure 16).
+
+Shapes: B batch, T denoising steps, N iterations, U reuses, S reuse states.
+"""
+
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..models.reuse import REUSE_STATES, REUSES
+from .solver import SolverMeasurements
+
+
+STATE_STYLES = {  # of a position since the previous step; the colours of `plot_denoising`, darker
+    "changed": ("newly revealed", "#e07b1f"),
+    "masked": ("still masked", "#7f7f7f"),
+    "unchanged": ("visible", "#4f9d4f"),
+    "remasked": ("masked again", "#9467bd"),
+}
+REUSE_COLORS = {"none": "#8d99ae", "full": "#2b4570", "3sr": "#c8553d"}
+
+
+def plot_movement(measured: dict[str, SolverMeasurements], path: str | Path) -> Path:
+    """Draw how far fixed points move from one step to the next, by what happened to the token (Figure 3).
+
+    Args:
+        measured (`dict[str, SolverMeasurements]`): A panel for each name.
+        path (`str` or `Path`): Picture to write; the suffix is the format.
+
+    Returns:
+        `Path` of the picture.
+    """
+    figure = Figure(figsize=(1.2 + 4.4 * len(measured), 4), layout="constrained")
+    panels = figure.subplots(1, len(measured), sharey=True, squeeze=False)[0]
+    for axes, (name, found) in zip(panels, measured.items(), strict=True):
+        for state, (label, color) in STATE_STYLES.items():
+            curve = found.movement[:, REUSE_STATES.index(state)].nanmean(dim=-1)  # (T,)
+            if not curve.isnan().all():
+                axes.plot(_steps(curve), curve, color=color, marker=".", label=label)
+        _finish(axes, title=name, xlabel="denoising step")
+    panels[0].set_ylabel("movement ‖h*ₛ − h*ₛ₋₁‖ / ‖h*ₛ‖ of a token")
+    return _save(figure, path)
+
+
+def plot_start_distances(measured: dict[str, SolverMeasurements], path: str | Path) -> Path:
+    """Draw how far each reuse's start is from the solution, over all positions and by what happened to the token.
+
+    Args:
+        measured (`dict[str, SolverMeasurements]`): A row for each name.
+        path (`str` or `Path`): Picture to write; the suffix is the format.
+
+    Returns:
+        `Path` of the picture.
+    """
+    states = [s for s in STATE_STYLES if any(_has(found, s) for found in measured.values())]
+    size = (3.4 * (1 + len(states)), 0.6 + 2.9 * len(measured))
+    figure = Figure(figsize=size, layout="constrained")
+    rows = figure.subplots(len(measured), 1 + len(states), sharex=True, sharey="row", squeeze=False)
+    for (name, found), (whole, *by_state) in zip(measured.items(), rows, strict=True):
+        for u, reuse in enumerate(REUSES):
+            style = {"color": REUSE_COLORS[reuse], "marker": ".", "label": f"reuse {reuse}"}
+            curve = found.start_distances[u].mean(dim=-1)  # (T,)
+            whole.plot(_steps(curve), curve, **style)
+            for axes, state in zip(by_state, states, strict=True):
+                curve = found.start_distances_by_state[u, :, REUSE_STATES.index(state)].nanmean(dim=-1)
+                axes.plot(_steps(curve), curve, **style)
+        _finish(whole, title=f"{name}: all tokens", yscale="log", ylabel="‖h⁰ − h*‖ / ‖h*‖")
+        for axes, state in zip(by_state, states, strict=True):
+            _finish(axes, title=STATE_STYLES[state][0])
+    for axes in rows[-1]:
+        axes.set_xlabel("denoising step")
+    return _save(figure, path)
+
+
+def plot_residuals(measured: dict[str, SolverMeasurements], path: str | Path) -> Path:
+    """Draw the relative residual against the iteration, and at each step the first and the last one (Figure 16).
+
+    Args:
+        measured (`dict[str, SolverMeasurements]`): A row for each name.
+        path (`str` or `Path`): Picture to write; the suffix is the format.
+
+    Returns:
+        `Path` of the picture.
+    """
+    figure = Figure(figsize=(10, 0.6 + 3.4 * len(measured)), layout="constrained")
+    rows = figure.subplots(len(measured), 2, sharey="row", squeeze=False)
+    for (name, found), (by_iteration, by_step) in zip(measured.items(), rows, strict=True):
+        residuals = found.residuals.mean(dim=-1)  # (U, T, N)
+        steps, iterations = _steps(residuals[0]), torch.arange(residuals.shape[2]) + 1
+        for reuse, values in zip(REUSES, residuals, strict=True):
+            color = REUSE_COLORS[reuse]
+            by_iteration.plot(iterations, values[1:].mean(dim=0), color=color, marker="o", label=f"reuse {reuse}")
+            by_step.plot(steps, values[:, 0], color=color, linestyle="--", label=f"{reuse}, iteration 1")
+            by_step.plot(steps, values[:, -1], color=color, label=f"{reuse}, iteration {len(iterations)}")
+        label = "residual ‖F(h) − h‖ / ‖h‖"
+        _finish(by_iteration, title=f"{name}: mean over steps, without the first", yscale="log", ylabel=label)
+        _finish(by_step, title="first and last iteration of each step")
+        by_step.legend(fontsize=7, ncols=3)
+        by_iteration.set(xlabel="iteration", xticks=iterations)
+        by_step.set_xlabel("denoising step")
+    return _save(figure, path)
+
+
+def _steps(curve: torch.Tensor) -> torch.Tensor:
+    return torch.arange(len(curve)) + 1
+
+
+def _has(found: SolverMeasurements, state: str) -> bool:
+    return bool(found.shares[:, REUSE_STATES.index(state)].any())
+
+
+def _finish(axes: Axes, **settings: str) -> None:
+    axes.set(**settings)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    figure.savefig(path, dpi=120)
+    return Path(path)
