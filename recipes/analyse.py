@@ -61,7 +61,7 @@ class AnalysisArguments:
     num_steps: int = field(default=32, metadata={"help": "Denoising steps of the solver's pictures."})
     iterations: int = field(default=4, metadata={"help": "Fixed-point iterations of a step."})
     tolerance: float = field(default=1e-5, metadata={"help": "Relative residual of a solution."})
-    most_iterations: int = field(default=200, metadata={"help": "Iterations for a solution at most."})
+    most_iterations: int = field(default=100, metadata={"help": "Iterations for a solution at most."})
     lags: list[int] = field(default_factory=lambda: [1, 2, 3, 4], metadata={"help": "Steps between predictions."})
     lag_num_steps: list[int] = field(
         default_factory=lambda: [16, 32, 64], metadata={"help": "Denoising steps between which predictions change."}
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> dict:
     for name, model in models.items():
         found["models"][name] = {
             "parameters": model.num_parameters(),
-            "solver": solver_summary(solvers[name]) if name in solvers else None,
+            "solver": solver_summary(solvers[name], args.tolerance) if name in solvers else None,
             "lagged_divergence": divergence_summary(divergences[name], args.lags),
             "similarity": rounded(similarities[name]),
             "boundary": strongest_boundary(similarities[name]),
@@ -220,10 +220,10 @@ def named(states: list[Trajectory]) -> str:
 # --- what is written ---------------------------------------------------------------------------------------------
 
 
-def solver_summary(found: SolverMeasurements) -> dict:
-    """Means over the sequences."""
+def solver_summary(found: SolverMeasurements, tolerance: float) -> dict:
+    """Means over the sequences at each step; `solved`: the share of them whose solution was reached."""
     by_state = {k: getattr(found, k).nanmean(dim=-1) for k in ("shares", "movement", "absolute_movement")}
-    starts, starts_by_state = found.start_distances.mean(dim=-1), found.start_distances_by_state.nanmean(dim=-1)
+    starts, starts_by_state = (x.nanmean(dim=-1) for x in (found.start_distances, found.start_distances_by_state))
     return {
         **{k: dict(zip(REUSE_STATES, rounded(table.T), strict=True)) for k, table in by_state.items()},
         "start_distances": dict(zip(REUSES, rounded(starts), strict=True)),
@@ -232,7 +232,7 @@ def solver_summary(found: SolverMeasurements) -> dict:
             for reuse, table in zip(REUSES, starts_by_state, strict=True)
         },
         "residuals": dict(zip(REUSES, rounded(found.residuals.mean(dim=-1)), strict=True)),
-        "largest_solution_residual": found.solution_residuals.max().item(),
+        "solved": rounded((found.solution_residuals <= tolerance).float().mean(dim=-1)),
     }
 
 
@@ -272,10 +272,11 @@ def markdown(found: dict) -> str:
         lines += ["| model | reuse | start to h* | residual 1 | residual N |", "|---|---|---|---|---|"]
     for name, model in found["models"].items():
         for reuse in REUSES if model["solver"] else ():
-            start = median(model["solver"]["start_distances"][reuse][1:])
+            starts = [value for value in model["solver"]["start_distances"][reuse][1:] if value is not None]
             residuals = model["solver"]["residuals"][reuse][1:]
-            ends = [median(row[n] for row in residuals) for n in (0, -1)]
-            lines.append(f"| {name} | {reuse} | {start:.3g} | {ends[0]:.3g} | {ends[1]:.3g} |")
+            shown = [f"{median(starts):.3g}" if starts else ""]
+            shown += [f"{median(row[n] for row in residuals):.3g}" for n in (0, -1)]
+            lines.append(f"| {name} | {reuse} | {' | '.join(shown)} |")
     if lines:
         iterations = found["arguments"]["iterations"]
         lines.append(f"\nN = {iterations}. Medians over the steps but the first of means over the sequences.\n")

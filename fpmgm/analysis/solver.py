@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput, logging
 
-from ..models.fixed_point import relative_residual
 from ..models.reuse import REUSE_STATES, REUSES, reuse_states, reuse_weights, visible_fraction
 from .trajectory import Trajectory
 
@@ -32,9 +31,10 @@ class SolverMeasurements:
     Args:
         shares (`torch.Tensor`): (T, S, B) share of a sequence's positions in each state; 0 at the first step.
         movement (`torch.Tensor`): (T, S, B) mean over the positions of a state of ‖h*_s − h*_{s−1}‖ / ‖h*_s‖, the
-            norms over channels; NaN where there is none.
+            norms over channels; NaN where there is none, and where a solution was not reached.
         absolute_movement (`torch.Tensor`): (T, S, B) the same without the division, as in the paper's Figure 3.
-        start_distances (`torch.Tensor`): (U, T, B) ‖h⁰ − h*‖ / ‖h*‖ over all positions and channels.
+        start_distances (`torch.Tensor`): (U, T, B) ‖h⁰ − h*‖ / ‖h*‖ over all positions and channels; NaN where h* was
+            not reached.
         start_distances_by_state (`torch.Tensor`): (U, T, S, B) the same for each position, a mean over a state's.
         residuals (`torch.Tensor`): (U, T, N, B) relative residual of each iteration.
         solution_residuals (`torch.Tensor`): (T, B) that of the last iteration of h*.
@@ -61,20 +61,23 @@ def measure_solver(
     trajectory: Trajectory,
     num_iterations: int = 4,
     tolerance: float = 1e-5,
-    most_iterations: int = 200,
+    most_iterations: int = 100,
+    solver: str = "anderson",
     progress_bar: bool = False,
 ) -> SolverMeasurements:
     """Solve every step of a trajectory well, and again as a sampler would with each reuse.
 
-    h* is iterated from h_pre to a relative residual of `tolerance`. Each reuse goes its own way: its start is made of
-    what it found itself at the previous step in `num_iterations` iterations, with the γ of `model.generation_config`.
+    h* is found from h_pre, by Anderson acceleration where plain iteration would circle around it; without one that
+    reaches `tolerance` a sequence has no movement and no distances at that step. Each reuse goes its own way by plain
+    iteration: its start is made of what it found itself at the previous step, with the γ of `model.generation_config`.
 
     Args:
         model (`PreTrainedModel`): With fixed-point layers.
         trajectory ([`Trajectory`]): The states to solve for.
         num_iterations (`int`, defaults to 4): Iterations N of a step with each reuse.
         tolerance (`float`, defaults to 1e-5): Relative residual of h*.
-        most_iterations (`int`, defaults to 200): After which h* is taken as it is, with a warning.
+        most_iterations (`int`, defaults to 100): Iterations after which there is no h*.
+        solver (`str`, defaults to `"anderson"`): `"anderson"` or `"picard"`, for h*.
         progress_bar (`bool`, defaults to `False`): Whether to show the steps.
 
     Raises:
@@ -95,9 +98,10 @@ def measure_solver(
             states = torch.full_like(ids, -1)
             if before is not None:
                 states = reuse_states(before, ids, model.config.mask_token_id)
-            _, output = solve(model, **call, num_iterations=most_iterations, tolerance=tolerance)
-            solution = output.fixed_point_state
-            row = _movement(previous, solution, states) | {"solution_residuals": _last(output.residuals)}
+            _, output = solve(model, **call, num_iterations=most_iterations, tolerance=tolerance, solver=solver)
+            reached = _last(output.residuals)
+            solution = torch.where((reached <= tolerance)[:, None, None], output.fixed_point_state, float("nan"))
+            row = _movement(previous, solution, states) | {"solution_residuals": reached}
             starts, residuals = [], []
             for reuse in REUSES:
                 start = {} if before is None else reuse_options(model, reuse, before, ids, found[reuse])
@@ -113,8 +117,8 @@ def measure_solver(
     unsolved = (measured.solution_residuals > tolerance).float().mean().item()
     if unsolved > 0:
         logger.warning(
-            f"{unsolved:.1%} of the solutions h* stopped at `most_iterations`={most_iterations} above "
-            f"`tolerance`={tolerance}: give more, or see `solution_residuals` (F may be no contraction)."
+            f"{unsolved:.1%} of the solutions did not reach `tolerance`={tolerance} in `most_iterations`="
+            f"{most_iterations} and are left out: give more, or see `solution_residuals` (F may be no contraction)."
         )
     return measured
 
@@ -204,12 +208,13 @@ def _movement(previous: torch.Tensor | None, solution: torch.Tensor, states: tor
 
 def _distances(starts: list[torch.Tensor], solution: torch.Tensor, states: torch.Tensor) -> dict[str, torch.Tensor]:
     """How far the starts, U of (B, L + R, D), are from the solution: (U, B), and by state (U, S, B)."""
-    length, by_state = states.shape[1], []
-    size = solution[:, :length].norm(dim=-1)  # (B, L)
+    length, overall, by_state = states.shape[1], [], []
     for start in starts:
-        by_state.append(mean_by_state((start - solution)[:, :length].norm(dim=-1) / size, states))
-    overall = torch.stack([relative_residual(start, solution) for start in starts])
-    return {"start_distances": overall, "start_distances_by_state": torch.stack(by_state)}
+        distance = start - solution
+        overall.append(distance.flatten(1).norm(dim=1) / solution.flatten(1).norm(dim=1))
+        distance, size = distance[:, :length].norm(dim=-1), solution[:, :length].norm(dim=-1)  # (B, L)
+        by_state.append(mean_by_state(distance / size, states))
+    return {"start_distances": torch.stack(overall), "start_distances_by_state": torch.stack(by_state)}
 
 
 def _last(residuals: torch.Tensor) -> torch.Tensor:

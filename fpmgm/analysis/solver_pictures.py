@@ -6,6 +6,7 @@ Shapes: B batch, T denoising steps, N iterations, U reuses, S reuse states.
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -62,7 +63,7 @@ def plot_start_distances(measured: dict[str, SolverMeasurements], path: str | Pa
     for (name, found), (whole, *by_state) in zip(measured.items(), rows, strict=True):
         for u, reuse in enumerate(REUSES):
             style = {"color": REUSE_COLORS[reuse], "marker": ".", "label": f"reuse {reuse}"}
-            curve = found.start_distances[u].mean(dim=-1)  # (T,)
+            curve = found.start_distances[u].nanmean(dim=-1)  # (T,)
             whole.plot(_steps(curve), curve, **style)
             for axes, state in zip(by_state, states, strict=True):
                 curve = found.start_distances_by_state[u, :, REUSE_STATES.index(state)].nanmean(dim=-1)
@@ -115,7 +116,10 @@ def _has(found: SolverMeasurements, state: str) -> bool:
 def _finish(axes: Axes, **settings: str) -> None:
     axes.set(**settings)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    if any(np.isfinite(line.get_ydata()).any() for line in axes.lines):
+        axes.legend(fontsize=8)
+    else:
+        axes.text(0.5, 0.5, "no solution reached", ha="center", transform=axes.transAxes)
 
 
 def _save(figure: Figure, path: str | Path) -> Path:

@@ -72,6 +72,28 @@ def test_similarities_are_means_over_times_of_layers_run_one_by_one(pre):
     assert found.diagonal(offset=1).std() > 0.01
 
 
+def test_of_a_fixed_point_model_every_iteration_is_a_layer():
+    model = tiny_model(input_injection="linear", num_fixed_point_iterations=3)
+    parts = [model.pre_layers[0], *[model.fixed_point.layers[0]] * 3, model.post_layers[0]]
+    features = [[] for _ in parts]
+    with torch.no_grad():
+        for i, batch in enumerate(batches()):
+            for row, ids in enumerate(batch):
+                uniforms = torch.rand(LENGTH, generator=stream_generator(0, i, row))
+                h = model.embed_tokens(ids.masked_fill(uniforms < 0.999 * 0.5, MASK)[None])
+                conditioning = model.conditioning(None, h.device)
+                for k, layer in enumerate(parts):
+                    if k in (1, 2, 3):
+                        constant = model.fixed_point.constant(features[0][-1][None])
+                        h = model.fixed_point.injection(h, constant)
+                    h = layer(h, layer.modulation(conditioning), model.rotary(h))
+                    features[k].append(h[0])
+    features = [torch.cat(part) for part in features]
+    table = [[cka_by_kernels(x, y) for y in features] for x in features]
+    found = layer_similarity(model, batches(), times=(0.5,))
+    torch.testing.assert_close(found, torch.tensor(table), rtol=0, atol=1e-4)
+
+
 def test_a_generator_of_batches_is_read_once_and_the_model_left_as_it_is():
     model = explicit_model(dropout=0.5).train()
     hooks = [len(layer._forward_hooks) for layer in model.pre_layers]
@@ -114,6 +136,6 @@ def test_larger_stacks_stay_inside_the_model():
 
 def test_what_has_no_layers_to_compare_is_refused():
     with pytest.raises(ValueError, match="`num_fixed_point_layers`=1"):
-        layer_similarity(tiny_model(), batches())
+        auto_layer_map(tiny_model(), batches(), {"pre": 1, "fixed_point": 1, "post": 1})
     with pytest.raises(ValueError, match="`batches` is empty"):
         layer_similarity(explicit_model(), [])
