@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModel
 
 from fpmgm.analysis import masked_trajectory, measure_solver
 from fpmgm.conversion import layer_similarity
@@ -65,7 +66,7 @@ def test_text_is_analysed_once(folder, recipe, monkeypatch, capsys):
     assert (folder / "out/analysis.md").read_text() in capsys.readouterr().out
 
     # the numbers are those of the library on the same blocks
-    model = tiny_model(scale=0.1, input_injection="diagonal", vocab_size=259, mask_token_id=258)
+    model = AutoModel.from_pretrained(folder / "fp")
     blocks = torch.tensor(pack(load_text(str(folder / "text.txt")), tiny_judge().tokenizer, 8)[:3]["input_ids"])
     expected = measure_solver(model, masked_trajectory(model, blocks, 4, seed=[0, 1, 2]))
     residuals = torch.tensor(written["models"]["fp"]["solver"]["residuals"]["3sr"])
