@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> dict:
         found["models"][name] = {
             "parameters": model.num_parameters(),
             "solver": solver_summary(solvers[name], args.tolerance) if name in solvers else None,
-            "lagged_divergence": divergence_summary(divergences[name], args.lags),
+            "lagged_divergence": divergence_summary(divergences[name], next(iter(divergences.values())), args.lags),
             "similarity": rounded(similarities[name]),
             "boundary": strongest_boundary(similarities[name]),
         }
@@ -236,15 +236,20 @@ def solver_summary(found: SolverMeasurements, tolerance: float) -> dict:
     }
 
 
-def divergence_summary(found: dict[int, torch.Tensor], lags: list[int]) -> dict:
-    """For each number of steps and lag the mean over the sequences at each step, and over all."""
-    return {
-        num_steps: {
-            "mean": dict(zip(lags, rounded(overall(values)), strict=True)),
-            "by_step": dict(zip(lags, rounded(values.nanmean(dim=-1)), strict=True)),
+def divergence_summary(found: dict[int, torch.Tensor], first: dict[int, torch.Tensor], lags: list[int]) -> dict:
+    """For each number of steps and lag the mean over the sequences at each step and over all; the change of the latter
+    against the first model, with its standard error over the sequences, each with its own change."""
+    summary = {}
+    for num_steps, values in found.items():
+        changes = values.nanmean(dim=1) / first[num_steps].nanmean(dim=1) - 1  # (K, B)
+        columns = {
+            "mean": overall(values),
+            "by_step": values.nanmean(dim=-1),
+            "change": overall(values) / overall(first[num_steps]) - 1,
+            "standard_error_change": changes.std(dim=-1) / changes.shape[1] ** 0.5,
         }
-        for num_steps, values in found.items()
-    }
+        summary[num_steps] = {k: dict(zip(lags, rounded(column), strict=True)) for k, column in columns.items()}
+    return summary
 
 
 def rounded(values: torch.Tensor) -> list:
@@ -284,9 +289,15 @@ def markdown(found: dict) -> str:
     lines += [f"| model | steps | {' | '.join(f'KL, lag {lag}' for lag in lags)} |", f"|---|---|{'---|' * len(lags)}"]
     for name, model in found["models"].items():
         for num_steps, values in model["lagged_divergence"].items():
-            shown = " | ".join("" if v is None else f"{v:.4f}" for v in values["mean"].values())
-            lines.append(f"| {name} | {num_steps} | {shown} |")
-    lines.append("\nMean KL from a step to the one `lag` steps later at positions masked at both, nats.")
+            cells = [f"{mean:.4f}" for mean in values["mean"].values()]
+            if name != next(iter(found["models"])):
+                changes = zip(cells, values["change"].values(), values["standard_error_change"].values(), strict=True)
+                cells = [f"{mean} ({change:+.1%} ± {error:.1%})" for mean, change, error in changes]
+            lines.append(f"| {name} | {num_steps} | {' | '.join(cells)} |")
+    lines.append(
+        "\nMean KL in nats from a step to the one `lag` steps later, at positions masked at both; in brackets the "
+        "change against the first model, with the standard error over the sequences."
+    )
     return "\n".join(lines) + "\n"
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from ..models.head import FORBIDDEN, chunk_rows, wide
+from .axes import finish
 from .solver import denoiser_call
 from .trajectory import Trajectory
 
@@ -102,32 +103,28 @@ def plot_lagged_divergence(
     several = len(divergences) > 1
     figure = Figure(figsize=(14 if several else 9.5, 4.2), layout="constrained")
     along, against, *change = figure.subplots(1, 3 if several else 2)
-    first = {steps: overall(values) for steps, values in next(iter(divergences.values())).items()}
-    shown = {lags[0]: (0, "-"), lags[-1]: (-1, "--")}
+    reference = next(iter(divergences))
     for i, (name, by_steps) in enumerate(divergences.items()):
         longest = max(by_steps)
-        for lag, (k, line) in shown.items():
-            style = {"color": f"C{i}", "linestyle": line, "label": f"{name}, lag {lag}"}
-            curve = by_steps[longest][k].nanmean(dim=-1)  # (T,)
-            along.plot(torch.arange(longest) / longest, curve, **style)
+        for k, line in {0: "-", len(lags) - 1: "--"}.items():
+            style = {"color": f"C{i}", "linestyle": line, "label": name if k == 0 else None}
+            along.plot(torch.arange(longest) / longest, by_steps[longest][k].nanmean(dim=-1), **style)
             against.plot(list(by_steps), [overall(v)[k] for v in by_steps.values()], marker="o", **style)
-        if several and i > 0:
-            for marker, (steps, values) in zip("osD^v", by_steps.items(), strict=False):
-                relative = 100 * (overall(values) / first[steps] - 1)
+        if name != reference:
+            for marker, (steps, values) in zip("osD^v<>", by_steps.items(), strict=False):
+                relative = 100 * (overall(values) / overall(divergences[reference][steps]) - 1)
                 change[0].plot(lags, relative, color=f"C{i}", marker=marker, label=f"{name}, {steps} steps")
-    along.set(xlabel="step s / number of steps T", yscale="log", title=f"along {longest} steps")
-    along.set_ylabel("KL from step s to s + lag (nats)")
-    against.set(xlabel="number of steps T", xscale="log", yscale="log", title="mean over the steps")
-    against.set_xticks(list(first), [str(steps) for steps in first])
-    against.minorticks_off()
-    against.set_ylabel("KL from step s to s + lag (nats)")
+    shown = f"lag {lags[0]} (solid) and {lags[-1]} (dashed)"
+    label = "mean KL from step s to s + lag (nats)"
+    finish(along, log=True, title=f"{longest} steps, {shown}", xlabel="step s / number of steps T", ylabel=label)
+    against.set_xscale("log")
+    against.set_xticks(list(by_steps), [str(steps) for steps in by_steps])
+    against.set_xticks([], minor=True)
+    finish(against, log=True, title=f"mean over steps, {shown}", xlabel="number of steps T", ylabel=label)
     for axes in change:
         axes.axhline(0, color="#bbbbbb", linewidth=0.8)
-        axes.set(xlabel="lag (steps)", xticks=lags, title=f"against {next(iter(divergences))}")
-        axes.set_ylabel("change of the mean KL (%)")
-    for axes in (along, against, *change):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        labels = {"xlabel": "lag (steps)", "ylabel": "change of the mean KL (%)"}
+        finish(axes, title=f"against {reference}", xticks=lags, **labels)
     figure.savefig(path, dpi=120)
     return Path(path)
 

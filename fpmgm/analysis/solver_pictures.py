@@ -6,12 +6,11 @@ Shapes: B batch, T denoising steps, N iterations, U reuses, S reuse states.
 
 from pathlib import Path
 
-import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..models.reuse import REUSE_STATES, REUSES
+from .axes import finish
 from .solver import SolverMeasurements
 
 
@@ -41,8 +40,8 @@ def plot_movement(measured: dict[str, SolverMeasurements], path: str | Path) -> 
             curve = found.movement[:, REUSE_STATES.index(state)].nanmean(dim=-1)  # (T,)
             if not curve.isnan().all():
                 axes.plot(_steps(curve), curve, color=color, marker=".", label=label)
-        _finish(axes, title=name, xlabel="denoising step")
-    panels[0].set_ylabel("movement ‖h*ₛ − h*ₛ₋₁‖ / ‖h*ₛ‖ of a token")
+        finish(axes, log=True, title=name, xlabel="denoising step s")
+    panels[0].set_ylabel("movement of a token, ‖h*ₛ − h*ₛ₋₁‖ / ‖h*ₛ‖")
     return _save(figure, path)
 
 
@@ -59,7 +58,7 @@ def plot_start_distances(measured: dict[str, SolverMeasurements], path: str | Pa
     states = [s for s in STATE_STYLES if any(_has(found, s) for found in measured.values())]
     size = (3.4 * (1 + len(states)), 0.6 + 2.9 * len(measured))
     figure = Figure(figsize=size, layout="constrained")
-    rows = figure.subplots(len(measured), 1 + len(states), sharex=True, sharey="row", squeeze=False)
+    rows = figure.subplots(len(measured), 1 + len(states), sharex=True, sharey=True, squeeze=False)
     for (name, found), (whole, *by_state) in zip(measured.items(), rows, strict=True):
         for u, reuse in enumerate(REUSES):
             style = {"color": REUSE_COLORS[reuse], "marker": ".", "label": f"reuse {reuse}"}
@@ -68,9 +67,10 @@ def plot_start_distances(measured: dict[str, SolverMeasurements], path: str | Pa
             for axes, state in zip(by_state, states, strict=True):
                 curve = found.start_distances_by_state[u, :, REUSE_STATES.index(state)].nanmean(dim=-1)
                 axes.plot(_steps(curve), curve, **style)
-        _finish(whole, title=f"{name}: all tokens", yscale="log", ylabel="‖h⁰ − h*‖ / ‖h*‖")
+        label = "distance to h* at the start, ‖h⁰ − h*‖ / ‖h*‖"
+        finish(whole, log=True, title=f"{name}: all tokens", ylabel=label)
         for axes, state in zip(by_state, states, strict=True):
-            _finish(axes, title=STATE_STYLES[state][0])
+            finish(axes, legend=False, log=True, title=STATE_STYLES[state][0])
     for axes in rows[-1]:
         axes.set_xlabel("denoising step")
     return _save(figure, path)
@@ -94,14 +94,13 @@ def plot_residuals(measured: dict[str, SolverMeasurements], path: str | Path) ->
         for reuse, values in zip(REUSES, residuals, strict=True):
             color = REUSE_COLORS[reuse]
             by_iteration.plot(iterations, values[1:].mean(dim=0), color=color, marker="o", label=f"reuse {reuse}")
-            by_step.plot(steps, values[:, 0], color=color, linestyle="--", label=f"{reuse}, iteration 1")
-            by_step.plot(steps, values[:, -1], color=color, label=f"{reuse}, iteration {len(iterations)}")
-        label = "residual ‖F(h) − h‖ / ‖h‖"
-        _finish(by_iteration, title=f"{name}: mean over steps, without the first", yscale="log", ylabel=label)
-        _finish(by_step, title="first and last iteration of each step")
-        by_step.legend(fontsize=7, ncols=3)
-        by_iteration.set(xlabel="iteration", xticks=iterations)
-        by_step.set_xlabel("denoising step")
+            by_step.plot(steps, values[:, 0], color=color, linestyle="--")
+            by_step.plot(steps, values[:, -1], color=color)
+        label = "relative residual, ‖F(h) − h‖ / ‖h‖"
+        title = f"{name}: mean over the steps but the first"
+        finish(by_iteration, log=True, title=title, xlabel="iteration", ylabel=label, xticks=iterations)
+        title = f"iteration 1 (dashed) and {len(iterations)} (solid)"
+        finish(by_step, legend=False, log=True, title=title, xlabel="denoising step")
     return _save(figure, path)
 
 
@@ -111,15 +110,6 @@ def _steps(curve: torch.Tensor) -> torch.Tensor:
 
 def _has(found: SolverMeasurements, state: str) -> bool:
     return bool(found.shares[:, REUSE_STATES.index(state)].any())
-
-
-def _finish(axes: Axes, **settings: str) -> None:
-    axes.set(**settings)
-    axes.grid(alpha=0.3)
-    if any(np.isfinite(line.get_ydata()).any() for line in axes.lines):
-        axes.legend(fontsize=8)
-    else:
-        axes.text(0.5, 0.5, "no solution reached", ha="center", transform=axes.transAxes)
 
 
 def _save(figure: Figure, path: str | Path) -> Path:

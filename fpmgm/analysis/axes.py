@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the axes of several pictures share."""
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullLocator
+
+
+def finish(axes: Axes, legend: bool = True, log: bool = False, **settings: Any) -> None:
+    """Labels, grid and legend; on a logarithmic axis 1, 2 and 5 of each decade are written out.
+
+    Args:
+        axes (`Axes`): With its lines drawn.
+        legend (`bool`, defaults to `True`): Whether there is one.
+        log (`bool`, defaults to `False`): Whether y is logarithmic.
+        settings: Of `Axes.set`: `title`, `xlabel`, …
+    """
+    axes.set(**settings)
+    axes.grid(alpha=0.3)
+    if not any(np.isfinite(line.get_ydata()).any() for line in axes.lines):
+        axes.text(0.5, 0.5, "no solution was reached", ha="center", transform=axes.transAxes)
+    elif legend:
+        axes.legend(fontsize=8)
+    if log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
