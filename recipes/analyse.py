@@ -81,6 +81,7 @@ def main(argv: list[str] | None = None) -> dict:
     state = PartialState(cpu=args.device == "cpu")
     device, folder = args.device or str(state.device), Path(args.output_dir)
     models = {Path(path).name: AutoModel.from_pretrained(path).to(device).eval() for path in args.model}
+    check_comparable(args, models)
     first = next(iter(models.values()))
     given = data(args, first)
     states = {T: trajectories(args, first, given, T) for T in sorted({args.num_steps, *args.lag_num_steps})}
@@ -106,6 +107,15 @@ def main(argv: list[str] | None = None) -> dict:
         draw(folder, solvers, divergences, similarities, args)
         print(f"\n{markdown(found)}\n{folder}/analysis.json and pictures")
     return found
+
+
+def check_comparable(args: AnalysisArguments, models: dict[str, PreTrainedModel]) -> None:
+    """Raise a `ValueError` for models that share a name, or do not share their ids."""
+    if len(models) < len(args.model):
+        raise ValueError(f"`model`={args.model} has two of one name: rename a folder.")
+    ids = {name: (model.config.vocab_size, model.config.mask_token_id) for name, model in models.items()}
+    if len(set(ids.values())) > 1:
+        raise ValueError(f"`model`={args.model} differ in (vocabulary, mask id), {ids}: analyse them one by one.")
 
 
 # --- the states --------------------------------------------------------------------------------------------------
@@ -279,9 +289,8 @@ def markdown(found: dict) -> str:
         for reuse in REUSES if model["solver"] else ():
             starts = [value for value in model["solver"]["start_distances"][reuse][1:] if value is not None]
             residuals = model["solver"]["residuals"][reuse][1:]
-            shown = [f"{median(starts):.3g}" if starts else ""]
-            shown += [f"{median(row[n] for row in residuals):.3g}" for n in (0, -1)]
-            lines.append(f"| {name} | {reuse} | {' | '.join(shown)} |")
+            values = [median(starts) if starts else None, *(median(row[n] for row in residuals) for n in (0, -1))]
+            lines.append(f"| {name} | {reuse} | {' | '.join(shown(value, '.3g') for value in values)} |")
     if lines:
         iterations = found["arguments"]["iterations"]
         lines.append(f"\nN = {iterations}. Medians over the steps but the first of means over the sequences.\n")
@@ -289,16 +298,22 @@ def markdown(found: dict) -> str:
     lines += [f"| model | steps | {' | '.join(f'KL, lag {lag}' for lag in lags)} |", f"|---|---|{'---|' * len(lags)}"]
     for name, model in found["models"].items():
         for num_steps, values in model["lagged_divergence"].items():
-            cells = [f"{mean:.4f}" for mean in values["mean"].values()]
+            cells = [shown(mean, ".4f") for mean in values["mean"].values()]
             if name != next(iter(found["models"])):
-                changes = zip(cells, values["change"].values(), values["standard_error_change"].values(), strict=True)
-                cells = [f"{mean} ({change:+.1%} ± {error:.1%})" for mean, change, error in changes]
+                changes = zip(values["change"].values(), values["standard_error_change"].values(), strict=True)
+                changes = [f"({shown(change, '+.1%')} ± {shown(error, '.1%')})" for change, error in changes]
+                cells = [f"{mean} {change}" for mean, change in zip(cells, changes, strict=True)]
             lines.append(f"| {name} | {num_steps} | {' | '.join(cells)} |")
     lines.append(
         "\nMean KL in nats from a step to the one `lag` steps later, at positions masked at both; in brackets the "
         "change against the first model, with the standard error over the sequences."
     )
     return "\n".join(lines) + "\n"
+
+
+def shown(value: float | None, style: str) -> str:
+    """A number as text; nothing where there is none."""
+    return "–" if value is None else format(value, style)
 
 
 if __name__ == "__main__":

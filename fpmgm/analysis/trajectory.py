@@ -19,6 +19,7 @@ NOTHING_REUSED = {
     "gamma_masked": [0.0, 0.0],
     "gamma_changed": 0.0,
     "gamma_remasked": 0.0,
+    "skip_idle_steps": False,
 }
 
 
@@ -83,6 +84,9 @@ def masked_trajectory(
         seed (`int` or `list[int]`, defaults to 0): Of the order, as in `generate`.
         remask (`float`, *optional*): Mask tokens again, as in `generate`. `None`: what is revealed stays.
 
+    Raises:
+        `ValueError`: for `remask` where the model's order masks nothing again.
+
     Example:
 
     ```python
@@ -92,14 +96,16 @@ def masked_trajectory(
     ...     vocab_size=11, mask_token_id=10, hidden_size=8, num_attention_heads=2, intermediate_size=16,
     ...     conditioning_size=4, max_position_embeddings=4))
     >>> masked_trajectory(model, torch.tensor([[1, 2, 3, 4]]), num_steps=3).states[:, 0].tolist()
-    [[10, 10, 10, 10], [10, 2, 10, 10], [10, 2, 3, 10], [1, 2, 3, 4]]
+    [[10, 10, 10, 10], [1, 10, 10, 4], [1, 10, 3, 4], [1, 2, 3, 4]]
 
     ```
     """
     tokens, mask_token_id = input_ids.cpu(), model.config.mask_token_id
     wanted = torch.ones_like(tokens, dtype=torch.bool)
+    name, order = next(iter(model.orders.items()))
+    if remask is not None and name != "ancestral":
+        raise ValueError(f"`remask`={remask} needs a model of the order 'ancestral', not {name!r}: leave it out.")
     config = model.generation_config.updated(remask=remask, final="sample", order=None)
-    order = next(iter(model.orders.values()))
     schedule = order(wanted, wanted, num_steps, mask_token_id, config, seed, None).schedule
     masked, states = wanted.flatten(), []
     for reveals, remasks in zip(schedule.reveals, schedule.remasks, strict=True):

@@ -190,6 +190,8 @@ def test_tokens_that_are_masked_again_are_where_the_sampler_has_them():
     assert torch.equal(sampled.states == MASK, masked.states == MASK)
     again = (masked.states[1:] == MASK) & (masked.states[:-1] != MASK)
     assert again.any()
+    with pytest.raises(ValueError, match="`remask`=0\\.4 needs"):
+        masked_trajectory(lively_image_model(), torch.zeros(1, 9, dtype=torch.long), 3, remask=0.4)
 
 
 def test_images_keep_their_classes():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from transformers import AutoModel
 
 from fpmgm.analysis import masked_trajectory, measure_solver
@@ -96,7 +97,28 @@ def test_what_a_model_writes_is_analysed(folder, recipe, monkeypatch):
         recipe.main(argv)
 
 
-def test_too_little_text_is_refused(folder, recipe):
+def test_image_codes_are_analysed_with_their_classes(folder, recipe):
+    image = tiny_image_model(scale=0.1, input_injection="diagonal")
+    image.save_pretrained(folder / "image")
+    rows = {"input_ids": torch.randint(0, 7, (3, 9)).tolist(), "class_labels": [0, 2, 1]}
+    DatasetDict({"validation": Dataset.from_dict(rows)}).save_to_disk(folder / "codes")
+    argv = ["--model", str(folder / "image"), "--codes_dir", str(folder / "codes"), *FEW]
+    found = recipe.main([*argv, "--device", "cpu", "--output_dir", str(folder / "out")])
+    rows = Dataset.from_dict(rows).shuffle(seed=0).with_format("torch")[:3]
+    states = masked_trajectory(image, rows["input_ids"], 4, rows["class_labels"], [0, 1, 2])
+    expected = measure_solver(image, states).residuals.mean(dim=-1)
+    residuals = list(found["models"]["image"]["solver"]["residuals"].values())
+    torch.testing.assert_close(torch.tensor(residuals), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_what_cannot_be_compared_is_refused(folder, recipe):
+    other = tiny_model(vocab_size=12, mask_token_id=11)
+    other.save_pretrained(folder / "other")
+    quiet = ["--device", "cpu", "--output_dir", str(folder / "out")]
+    with pytest.raises(ValueError, match="differ in \\(vocabulary, mask id\\)"):
+        recipe.main(["--model", str(folder / "fp"), str(folder / "other"), *quiet])
+    with pytest.raises(ValueError, match="two of one name"):
+        recipe.main(["--model", str(folder / "fp"), f"{folder}/./fp", *quiet])
     argv = ["--model", str(folder / "fp"), "--text_files", str(folder / "text.txt"), "--num_sequences", "500"]
     with pytest.raises(ValueError, match="the data give 22 sequences, fewer than `num_sequences`=500"):
-        recipe.main([*argv, "--device", "cpu", "--output_dir", str(folder / "out")])
+        recipe.main([*argv, *quiet])
