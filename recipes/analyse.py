@@ -262,10 +262,10 @@ def divergence_summary(found: dict[int, torch.Tensor], first: dict[int, torch.Te
     return summary
 
 
-def rounded(values: torch.Tensor) -> list:
-    """Nested lists of five digits; `None` where there is no number."""
+def rounded(values: torch.Tensor) -> list | float | None:
+    """Nested lists of five digits; `None` where there is nothing to measure, or a residual without bound."""
     if values.dim() == 0:
-        return None if values.isnan() else float(f"{values.item():.5g}")
+        return float(f"{values.item():.5g}") if values.isfinite() else None
     return [rounded(value) for value in values]
 
 
@@ -282,37 +282,45 @@ def draw(folder: Path, solvers: dict, divergences: dict, similarities: dict, arg
 
 def markdown(found: dict) -> str:
     """How near the solver comes, and how much predictions change."""
-    lines = []
-    if any(model["solver"] for model in found["models"].values()):
-        lines += ["| model | reuse | start to h* | residual 1 | residual N |", "|---|---|---|---|---|"]
-    for name, model in found["models"].items():
-        for reuse in REUSES if model["solver"] else ():
-            starts = [value for value in model["solver"]["start_distances"][reuse][1:] if value is not None]
-            residuals = model["solver"]["residuals"][reuse][1:]
-            values = [median(starts) if starts else None, *(median(row[n] for row in residuals) for n in (0, -1))]
-            lines.append(f"| {name} | {reuse} | {' | '.join(shown(value, '.3g') for value in values)} |")
-    if lines:
-        iterations = found["arguments"]["iterations"]
-        lines.append(f"\nN = {iterations}. Medians over the steps but the first of means over the sequences.\n")
-    lags = found["arguments"]["lags"]
-    lines += [f"| model | steps | {' | '.join(f'KL, lag {lag}' for lag in lags)} |", f"|---|---|{'---|' * len(lags)}"]
-    for name, model in found["models"].items():
-        for num_steps, values in model["lagged_divergence"].items():
+    solvers = {name: model["solver"] for name, model in found["models"].items() if model["solver"]}
+    lines = solver_table(solvers, found["arguments"]["iterations"]) if solvers else []
+    divergences = {name: model["lagged_divergence"] for name, model in found["models"].items()}
+    return "\n".join([*lines, *divergence_table(divergences, found["arguments"]["lags"])]) + "\n"
+
+
+def solver_table(solvers: dict[str, dict], iterations: int) -> list[str]:
+    """A line for each model and reuse."""
+    lines = ["| model | reuse | start to h* | residual 1 | residual N |", "|---|---|---|---|---|"]
+    for name, solver in solvers.items():
+        for reuse in REUSES:
+            columns = [solver["start_distances"][reuse][1:]]
+            columns += [[row[n] for row in solver["residuals"][reuse][1:]] for n in (0, -1)]
+            # No number: a solution that was not reached, or a residual that left the numbers.
+            cells = [shown(None if None in column else median(column), ".3g") for column in columns]
+            lines.append(f"| {name} | {reuse} | {' | '.join(cells)} |")
+    return [*lines, f"\nN = {iterations}. Medians over the steps but the first of means over the sequences.\n"]
+
+
+def divergence_table(divergences: dict[str, dict], lags: list[int]) -> list[str]:
+    """A line for each model and number of steps."""
+    lines = [f"| model | steps | {' | '.join(f'KL, lag {lag}' for lag in lags)} |", f"|---|---|{'---|' * len(lags)}"]
+    for name, by_steps in divergences.items():
+        for num_steps, values in by_steps.items():
             cells = [shown(mean, ".4f") for mean in values["mean"].values()]
-            if name != next(iter(found["models"])):
+            if name != next(iter(divergences)):
                 changes = zip(values["change"].values(), values["standard_error_change"].values(), strict=True)
                 changes = [f"({shown(change, '+.1%')} ± {shown(error, '.1%')})" for change, error in changes]
                 cells = [f"{mean} {change}" for mean, change in zip(cells, changes, strict=True)]
             lines.append(f"| {name} | {num_steps} | {' | '.join(cells)} |")
-    lines.append(
+    note = (
         "\nMean KL in nats from a step to the one `lag` steps later, at positions masked at both; in brackets the "
         "change against the first model, with the standard error over the sequences."
     )
-    return "\n".join(lines) + "\n"
+    return [*lines, note]
 
 
 def shown(value: float | None, style: str) -> str:
-    """A number as text; nothing where there is none."""
+    """A number as text, a dash where there is none."""
     return "–" if value is None else format(value, style)
 
 

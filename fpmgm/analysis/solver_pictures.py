@@ -41,7 +41,7 @@ def plot_movement(measured: dict[str, SolverMeasurements], path: str | Path) -> 
             if not curve.isnan().all():
                 axes.plot(_steps(curve), curve, color=color, marker=".", label=label)
         finish(axes, log=True, title=name, xlabel="denoising step s")
-    panels[0].set_ylabel("movement of a token, ‖h*ₛ − h*ₛ₋₁‖ / ‖h*ₛ‖")
+    panels[0].set_ylabel("token's movement, ‖h*ₛ − h*ₛ₋₁‖ / ‖h*ₛ‖")
     return _save(figure, path)
 
 
@@ -67,7 +67,7 @@ def plot_start_distances(measured: dict[str, SolverMeasurements], path: str | Pa
             for axes, state in zip(by_state, states, strict=True):
                 curve = found.start_distances_by_state[u, :, REUSE_STATES.index(state)].nanmean(dim=-1)
                 axes.plot(_steps(curve), curve, **style)
-        label = "distance to h* at the start, ‖h⁰ − h*‖ / ‖h*‖"
+        label = "start to solution, ‖h⁰ − h*‖ / ‖h*‖"
         finish(whole, log=True, title=f"{name}: all tokens", ylabel=label)
         for axes, state in zip(by_state, states, strict=True):
             finish(axes, legend=False, log=True, title=STATE_STYLES[state][0])
