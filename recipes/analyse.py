@@ -11,6 +11,7 @@ residuals.png to `output_dir`. The same command goes on where it was interrupted
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -43,6 +44,9 @@ from fpmgm.evaluation import provenance
 from fpmgm.evaluation.store import ResultStore, digest, fingerprint, finish
 from fpmgm.models.reuse import REUSE_STATES, REUSES
 from fpmgm.trainers.arguments import parse_arguments
+
+
+STATES = {"changed": "newly revealed", "masked": "still masked", "unchanged": "visible", "remasked": "masked again"}
 
 
 @dataclass
@@ -290,15 +294,24 @@ def markdown(found: dict) -> str:
 
 def solver_table(solvers: dict[str, dict], iterations: int) -> list[str]:
     """A line for each model and reuse."""
-    lines = ["| model | reuse | start to h* | residual 1 | residual N |", "|---|---|---|---|---|"]
+    header = ["model", "reuse", "start to h*", *STATES.values(), "residual 1", "residual N"]
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     for name, solver in solvers.items():
         for reuse in REUSES:
-            columns = [solver["start_distances"][reuse][1:]]
-            columns += [[row[n] for row in solver["residuals"][reuse][1:]] for n in (0, -1)]
-            # No number: a solution that was not reached, or a residual that left the numbers.
-            cells = [shown(None if None in column else median(column), ".3g") for column in columns]
+            by_state = solver["start_distances_by_state"][reuse]
+            columns = [solver["start_distances"][reuse], *(by_state[state] for state in STATES)]
+            # A residual that is no number has left them.
+            columns += [
+                [math.inf if row[n] is None else row[n] for row in solver["residuals"][reuse]] for n in (0, -1)
+            ]
+            numbers = [[value for value in column[1:] if value is not None] for column in columns]
+            cells = [shown(median(column) if column else None, ".3g") for column in numbers]
             lines.append(f"| {name} | {reuse} | {' | '.join(cells)} |")
-    return [*lines, f"\nN = {iterations}. Medians over the steps but the first of means over the sequences.\n"]
+    note = (
+        f"\nN = {iterations}. Medians over the steps but the first of means over the sequences: ‖h⁰ − h*‖ / ‖h*‖ of all "
+        "tokens and of those of a kind; ‖F(h) − h‖ / ‖h‖ of the first and the last iteration.\n"
+    )
+    return [*lines, note]
 
 
 def divergence_table(divergences: dict[str, dict], lags: list[int]) -> list[str]:

@@ -87,7 +87,7 @@ def plot_residuals(measured: dict[str, SolverMeasurements], path: str | Path) ->
         `Path` of the picture.
     """
     figure = Figure(figsize=(10, 0.6 + 3.4 * len(measured)), layout="constrained")
-    rows = figure.subplots(len(measured), 2, sharey="row", squeeze=False)
+    rows = figure.subplots(len(measured), 2, sharey=True, squeeze=False)
     for (name, found), (by_iteration, by_step) in zip(measured.items(), rows, strict=True):
         residuals = found.residuals.mean(dim=-1)  # (U, T, N)
         steps, iterations = _steps(residuals[0]), torch.arange(residuals.shape[2]) + 1
