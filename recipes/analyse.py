@@ -308,8 +308,8 @@ def solver_table(solvers: dict[str, dict], iterations: int) -> list[str]:
             cells = [shown(median(column) if column else None, ".3g") for column in numbers]
             lines.append(f"| {name} | {reuse} | {' | '.join(cells)} |")
     note = (
-        f"\nN = {iterations}. Medians over the steps but the first of means over the sequences: ‖h⁰ − h*‖ / ‖h*‖ of all "
-        "tokens and of those of a kind; ‖F(h) − h‖ / ‖h‖ of the first and the last iteration.\n"
+        f"\nN = {iterations}. Medians over the steps but the first of means over the sequences: ‖h⁰ − h*‖ / ‖h*‖ of "
+        "all tokens and of those of a kind; ‖F(h) − h‖ / ‖h‖ of the first and the last iteration.\n"
     )
     return [*lines, note]
 

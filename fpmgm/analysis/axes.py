@@ -20,7 +20,7 @@ def finish(axes: Axes, legend: bool = True, log: bool = False, **settings: Any) 
     axes.set(**settings)
     axes.grid(alpha=0.3)
     if not any(np.isfinite(line.get_ydata()).any() for line in axes.lines):
-        axes.text(0.5, 0.5, "no solution was reached", ha="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, "nothing was measured", ha="center", transform=axes.transAxes)
     elif legend:
         axes.legend(fontsize=8)
     if log:
