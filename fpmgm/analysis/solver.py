@@ -104,8 +104,8 @@ def measure_solver(
             row = _movement(previous, solution, states) | {"solution_residuals": reached}
             starts, residuals = [], []
             for reuse in REUSES:
-                start = {} if before is None else reuse_options(model, reuse, before, ids, found[reuse])
-                start, output = solve(model, **call, **start, num_iterations=num_iterations)
+                options = {} if before is None else reuse_options(model, reuse, before, ids, found[reuse])
+                start, output = solve(model, **call, **options, num_iterations=num_iterations)
                 found[reuse] = output.fixed_point_state
                 starts.append(start)
                 residuals.append(output.residuals)

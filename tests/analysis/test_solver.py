@@ -135,7 +135,7 @@ def test_starts_and_residuals_follow_the_known_contraction():
 @pytest.mark.parametrize("make", [lively_model, lively_image_model])
 @pytest.mark.parametrize("reuse", ["full", "3sr"])
 def test_residuals_are_those_that_generate_reports(make, reuse):
-    model = make(num_fixed_point_layers=2)
+    model = make(num_fixed_point_layers=2, dropout=0.5)
     trajectory, out = states_of(model, seed=1, num_steps=4, iterations=3, reuse=reuse)
     found = measure_solver(model.train(), trajectory, num_iterations=3, most_iterations=3)
     torch.testing.assert_close(found.residuals[REUSES.index(reuse)], out.residuals.float(), rtol=1e-5, atol=0)
@@ -216,7 +216,7 @@ def test_divergence_by_hand():
 
 @pytest.mark.parametrize("layers", [{}, MDLM])
 def test_lagged_divergence_against_a_plain_loop(layers, monkeypatch):
-    model = lively_model(**layers)
+    model = lively_model(dropout=0.5, **layers)
     monkeypatch.setattr("fpmgm.analysis.divergence.chunk_rows", lambda vocab_size, device: 3)
     trajectory = masked_trajectory(model, torch.randint(0, MASK, (3, 8)), 5, seed=[0, 1, 2], remask=0.3)
     iterations = {"num_iterations": 4} if not layers else {}
