@@ -319,7 +319,7 @@ def divergence_table(divergences: dict[str, dict], lags: list[int]) -> list[str]
     lines = [f"| model | steps | {' | '.join(f'KL, lag {lag}' for lag in lags)} |", f"|---|---|{'---|' * len(lags)}"]
     for name, by_steps in divergences.items():
         for num_steps, values in by_steps.items():
-            cells = [shown(mean, ".4f") for mean in values["mean"].values()]
+            cells = [shown(mean, ".3g") for mean in values["mean"].values()]
             if name != next(iter(divergences)):
                 changes = zip(values["change"].values(), values["standard_error_change"].values(), strict=True)
                 changes = [f"({shown(change, '+.1%')} ± {shown(error, '.1%')})" for change, error in changes]

@@ -5,16 +5,17 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 
-def finish(axes: Axes, legend: bool = True, log: bool = False, **settings: Any) -> None:
+def finish(axes: Axes, legend: bool = True, log: bool = False, whole: bool = False, **settings: Any) -> None:
     """Labels, grid and legend; on a logarithmic axis 1, 2 and 5 of each decade are written out.
 
     Args:
         axes (`Axes`): With its lines drawn.
         legend (`bool`, defaults to `True`): Whether there is one.
         log (`bool`, defaults to `False`): Whether y is logarithmic.
+        whole (`bool`, defaults to `False`): Whether x counts something.
         settings: Of `Axes.set`: `title`, `xlabel`, …
     """
     axes.set(**settings)
@@ -23,6 +24,8 @@ def finish(axes: Axes, legend: bool = True, log: bool = False, **settings: Any) 
         axes.text(0.5, 0.5, "nothing was measured", ha="center", transform=axes.transAxes)
     elif legend:
         axes.legend(fontsize=8)
+    if whole:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if log:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -40,7 +40,7 @@ def plot_movement(measured: dict[str, SolverMeasurements], path: str | Path) -> 
             curve = found.movement[:, REUSE_STATES.index(state)].nanmean(dim=-1)  # (T,)
             if not curve.isnan().all():
                 axes.plot(_steps(curve), curve, color=color, marker=".", label=label)
-        finish(axes, log=True, title=name, xlabel="denoising step s")
+        finish(axes, log=True, whole=True, title=name, xlabel="denoising step s")
     panels[0].set_ylabel("token's movement, ‖h*ₛ − h*ₛ₋₁‖ / ‖h*ₛ‖")
     return _save(figure, path)
 
@@ -68,9 +68,9 @@ def plot_start_distances(measured: dict[str, SolverMeasurements], path: str | Pa
                 curve = found.start_distances_by_state[u, :, REUSE_STATES.index(state)].nanmean(dim=-1)
                 axes.plot(_steps(curve), curve, **style)
         label = "start to solution, ‖h⁰ − h*‖ / ‖h*‖"
-        finish(whole, log=True, title=f"{name}: all tokens", ylabel=label)
+        finish(whole, log=True, whole=True, title=f"{name}: all tokens", ylabel=label)
         for axes, state in zip(by_state, states, strict=True):
-            finish(axes, legend=False, log=True, title=STATE_STYLES[state][0])
+            finish(axes, legend=False, log=True, whole=True, title=STATE_STYLES[state][0])
     for axes in rows[-1]:
         axes.set_xlabel("denoising step")
     return _save(figure, path)
@@ -100,7 +100,7 @@ def plot_residuals(measured: dict[str, SolverMeasurements], path: str | Path) ->
         title = f"{name}: mean over the steps but the first"
         finish(by_iteration, log=True, title=title, xlabel="iteration", ylabel=label, xticks=iterations)
         title = f"iteration 1 (dashed) and {len(iterations)} (solid)"
-        finish(by_step, legend=False, log=True, title=title, xlabel="denoising step")
+        finish(by_step, legend=False, log=True, whole=True, title=title, xlabel="denoising step")
     return _save(figure, path)
 
 
