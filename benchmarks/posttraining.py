@@ -25,7 +25,7 @@ import convert_mdlm
 import distill_sdtt
 import posttrain_consistency
 import train_owt
-from provenance import machine
+from provenance import commit, machine
 
 
 CONFIGS = Path(__file__).resolve().parents[1] / "recipes/configs"
@@ -53,6 +53,10 @@ RUNS = {  # name: recipe, YAML, model to go on from, overrides, reuses to sample
         convert_mdlm, "convert_small", "mdlm", "--layer_map paper --max_steps {convert}", ["none", "full", "3sr"],
     ),
     "converted auto": (convert_mdlm, "convert_small", "mdlm", "--max_steps {convert}", ["none", "3sr"]),
+    "converted 1/6/12, diagonal": (
+        convert_mdlm, "convert_small", "mdlm",
+        "--layer_map paper --input_injection diagonal --max_steps {convert}", ["none", "full", "3sr"],
+    ),
     "converted, not initialised": (
         convert_mdlm, "convert_small", "mdlm", "--layer_map paper --initialize False --max_steps {convert}",
         ["none", "3sr"],
@@ -86,6 +90,7 @@ def train(name: str, args: argparse.Namespace) -> dict:
         done.write_text(
             json.dumps({
                 "command": command.replace(f"{CONFIGS.parents[1]}/", "").replace(args.work_dir, "WORK"),
+                "commit": commit(),
                 "steps": state["global_step"],
                 "perplexity_before": metrics.get("before_perplexity"),
                 "perplexity": metrics["eval_perplexity"],
