@@ -122,8 +122,10 @@ class Ledger:
         """
         if self.finite is not None and not self.finite:
             raise ValueError(
-                "the model's weights give logits that are not finite, so no token can be drawn: check the checkpoint "
-                "with `all(p.isfinite().all() for p in model.parameters())`, and lower the learning rate it came from."
+                "the model gives logits that are not finite, so no token can be drawn. If its weights are not finite "
+                "(`all(p.isfinite().all() for p in model.parameters())`), lower the learning rate they came from. If "
+                f"they are, its shared block is no contraction, and with `reuse`={self.config.reuse!r} its state grows "
+                "from step to step: use `reuse`='none', or train with `input_injection`='diagonal'."
             )
         if not self.config.return_dict_in_generate:
             return tokens
