@@ -15,16 +15,16 @@ from itertools import product
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import fpmgm  # noqa: F401  (registers the models)
-from fpmgm.data import load_text, pack
-from fpmgm.evaluation import Judge, budget_table, evaluate_budgets, load_judge, measure_samples, provenance
+from fpmgm.evaluation import Judge, NGramJudge, budget_table, evaluate_budgets, provenance
 from fpmgm.trainers.arguments import parse_arguments
+from judged_samples import JudgedSamplesArguments, cut, device_of, measure_text, open_judge, open_model
 
 
-@dataclass
-class EvaluationArguments:
+@dataclass(kw_only=True)
+class EvaluationArguments(JudgedSamplesArguments):
     """What to sample and how to judge it; an option of sampling left out takes the checkpoint's default."""
 
     model: list[str] = field(metadata={"help": "Folders or hub names."})
@@ -35,32 +35,22 @@ class EvaluationArguments:
     num_steps: int | None = field(default=None, metadata={"help": "Denoising steps; null: from the budget."})
     allocation: str | None = field(default=None, metadata={"help": "fixed, decreasing, increasing, cosine, ..."})
     num_samples: int = field(default=1024, metadata={"help": "Texts per row; the paper's MAUVE takes 5000."})
-    length: int | None = field(default=None, metadata={"help": "Tokens of a text; null: the model's longest."})
-    batch_size: int = field(default=8, metadata={"help": "Texts per call of the model."})
-    judge: str = field(default="gpt2-large", metadata={"help": "Causal language model: hub name, folder, .gguf file."})
-    judge_batch_size: int = field(default=8, metadata={"help": "Texts per call of the judge."})
-    max_length: int = field(default=1024, metadata={"help": "Tokens of a text that the judge reads."})
     reference_files: list[str] | None = field(default=None, metadata={"help": "Human text: gives MAUVE."})
     text_files: list[str] | None = field(default=None, metadata={"help": "Text to score like samples, cut alike."})
-    output_dir: str = field(default="evaluation", metadata={"help": "Where everything is written."})
-    seed: int = field(default=0, metadata={"help": "Of the samples."})
-    device: str | None = field(default=None, metadata={"help": "Where to run; null: a GPU where there is one."})
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:
     """Report on each model; returns what the JSON files hold."""
     (args,) = parse_arguments((EvaluationArguments,), __doc__, argv)
-    state = PartialState(cpu=args.device == "cpu")
-    device = args.device or str(state.device)
-    folder = Path(args.output_dir)
-    judge = load_judge(args.judge, device)
+    device, folder = device_of(args), Path(args.output_dir)
+    judge = open_judge(args, args.model, device)
     reports = {}
     for path in args.model:
-        tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).to(device).eval()
+        model, tokenizer = open_model(path, device)
         name = Path(path).name
         reports[name] = report(model, tokenizer, judge, args)
         reports[name] |= {"name": name, "arguments": asdict(args), "provenance": provenance(device)}
-        if state.is_main_process:
+        if PartialState().is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{name}.json").write_text(json.dumps(reports[name], indent=1) + "\n")
             (folder / f"{name}.md").write_text(markdown(reports[name]))
@@ -68,27 +58,21 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     return reports
 
 
-def report(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, judge: Judge, args) -> dict:
+def report(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, judge: Judge | NGramJudge, args) -> dict:
     """Rows of samples, and of the texts given."""
     length = args.length or model.config.max_position_embeddings
-    shared = {
-        "max_length": args.max_length,
-        "cache_dir": Path(args.output_dir) / "cache",
-        "progress_bar": PartialState().is_main_process,
-    }
+    shared = {**args.sampling, "progress_bar": PartialState().is_main_process}
     references = None
     if args.reference_files is not None:
-        blocks = cut(args.reference_files, tokenizer, length, args.num_samples, "reference_files")
+        blocks = cut(args.reference_files, tokenizer, length, args.num_samples, "reference_files", "num_samples")
         references = tokenizer.batch_decode(blocks, skip_special_tokens=True)
     rows = evaluate_budgets(
-        model, tokenizer, judge, args.budgets, settings(args, model), num_samples=args.num_samples, length=args.length,
-        batch_size=args.batch_size, judge_batch_size=args.judge_batch_size, references=references, seed=args.seed,
-        **shared,
+        model, tokenizer, judge, args.budgets, settings(args, model), num_samples=args.num_samples,
+        references=references, **shared,
     )  # fmt: skip
     found = {"parameters": model.num_parameters(), "rows": rows}
     if args.text_files is not None:
-        blocks = cut(args.text_files, tokenizer, length, args.num_samples, "text_files")
-        found["text"] = measure_samples(blocks, tokenizer, judge, batch_size=args.judge_batch_size, **shared)
+        found["text"] = measure_text(args, args.text_files, tokenizer, judge, length, args.num_samples)
     return found
 
 
@@ -100,14 +84,6 @@ def settings(args: EvaluationArguments, model: PreTrainedModel) -> list[dict]:
     reuses = args.reuse if model.config.num_fixed_point_layers else None
     choices = [[("reuse", value) for value in reuses or []], [("top_p", value) for value in args.top_p or []]]
     return [{**dict(pairs), **same} for pairs in product(*filter(None, choices))]
-
-
-def cut(files: list[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int, name: str) -> list[list[int]]:
-    """`count` blocks of `length` ids, as in training."""
-    blocks = pack(load_text(files), tokenizer, length)
-    if len(blocks) < count:
-        raise ValueError(f"`{name}` give {len(blocks)} texts of {length} tokens, fewer than `num_samples`={count}.")
-    return list(blocks.select(range(count))["input_ids"])
 
 
 def markdown(found: dict) -> str:

@@ -13,23 +13,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers import AutoModel, AutoTokenizer
 
 import fpmgm  # noqa: F401  (registers the models)
 from fpmgm.analysis import plot_frontier
 from fpmgm.evaluation import (
     common_entropies,
     evaluate_budgets,
-    load_judge,
     perplexity_at_entropy,
     provenance,
     undominated,
 )
 from fpmgm.trainers.arguments import parse_arguments
+from judged_samples import JudgedSamplesArguments, device_of, open_judge, open_model
 
 
-@dataclass
-class FrontierArguments:
+@dataclass(kw_only=True)
+class FrontierArguments(JudgedSamplesArguments):
     """What to sweep; other options of sampling are the checkpoints' defaults."""
 
     model: list[str] = field(metadata={"help": "Folders or hub names."})
@@ -41,14 +40,6 @@ class FrontierArguments:
         default=None, metadata={"help": "Where to compare; null: three over the range that all reach."}
     )
     num_samples: int = field(default=256, metadata={"help": "Texts per point."})
-    length: int | None = field(default=None, metadata={"help": "Tokens of a text; null: the model's longest."})
-    batch_size: int = field(default=8, metadata={"help": "Texts per call of the model."})
-    judge: str = field(default="gpt2-large", metadata={"help": "Causal language model: hub name, folder, .gguf file."})
-    judge_batch_size: int = field(default=8, metadata={"help": "Texts per call of the judge."})
-    max_length: int = field(default=1024, metadata={"help": "Tokens of a text that the judge reads."})
-    output_dir: str = field(default="evaluation", metadata={"help": "Where everything is written."})
-    seed: int = field(default=0, metadata={"help": "Of the samples."})
-    device: str | None = field(default=None, metadata={"help": "Where to run; null: a GPU where there is one."})
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -56,16 +47,14 @@ def main(argv: list[str] | None = None) -> dict:
     (args,) = parse_arguments((FrontierArguments,), __doc__, argv)
     if (args.temperature is None) == (args.top_p is None):
         raise ValueError("give `temperature` or `top_p`, one of them: the values to sweep.")
-    state = PartialState(cpu=args.device == "cpu")
-    device, folder = args.device or str(state.device), Path(args.output_dir)
-    judge = load_judge(args.judge, device)
+    device, folder = device_of(args), Path(args.output_dir)
+    judge = open_judge(args, args.model, device)
     curves: dict[str, list[dict]] = {}
     for path in args.model:
-        tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).to(device).eval()
+        model, tokenizer = open_model(path, device)
         rows = evaluate_budgets(
-            model, tokenizer, judge, args.budgets, settings(args), num_samples=args.num_samples, length=args.length,
-            batch_size=args.batch_size, judge_batch_size=args.judge_batch_size, max_length=args.max_length,
-            seed=args.seed, cache_dir=folder / "cache", progress_bar=True,
+            model, tokenizer, judge, args.budgets, settings(args), num_samples=args.num_samples, progress_bar=True,
+            **args.sampling,
         )  # fmt: skip
         for row in rows:
             curves.setdefault(f"{Path(path).name}, budget {row['budget']}", []).append(point(row))
@@ -79,7 +68,7 @@ def main(argv: list[str] | None = None) -> dict:
         "arguments": asdict(args),
         "provenance": provenance(device),
     }
-    if state.is_main_process:
+    if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "frontier.json").write_text(json.dumps(found, indent=1) + "\n")
         (folder / "frontier.md").write_text(markdown(found))

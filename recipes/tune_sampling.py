@@ -16,15 +16,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers import AutoModel, AutoTokenizer
 
 import fpmgm  # noqa: F401  (registers the models)
-from fpmgm.evaluation import evaluate_budgets, load_judge, provenance, sampling_candidates, successive_halving
+from fpmgm.evaluation import evaluate_budgets, provenance, sampling_candidates, successive_halving
 from fpmgm.trainers.arguments import parse_arguments
+from judged_samples import JudgedSamplesArguments, device_of, open_judge, open_model
 
 
-@dataclass
-class TuningArguments:
+@dataclass(kw_only=True)
+class TuningArguments(JudgedSamplesArguments):
     """What to tune, on which judge, with how many texts."""
 
     model: str = field(metadata={"help": "Folder, whose generation_config.json is rewritten, or hub name."})
@@ -34,14 +34,6 @@ class TuningArguments:
     factor: float = field(default=3.0, metadata={"help": "How many times fewer plans a rung has."})
     entropy_slack: float = field(default=0.05, metadata={"help": "Nats that a plan may lose against the defaults."})
     min_entropy: float | None = field(default=None, metadata={"help": "Least entropy, instead of the slack."})
-    length: int | None = field(default=None, metadata={"help": "Tokens of a text; null: the model's longest."})
-    batch_size: int = field(default=8, metadata={"help": "Texts per call of the model."})
-    judge: str = field(default="gpt2-large", metadata={"help": "Causal language model: hub name, folder, .gguf file."})
-    judge_batch_size: int = field(default=8, metadata={"help": "Texts per call of the judge."})
-    max_length: int = field(default=1024, metadata={"help": "Tokens of a text that the judge reads."})
-    output_dir: str = field(default="evaluation", metadata={"help": "Where the report is written."})
-    seed: int = field(default=0, metadata={"help": "Of the plans and the samples."})
-    device: str | None = field(default=None, metadata={"help": "Where to run; null: a GPU where there is one."})
 
 
 class Study:
@@ -49,17 +41,15 @@ class Study:
 
     def __init__(self, args: TuningArguments, device: str):
         self.args = args
-        self.judge = load_judge(args.judge, device)
-        self.tokenizer = AutoTokenizer.from_pretrained(args.model)
-        self.model = AutoModel.from_pretrained(args.model).to(device).eval()
+        self.judge = open_judge(args, [args.model], device)
+        self.model, self.tokenizer = open_model(args.model, device)
 
     def measure(self, budget: int, plan: dict, num_samples: int, seed: int) -> dict:
         """The row of a plan; earlier tuned plans play no part."""
         args, setting = self.args, {**plan, "tuned_plans": {}}
         return evaluate_budgets(
-            self.model, self.tokenizer, self.judge, [budget], [setting], num_samples=num_samples, length=args.length,
-            batch_size=args.batch_size, judge_batch_size=args.judge_batch_size, max_length=args.max_length, seed=seed,
-            cache_dir=Path(args.output_dir) / "cache",
+            self.model, self.tokenizer, self.judge, [budget], [setting], num_samples=num_samples,
+            **{**args.sampling, "seed": seed},
         )[0]  # fmt: skip
 
     def allowed(self, row: dict, default: dict) -> bool:
@@ -94,13 +84,12 @@ class Study:
 def main(argv: list[str] | None = None) -> dict:
     """Tune each budget and store the plans that win; returns what the JSON file holds."""
     (args,) = parse_arguments((TuningArguments,), __doc__, argv)
-    state = PartialState(cpu=args.device == "cpu")
-    device, folder = args.device or str(state.device), Path(args.output_dir)
+    device, folder = device_of(args), Path(args.output_dir)
     study = Study(args, device)
     results = [study.tune(budget) for budget in args.budgets]
     found = {"budgets": results, "judge": study.judge.name, "arguments": asdict(args)}
     found["provenance"] = provenance(device)
-    if state.is_main_process:
+    if PartialState().is_main_process:
         config = study.model.generation_config
         plans = {**config.tuned_plans, **{str(r["budget"]): r["plan"] if r["kept"] else None for r in results}}
         config = config.updated(tuned_plans={budget: plan for budget, plan in plans.items() if plan is not None})

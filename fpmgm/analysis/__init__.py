@@ -13,6 +13,7 @@ from .frontier import plot_frontier
 from .similarity import plot_similarity
 from .solver import SolverMeasurements, joined, measure_solver
 from .solver_pictures import plot_movement, plot_residuals, plot_start_distances
+from .sweeps import plot_allocations, plot_checkpoints, plot_gammas, plot_latency, plot_plans
 from .trajectory import Trajectory, masked_trajectory, sampled_trajectory
 
 
@@ -24,10 +25,15 @@ __all__ = [
     "masked_trajectory",
     "measure_solver",
     "overall",
+    "plot_allocations",
+    "plot_checkpoints",
     "plot_denoising",
     "plot_frontier",
+    "plot_gammas",
     "plot_lagged_divergence",
+    "plot_latency",
     "plot_movement",
+    "plot_plans",
     "plot_residuals",
     "plot_similarity",
     "plot_start_distances",

@@ -5,7 +5,8 @@
 """
 
 from ..models.image_tokenizer import to_uint8
-from .budgets import budget_table, evaluate_budgets, measure_samples
+from .budgets import budget_table, evaluate_budgets
+from .comparison import compare_values, pool_settings
 from .extractors import EfficientNetLiteExtractor, InceptionExtractor
 from .frontier import common_entropies, perplexity_at_entropy, undominated
 from .images import (
@@ -18,12 +19,14 @@ from .images import (
     inception_score,
 )
 from .judge import Judge, generative_perplexity, load_judge
+from .latency import measure_latency
 from .likelihood import elbo_perplexity
 from .mauve import mauve_score
 from .ngram import NGramJudge
 from .provenance import provenance
 from .samples import Samples, sample_sequences
 from .search import Trial, sampling_candidates, successive_halving
+from .sweep import grid, measure_samples, sweep
 from .text import distinct_n, repetition_rate, unigram_entropy
 
 
@@ -38,6 +41,7 @@ __all__ = [
     "Trial",
     "budget_table",
     "common_entropies",
+    "compare_values",
     "distinct_n",
     "elbo_perplexity",
     "evaluate_budgets",
@@ -45,17 +49,21 @@ __all__ = [
     "extract_features",
     "frechet_distance",
     "generative_perplexity",
+    "grid",
     "image_statistics",
     "inception_score",
     "load_judge",
     "mauve_score",
+    "measure_latency",
     "measure_samples",
     "perplexity_at_entropy",
+    "pool_settings",
     "provenance",
     "repetition_rate",
     "sample_sequences",
     "sampling_candidates",
     "successive_halving",
+    "sweep",
     "to_uint8",
     "undominated",
     "unigram_entropy",

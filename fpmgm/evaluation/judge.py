@@ -125,7 +125,11 @@ def generative_perplexity(
 
     title = f"scoring by {judge.name}" if progress_bar else None
     found = finish(store, [keys[start : start + batch_size] for start in starts], score, title)
-    scores = [found[key] for key in keys]  # (sum of log p, scored tokens, whether cut) of each text
+    return summary([found[key] for key in keys], protocol)
+
+
+def summary(scores: Sequence[tuple[float, int, bool]], protocol: dict[str, Any]) -> dict[str, Any]:
+    """What [`generative_perplexity`] returns, from each text's sum of log p, scored tokens, and whether it was cut."""
     scored = [(log_p, count) for log_p, count, _ in scores if count > 0]
     if not scored:
         raise ValueError("`texts` has no text of two tokens or more: there is nothing to score.")
@@ -141,8 +145,8 @@ def generative_perplexity(
             **protocol,
             "generative_perplexity": "exp of the mean over texts of the mean over tokens (equation 4)",
             "generative_perplexity_token_weighted": "exp of the mean over all tokens",
-            "num_samples": len(texts),
-            "num_unscored": len(texts) - len(scored),
+            "num_samples": len(scores),
+            "num_unscored": len(scores) - len(scored),
             "num_truncated": sum(cut for _, _, cut in scores),
             "num_tokens": tokens,
         },

@@ -4,7 +4,14 @@
 Its perplexity sees local fluency only and is no stand-in for a large language model's. Report it under its name.
 """
 
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
 import numpy as np
+
+from .judge import summary
 
 
 class NGramJudge:
@@ -17,9 +24,10 @@ class NGramJudge:
         sequences (`np.ndarray`): (N, L) token ids of the training text; an n-gram never spans two rows.
         vocab_size (`int`): Number of token ids, V.
         order (`int`, defaults to 4): Longest n-gram; V to this power must stay below 2⁶³.
+        name (`str`, *optional*): What its scores carry. `None`: such as `"4-gram model"`.
 
     Raises:
-        `ValueError`: if the vocabulary is too large for the order.
+        `ValueError`: if the vocabulary is too large for the order, or ids lie outside it.
 
     Example:
 
@@ -31,11 +39,27 @@ class NGramJudge:
     ```
     """
 
-    def __init__(self, sequences: np.ndarray, vocab_size: int, order: int = 4):
+    def __init__(self, sequences: np.ndarray, vocab_size: int, order: int = 4, name: str | None = None):
         if vocab_size**order >= 2**63:
             raise ValueError(f"`vocab_size`={vocab_size} to the power `order`={order} exceeds 2**63: lower the order.")
-        self.vocab_size, self.order = vocab_size, order
-        self.tables = [self._count(np.asarray(sequences, dtype=np.int64), n) for n in range(1, order + 1)]
+        self.vocab_size, self.order, self.name = vocab_size, order, name or f"{order}-gram model"
+        sequences = self._checked(sequences)
+        self.tables = [self._count(sequences, n) for n in range(1, order + 1)]
+
+    @cached_property
+    def weights(self) -> str:
+        """Short name of the counts, which scores carry."""
+        grams, counts = self.tables[-1][:2]
+        return hashlib.blake2b(grams.tobytes() + counts.tobytes(), digest_size=8).hexdigest()
+
+    def _checked(self, sequences: np.ndarray) -> np.ndarray:
+        sequences = np.asarray(sequences, dtype=np.int64)
+        if sequences.size and not 0 <= sequences.min() <= sequences.max() < self.vocab_size:
+            raise ValueError(
+                f"`sequences` hold ids from {sequences.min()} to {sequences.max()}, the vocabulary {self.vocab_size}: "
+                "judge and model must have one tokenizer."
+            )
+        return sequences
 
     def _keys(self, sequences: np.ndarray, n: int) -> np.ndarray:
         """(B, L − n + 1): one number for each n-gram, its last token in the lowest digit."""
@@ -50,7 +74,7 @@ class NGramJudge:
 
     def log_probabilities(self, sequences: np.ndarray) -> np.ndarray:
         """(B, L) natural log-probability of each token given those before it in its row."""
-        sequences = np.asarray(sequences, dtype=np.int64)
+        sequences = self._checked(sequences)
         probabilities = np.full(sequences.shape, 1 / self.vocab_size)
         for n, (grams, counts, contexts, totals, distinct) in enumerate(self.tables, start=1):
             if n > sequences.shape[1]:
@@ -67,6 +91,25 @@ class NGramJudge:
     def perplexity(self, sequences: np.ndarray) -> float:
         """exp of the mean over sequences of the mean negative log-probability; the first token, BOS, is given."""
         return float(np.exp(-self.log_probabilities(sequences)[:, 1:].mean(axis=1).mean()))
+
+    def generative_perplexity(self, sequences: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """What [`fpmgm.evaluation.generative_perplexity`] returns, of (B, L) token ids instead of texts.
+
+        Raises:
+            `ValueError`: if ids lie outside the vocabulary, or L is 1.
+        """
+        log_p = self.log_probabilities(np.asarray(sequences))[:, 1:]
+        protocol = {
+            "metric": "generative perplexity",
+            "judge": self.name,
+            "judge_weights": self.weights,
+            "tokenization": "none: the sequences' own token ids",
+            "max_length": log_p.shape[1] + 1,
+            "first_token": "given",
+            "end_of_text": "scored like any token",
+            "dtype": "float64",
+        }
+        return summary([(float(row.sum()), len(row), False) for row in log_p], protocol)
 
 
 def _lookup(table: np.ndarray, keys: np.ndarray) -> np.ndarray:

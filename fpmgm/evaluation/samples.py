@@ -69,17 +69,7 @@ def sample_sequences(
     Raises:
         `ValueError`: from `generate`.
     """
-    defaults = {name: value for name, value in model.generation_config.to_dict().items() if not name.startswith("_")}
-    protocol = {
-        "model": model.name_or_path,
-        "model_weights": fingerprint(model),
-        "generation_defaults": {name: value for name, value in defaults.items() if name != "transformers_version"},
-        "options": options,
-        "length": length or model.config.max_position_embeddings,
-        "batch_size": batch_size,
-        "seed": seed,
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
+    protocol = sampling_protocol(model, options, length, batch_size, seed)
     store = ResultStore(cache_dir, protocol)
     spans = [(start, min(start + batch_size, num_samples)) for start in range(0, num_samples, batch_size)]
     keys = [f"{start}-{stop}" for start, stop in spans]
@@ -89,7 +79,7 @@ def sample_sequences(
     def run(index: int) -> list[dict]:
         ran.append(index)
         seeds = [(seed << 32) + row for row in range(*spans[index])]
-        return [{**_timed_batch(model, seeds, length, options), "warms_up": len(ran) == 1}]
+        return [{**timed_batch(model, seeds, length, options), "warms_up": len(ran) == 1}]
 
     title = f"sampling {', '.join(f'{name} {value}' for name, value in options.items())}"
     found = finish(store, [[key] for key in keys], run, title if progress_bar else None)
@@ -106,7 +96,26 @@ def sample_sequences(
     )
 
 
-def _timed_batch(model: PreTrainedModel, seeds: list[int], length: int | None, options: dict[str, Any]) -> dict:
+def sampling_protocol(
+    model: PreTrainedModel, options: dict[str, Any], length: int | None, batch_size: int, seed: int
+) -> dict[str, Any]:
+    """All that samples depend on."""
+    defaults = model.generation_config.to_dict()
+    unused = {"transformers_version", *options}  # a default that an option replaces changes nothing
+    return {
+        "model": model.name_or_path,
+        "model_weights": fingerprint(model),
+        "generation_defaults": {k: v for k, v in defaults.items() if not k.startswith("_") and k not in unused},
+        "options": options,
+        "length": length or model.config.max_position_embeddings,
+        "batch_size": batch_size,
+        "seed": seed,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def timed_batch(model: PreTrainedModel, seeds: list[int], length: int | None, options: dict[str, Any]) -> dict:
+    """One call of `generate` by the clock, as plain values: from masked ids to the last token, nothing else."""
     _wait(model.device)
     start = time.perf_counter()
     out = model.generate(

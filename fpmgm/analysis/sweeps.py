@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of sweeps over sampling: plans, allocations, γ, checkpoints, latency (Figures 12 to 15, Tables 4 and 5).
+
+They draw rows of `fpmgm.evaluation.sweep`; what a row sets is `row["sampling"]["options"]`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+
+PERPLEXITY, ENTROPY = "generative_perplexity", "unigram_entropy"
+TITLES = {PERPLEXITY: "generative perplexity", ENTROPY: "unigram entropy (nats)"}
+COLORS = {PERPLEXITY: "viridis_r", ENTROPY: "viridis"}  # brighter is better
+MARKERS = "osD^vP*X"
+
+
+def plot_plans(rows: list[dict[str, Any]], config, path: str | Path, judge: str, budgets: list[int]) -> Path:
+    """Heat maps over steps and iterations per step, with lines of equal budget (Figure 13).
+
+    Args:
+        rows (`list[dict]`): Rows that set `num_steps` and `iterations`, a whole number. A cell without a row is blank.
+        config: The model's configuration with the three layer counts.
+        path (`str` or `Path`): Picture to write; the suffix is the format.
+        judge (`str`): Name of the judge, for the title.
+        budgets (`list[int]`): Block evaluations of the lines.
+
+    Returns:
+        `Path` of the picture.
+    """
+    steps, iterations = _values(rows, "num_steps"), _values(rows, "iterations")
+    figure = Figure(figsize=(3 + 1.5 * len(iterations), 1.7 + 0.55 * len(steps)), layout="constrained")
+    for axes, measure in zip(figure.subplots(1, 2), TITLES, strict=True):
+        _heat_map(axes, rows, measure, "num_steps", "iterations")
+        for budget in budgets:
+            _budget_line(axes, config, steps, iterations, budget)
+        axes.set(xlabel="fixed-point iterations per step", ylabel="denoising steps")
+    figure.suptitle(f"judge: {judge}; red: equal budgets of block evaluations", fontsize=9)
+    figure.savefig(path, dpi=150)
+    return Path(path)
+
+
+def plot_allocations(rows: list[dict[str, Any]], path: str | Path, judge: str) -> Path:
+    """Perplexity and entropy against the budget: a line per allocation, a column per reuse (Figure 14).
+
+    Args:
+        rows (`list[dict]`): Rows that set `budget`, `allocation` and `reuse`.
+        path (`str` or `Path`): Picture to write; the suffix is the format.
+        judge (`str`): Name of the judge, for the axis.
+
+    Returns:
+        `Path` of the picture.
+    """
+    reuses, allocations = _values(rows, "reuse"), _values(rows, "allocation")
+    figure = Figure(figsize=(1 + 3.7 * len(reuses), 6), layout="constrained")
+    panels = figure.subplots(2, len(reuses), sharex=True, sharey="row", squeeze=False, height_ratios=[2, 1])
+    for column, reuse in enumerate(reuses):
+        for place, allocation in enumerate(allocations):
+            line = _where(rows, reuse=reuse, allocation=allocation)
+            budgets = [_options(row)["budget"] for row in line]
+            for axes, measure in zip(panels[:, column], TITLES, strict=True):
+                _line(axes, budgets, line, measure, place, label=allocation)
+        panels[0, column].set_title(f"reuse {reuse}", fontsize=10)
+        _numbered(panels[1, column], _values(rows, "budget"))
+        panels[1, column].set_xlabel("budget (block evaluations)")
+    _label_rows(panels, judge)
+    panels[0, -1].legend(fontsize=8, title="allocation", title_fontsize=8)
+    figure.savefig(path, dpi=150)
+    return Path(path)
+
+
+def plot_gammas(rows: list[dict[str, Any]], path: str | Path, judge: str) -> Path:
+    """Heat maps over the γ of masked and of revealed tokens: a column per budget (Tables 4 and 5).
+
+    Args:
+        rows (`list[dict]`): Rows that set `budget`, `gamma_masked`, `gamma_changed` and `gamma_unchanged`; each of the
+            latter has columns of its own.
+        path (`str` or `Path`): Picture to write; the suffix is the format.
+        judge (`str`): Name of the judge, for the title.
+
+    Returns:
+        `Path` of the picture.
+    """
+    columns = [(b, g) for g in _values(rows, "gamma_unchanged") for b in _values(rows, "budget")]
+    changed, masked = _values(rows, "gamma_changed"), _values(rows, "gamma_masked")
+    size = (1.5 + len(columns) * (1.2 + 0.75 * len(changed)), 1.6 + 2 * (0.7 + 0.42 * len(masked)))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(2, len(columns), squeeze=False)
+    for column, (budget, unchanged) in enumerate(columns):
+        cell = _where(rows, budget=budget, gamma_unchanged=unchanged)
+        for axes, measure in zip(panels[:, column], TITLES, strict=True):
+            _heat_map(axes, cell, measure, "gamma_masked", "gamma_changed")
+            axes.set_xlabel("γ of revealed tokens")
+            axes.set_title(f"{TITLES[measure]}\nbudget {budget}, γ unchanged {unchanged:g}", fontsize=9)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("γ of masked tokens, from all\nmasked to all visible")
+    figure.suptitle(f"judge: {judge}", fontsize=9)
+    figure.savefig(path, dpi=150)
+    return Path(path)
+
+
+def plot_checkpoints(
+    rows: list[dict[str, Any]],
+    path: str | Path,
+    judge: str,
+    validation: list[dict[str, float]] | None = None,
+    increase: float | None = 0.15,
+) -> Path:
+    """Perplexity and entropy of samples over training, a line per budget, and validation perplexity (Figure 12).
+
+    Args:
+        rows (`list[dict]`): Rows that set `budget`, with their optimizer step as `step`.
+        path (`str` or `Path`): Picture to write; the suffix is the format.
+        judge (`str`): Name of the judge, for the axis.
+        validation (`list[dict]`, *optional*): `step` and `perplexity` on held-out text. `None`: not drawn.
+        increase (`float`, *optional*, defaults to 0.15): Drawn above the first validation perplexity, where
+            consistency training stops. `None`: not drawn.
+
+    Returns:
+        `Path` of the picture.
+    """
+    count = 3 if validation else 2
+    figure = Figure(figsize=(4 * count, 3.8), layout="constrained")
+    panels = figure.subplots(1, count)
+    for place, budget in enumerate(_values(rows, "budget")):
+        line = sorted(_where(rows, budget=budget), key=lambda row: row["step"])
+        for axes, measure in zip(panels, TITLES, strict=False):
+            _line(axes, [row["step"] for row in line], line, measure, place, label=f"budget {budget}")
+    panels[0].set(yscale="log", ylabel=f"generative perplexity\n({judge})")
+    panels[1].set_ylabel(TITLES[ENTROPY])
+    panels[1].legend(fontsize=8)
+    if validation:
+        points = sorted(validation, key=lambda point: point["step"])
+        panels[2].plot([p["step"] for p in points], [p["perplexity"] for p in points], color="black", marker=".")
+        panels[2].set_ylabel("validation perplexity")
+        if increase is not None:
+            limit = (1 + increase) * points[0]["perplexity"]
+            panels[2].axhline(limit, color="tab:red", linestyle="--", label=f"{increase:.0%} above the first")
+            panels[2].legend(fontsize=8)
+    for axes in panels:
+        axes.set_xlabel("optimizer steps")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+    return Path(path)
+
+
+def plot_latency(lines: dict[str, list[dict[str, Any]]], path: str | Path, judge: str) -> Path:
+    """Perplexity and entropy against seconds per sequence, points named by their budget (Figure 15).
+
+    Args:
+        lines (`dict[str, list[dict]]`): For each method rows that set `budget`, with `measure_latency`'s result as
+            `latency`.
+        path (`str` or `Path`): Picture to write; the suffix is the format.
+        judge (`str`): Name of the judge, for the axis.
+
+    Returns:
+        `Path` of the picture.
+    """
+    figure = Figure(figsize=(7.5, 6.2), layout="constrained")
+    panels = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1], squeeze=False)
+    for place, (name, rows) in enumerate(lines.items()):
+        rows = sorted(rows, key=lambda row: _options(row)["budget"])
+        seconds = [row["latency"]["seconds_per_sequence"] for row in rows]
+        for axes, measure in zip(panels[:, 0], TITLES, strict=True):
+            _line(axes, seconds, rows, measure, place, label=name)
+        for x, row in zip(seconds, rows, strict=True):
+            text, place_of_text = str(_options(row)["budget"]), {"xytext": (4, 4), "textcoords": "offset points"}
+            panels[0, 0].annotate(text, (x, row[PERPLEXITY]), fontsize=7, color=f"C{place}", **place_of_text)
+    _label_rows(panels, judge)
+    panels[0, 0].legend(fontsize=8)
+    panels[1, 0].set(xscale="log", xlabel="seconds per sequence (generation only); numbers: budgets")
+    figure.savefig(path, dpi=150)
+    return Path(path)
+
+
+# --- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def _options(row: dict[str, Any]) -> dict[str, Any]:
+    return row["sampling"]["options"]
+
+
+def _values(rows: list[dict[str, Any]], name: str) -> list[Any]:
+    """The different values of an argument: numbers and lists rising, names in the order of the rows."""
+    found = []
+    for row in rows:
+        if _options(row)[name] not in found:
+            found.append(_options(row)[name])
+    return found if isinstance(found[0], str) else sorted(found)
+
+
+def _where(rows: list[dict[str, Any]], **values: Any) -> list[dict[str, Any]]:
+    return [row for row in rows if all(_options(row)[name] == value for name, value in values.items())]
+
+
+def _line(axes: Axes, x: list[float], rows: list[dict[str, Any]], measure: str, place: int, label: str) -> None:
+    """A measure of the rows with its standard error, where it has one."""
+    errors = [row.get(f"{measure}_standard_error") or 0 for row in rows]
+    style = {"color": f"C{place}", "marker": MARKERS[place % len(MARKERS)], "markersize": 4, "linewidth": 1.2}
+    axes.errorbar(x, [row[measure] for row in rows], errors, capsize=2, label=label, **style)
+
+
+def _label_rows(panels: np.ndarray, judge: str) -> None:
+    panels[0, 0].set_yscale("log")
+    panels[0, 0].set_ylabel(f"generative perplexity ({judge})")
+    panels[1, 0].set_ylabel(TITLES[ENTROPY])
+    for axes in panels.flat:
+        axes.grid(alpha=0.3, which="both")
+
+
+def _numbered(axes: Axes, values: list[int]) -> None:
+    """A logarithmic axis that names the values themselves."""
+    axes.set_xscale("log")
+    axes.set_xticks(values, [str(value) for value in values])
+    axes.minorticks_off()
+
+
+def _heat_map(axes: Axes, rows: list[dict[str, Any]], measure: str, vertical: str, horizontal: str) -> None:
+    """A cell with its number for each pair of values."""
+    ys, xs = _values(rows, vertical), _values(rows, horizontal)
+    values = np.full((len(ys), len(xs)), np.nan)
+    for row in rows:
+        values[ys.index(_options(row)[vertical]), xs.index(_options(row)[horizontal])] = row[measure]
+    image = axes.imshow(
+        values, origin="lower", aspect="auto", cmap=COLORS[measure], norm="log" if measure == PERPLEXITY else None
+    )
+    for y, x in np.argwhere(~np.isnan(values)):
+        brightness = np.dot(image.cmap(image.norm(values[y, x]))[:3], (0.3, 0.6, 0.1))
+        color = "black" if brightness > 0.5 else "white"
+        axes.text(x, y, _short(values[y, x]), ha="center", va="center", fontsize=8, color=color)
+    axes.set_xticks(range(len(xs)), [str(x) for x in xs])
+    axes.set_yticks(range(len(ys)), [str(y) for y in ys])
+    axes.set_title(TITLES[measure], fontsize=10)
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:#.3g}"
+
+
+def _budget_line(axes: Axes, config, steps: list[int], iterations: list[int], budget: int) -> None:
+    """Where `budget` pays `steps` of how many iterations; between the cells both are linear."""
+    explicit, shared = config.num_pre_layers + config.num_post_layers, config.num_fixed_point_layers
+    if shared == 0:
+        return
+    x = np.linspace(0, len(iterations) - 1, 200)
+    paid = budget / (explicit + shared * np.interp(x, range(len(iterations)), iterations))
+    inside = (paid >= steps[0]) & (paid <= steps[-1])
+    if not inside.any():
+        return
+    y = np.interp(paid, steps, range(len(steps)))
+    axes.plot(x[inside], y[inside], color="tab:red", linestyle="--", linewidth=1)
+    place = (x[inside][0], y[inside][0])
+    axes.annotate(str(budget), place, fontsize=7, color="tab:red", xytext=(2, 3), textcoords="offset points")

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the recipes that judge samples share: their arguments, the judge, the model, the report's files."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from fpmgm.data import load_text, pack
+from fpmgm.evaluation import Judge, NGramJudge, load_judge, measure_samples
+
+
+@dataclass(kw_only=True)
+class JudgedSamplesArguments:
+    """How texts are drawn, who judges them, where everything goes."""
+
+    length: int | None = field(default=None, metadata={"help": "Tokens of a text; null: the model's longest."})
+    batch_size: int = field(default=8, metadata={"help": "Texts per call of the model."})
+    judge: str = field(default="gpt2-large", metadata={"help": "Causal language model: hub name, folder, .gguf file."})
+    judge_text_files: list[str] | None = field(
+        default=None, metadata={"help": "Text of a 4-gram judge, instead of `judge`: cheap, for small models."}
+    )
+    judge_blocks: int | None = field(default=None, metadata={"help": "Blocks that the 4-gram judge reads; null: all."})
+    judge_batch_size: int = field(default=8, metadata={"help": "Texts per call of the judge."})
+    max_length: int = field(default=1024, metadata={"help": "Tokens of a text that the judge reads."})
+    output_dir: str = field(default="evaluation", metadata={"help": "Where everything is written."})
+    seed: int = field(default=0, metadata={"help": "Of the samples."})
+    device: str | None = field(default=None, metadata={"help": "Where to run; null: a GPU where there is one."})
+
+    @property
+    def sampling(self) -> dict:
+        """Options of `sweep` and `evaluate_budgets`."""
+        return {
+            "length": self.length,
+            "batch_size": self.batch_size,
+            "judge_batch_size": self.judge_batch_size,
+            "max_length": self.max_length,
+            "seed": self.seed,
+            "cache_dir": Path(self.output_dir) / "cache",
+        }
+
+
+def device_of(args: JudgedSamplesArguments) -> str:
+    """The device asked for, or the one there is."""
+    state = PartialState(cpu=args.device == "cpu")
+    return args.device or str(state.device)
+
+
+def open_model(path: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A checkpoint, ready to sample."""
+    return AutoModel.from_pretrained(path).to(device).eval(), AutoTokenizer.from_pretrained(path)
+
+
+def open_judge(args: JudgedSamplesArguments, models: list[str], device: str) -> Judge | NGramJudge:
+    """The language model named, or a 4-gram model of text in the tokens that all `models` share."""
+    if args.judge_text_files is None:
+        return load_judge(args.judge, device)
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    for path in models[1:]:
+        if AutoTokenizer.from_pretrained(path).get_vocab() != tokenizer.get_vocab():
+            raise ValueError(
+                f"`judge_text_files`: {path!r} has another tokenizer than {models[0]!r}, and a 4-gram model judges "
+                "token ids: compare models of one tokenizer, or give a language model as `judge`."
+            )
+    length = args.length or AutoConfig.from_pretrained(models[0]).max_position_embeddings
+    blocks = cut(args.judge_text_files, tokenizer, length, args.judge_blocks, "judge_text_files", "judge_blocks")
+    name = f"4-gram model of {', '.join(Path(file).name for file in args.judge_text_files)}"
+    return NGramJudge(np.array(blocks), len(tokenizer), name=name)
+
+
+def cut(
+    files: list[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int | None, name: str, limit: str
+) -> list[list[int]]:
+    """The first `count` blocks of `length` ids, as in training (`None`: all); messages say `name` and `limit`."""
+    blocks = pack(load_text(files), tokenizer, length)
+    if count is not None and len(blocks) < count:
+        raise ValueError(f"`{name}` give {len(blocks)} texts of {length} tokens, fewer than `{limit}`={count}.")
+    return list((blocks if count is None else blocks.select(range(count)))["input_ids"])
+
+
+def measure_text(
+    args: JudgedSamplesArguments, files: list[str], tokenizer: PreTrainedTokenizerBase, judge: Judge | NGramJudge,
+    length: int, count: int,
+) -> dict:  # fmt: skip
+    """The measures of human text, cut like the samples."""
+    blocks = cut(files, tokenizer, length, count, "text_files", "num_samples")
+    judging = {"batch_size": args.judge_batch_size, "max_length": args.max_length}
+    return measure_samples(blocks, tokenizer, judge, **judging, cache_dir=args.sampling["cache_dir"])
