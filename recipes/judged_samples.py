@@ -88,3 +88,38 @@ def measure_text(
     blocks = cut(files, tokenizer, length, count, "text_files", "num_samples")
     judging = {"batch_size": args.judge_batch_size, "max_length": args.max_length}
     return measure_samples(blocks, tokenizer, judge, **judging, cache_dir=args.sampling["cache_dir"])
+
+
+def rows_table(rows: list[dict], names: list[str]) -> str:
+    """A line per row: what it sets, what it costs, what it measured."""
+    lines = [
+        f"| {' | '.join(names)} | steps | block evaluations | Gen. PPL ↓ | entropy ↑ | ms per text |",
+        f"|{'---|' * (len(names) + 5)}",
+    ]
+    for row in rows:
+        values = [str({**row, **row["sampling"]["options"]}[name]) for name in names]
+        error = row["generative_perplexity_standard_error"] or 0
+        lines.append(
+            f"| {' | '.join(values)} | {row['num_steps']} | {row['block_evaluations']} "
+            f"| {row['generative_perplexity']:.2f} ± {error:.2f} | {row['unigram_entropy']:.3f} "
+            f"| {row['milliseconds_per_sequence']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def markdown(found: dict, table: str) -> str:
+    """The table, human text, and how the numbers were made."""
+    row = found["rows"][0]
+    protocol, sampling = row["protocol"]["generative_perplexity"], row["sampling"]
+    lines = [table]
+    if "text" in found:
+        text = found["text"]
+        lines.append(
+            f"Human text: Gen. PPL {text['generative_perplexity']:.2f}, entropy {text['unigram_entropy']:.3f}.\n"
+        )
+    lines.append(
+        f"Gen. PPL ± standard error over texts: under {protocol['judge']}, mean over texts first (equation 4). Each "
+        f"row: {protocol['num_samples']} texts of {sampling['length']} tokens, the same seeds in all. Entropy: nats, "
+        f"of the model's tokens. `{found['provenance']['command']}`, on {found['provenance']['device']}.\n"
+    )
+    return "\n".join(lines)

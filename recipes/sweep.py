@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paper's sweeps over sampling, one command each:
 
-    python recipes/sweep.py plans --model outputs/cofre             steps against iterations (Figure 13)
-    python recipes/sweep.py allocations --model outputs/cofre       iterations over steps, equal budget (Table 22, Figure 14)
-    python recipes/sweep.py gammas --model outputs/cofre            γ of three-state reuse (Tables 4, 5); --write True
-    python recipes/sweep.py checkpoints --model outputs/cofre       over post-training (Figure 12)
-    python recipes/sweep.py latency --model outputs/mdlm outputs/cofre    quality against seconds (Figure 15, Table 23)
+    python recipes/sweep.py plans --model outputs/cofre          # steps against iterations (Figure 13)
+    python recipes/sweep.py allocations --model outputs/cofre    # iterations over steps (Table 22, Figure 14)
+    python recipes/sweep.py gammas --model outputs/cofre         # γ of three-state reuse (Tables 4, 5); --write True
+    python recipes/sweep.py checkpoints --model outputs/cofre    # over post-training (Figure 12)
+    python recipes/sweep.py latency --model outputs/mdlm outputs/cofre    # against seconds (Table 23, Figure 15)
 
 Each writes NAME.json (rows with protocols, provenance), NAME.md and NAME.png to `output_dir`, and goes on where it was
 interrupted. `--judge_text_files my_text.txt` takes a 4-gram model of that text as the judge: cheap, for small models.
@@ -32,12 +32,21 @@ from fpmgm.evaluation import (
     provenance,
     sweep,
 )
+from fpmgm.evaluation.store import fingerprint
 from fpmgm.models.budget import ALLOCATIONS
 from fpmgm.models.reuse import REUSES
 from fpmgm.trainers.arguments import parse_arguments
 from fpmgm.trainers.checkpoints import missing_files
 from fpmgm.trainers.ema import EMA_FILE
-from judged_samples import JudgedSamplesArguments, device_of, measure_text, open_judge, open_model
+from judged_samples import (
+    JudgedSamplesArguments,
+    device_of,
+    markdown,
+    measure_text,
+    open_judge,
+    open_model,
+    rows_table,
+)
 
 
 BUDGETS = [96, 192, 384, 768]  # the paper's
@@ -49,6 +58,11 @@ class SweepArguments(JudgedSamplesArguments):
 
     num_samples: int = field(default=256, metadata={"help": "Texts per row."})
     text_files: list[str] | None = field(default=None, metadata={"help": "Human text to score like samples."})
+
+    @property
+    def models(self) -> list[str]:
+        """Folders or hub names whose tokenizer the judge may need."""
+        return self.model if isinstance(self.model, list) else [self.model]
 
 
 @dataclass(kw_only=True)
@@ -101,6 +115,11 @@ class CheckpointsArguments(SweepArguments):
     budgets: list[int] = field(default_factory=lambda: BUDGETS, metadata={"help": "Block evaluations."})
     reuse: str = field(default="none", metadata={"help": "none (the paper's), full, 3sr."})
 
+    @property
+    def models(self) -> list[str]:
+        """A run that goes on has exported nothing yet."""
+        return [str(checkpoints_of(self.model)[-1][1])]
+
 
 @dataclass(kw_only=True)
 class LatencyArguments(SweepArguments):
@@ -124,12 +143,11 @@ def main(argv: list[str] | None = None) -> dict:
     arguments, run, draw, table = SWEEPS[name]
     (args,) = parse_arguments((arguments,), arguments.__doc__, argv[1:])
     device, folder = device_of(args), Path(args.output_dir)
-    models = args.model if isinstance(args.model, list) else [args.model]
-    judge = open_judge(args, models, device)
+    judge = open_judge(args, args.models, device)
     found = run(args, judge, device)
     found |= {"judge": judge.name, "arguments": asdict(args), "provenance": provenance(device)}
     if args.text_files is not None:
-        model, tokenizer = open_model(models[0], device)
+        model, tokenizer = open_model(args.models[0], device)
         length = args.length or model.config.max_position_embeddings
         found["text"] = measure_text(args, args.text_files, tokenizer, judge, length, args.num_samples)
     if PartialState().is_main_process:
@@ -253,8 +271,8 @@ def gammas_table(found: dict) -> str:
         add(pooled, "new texts" + (", the checkpoint's" if pooled["setting"] == found["default"] else ""))
     verdict = "better" if found["better"] else "not better"
     lines.append(
-        f"\nGen. PPL: geometric mean over budgets; entropy lost: at most, against the checkpoint's γ. On new texts the "
-        f"best is {verdict} than the checkpoint's.\n"
+        "\nGen. PPL: geometric mean over budgets; entropy lost: at most, against the checkpoint's γ. On new texts "
+        f"the best is {verdict} than the checkpoint's.\n"
     )
     return "\n".join(lines)
 
@@ -263,13 +281,17 @@ def gammas_table(found: dict) -> str:
 
 
 def run_checkpoints(args: CheckpointsArguments, judge, device: str) -> dict:
-    """Rows for each checkpoint, with its EMA where it has one, and the run's validation perplexities."""
-    folders = checkpoints_of(args.model)
+    """Rows for each checkpoint, with its EMA where it has one, and the export; the run's validation perplexities."""
+    folders, exported = checkpoints_of(args.model), Path(args.model)
     before = [] if args.before is None else [(0, Path(args.before))]
-    rows = []
-    for step, folder in [*before, *folders]:
+    after = [(folders[-1][0], exported)] if (exported / "config.json").is_file() else []
+    rows, last = [], None
+    for step, folder in [*before, *folders, *after]:
         model, tokenizer = open_model(str(folder), device)
         load_average(model, folder)
+        weights, last = last, fingerprint(model)
+        if weights == last:  # the export of the last checkpoint
+            continue
         options = {"num_samples": args.num_samples, "progress_bar": True, **args.sampling}
         settings = [{"reuse": args.reuse, "tuned_plans": {}}]
         found = evaluate_budgets(model, tokenizer, judge, args.budgets, settings, **options)
@@ -350,45 +372,7 @@ def latency_table(found: dict) -> str:
     protocol = found["rows"][0]["latency"]["protocol"]
     lines.append(
         f"\nLatency: from masked ids to the last token, mean of {protocol['timed_batches']} batches of "
-        f"{protocol['batch_size']} texts after {protocol['warmup_batches']} to warm up (F.11), on {protocol['device']}.\n"
-    )
-    return "\n".join(lines)
-
-
-# --- reports ---------------------------------------------------------------------------------------------------------
-
-
-def rows_table(rows: list[dict], names: list[str]) -> str:
-    """A line per row: what it sets, what it costs, what it measured."""
-    lines = [
-        f"| {' | '.join(names)} | steps | block evaluations | Gen. PPL ↓ | entropy ↑ | ms per text |",
-        f"|{'---|' * (len(names) + 5)}",
-    ]
-    for row in rows:
-        values = [str({**row, **row["sampling"]["options"]}[name]) for name in names]
-        error = row["generative_perplexity_standard_error"] or 0
-        lines.append(
-            f"| {' | '.join(values)} | {row['num_steps']} | {row['block_evaluations']} "
-            f"| {row['generative_perplexity']:.2f} ± {error:.2f} | {row['unigram_entropy']:.3f} "
-            f"| {row['milliseconds_per_sequence']:.1f} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def markdown(found: dict, table: str) -> str:
-    """The table, human text, and how the numbers were made."""
-    row = found["rows"][0]
-    protocol, sampling = row["protocol"]["generative_perplexity"], row["sampling"]
-    lines = [table]
-    if "text" in found:
-        text = found["text"]
-        lines.append(
-            f"Human text: Gen. PPL {text['generative_perplexity']:.2f}, entropy {text['unigram_entropy']:.3f}.\n"
-        )
-    lines.append(
-        f"Gen. PPL ± standard error over texts: under {protocol['judge']}, mean over texts first (equation 4). Each row: "
-        f"{protocol['num_samples']} texts of {sampling['length']} tokens, the same seeds in all rows. Entropy: nats, of "
-        f"the model's tokens. `{found['provenance']['command']}`, on {found['provenance']['device']}.\n"
+        f"{protocol['batch_size']} texts after {protocol['warmup_batches']} to warm up (F.11).\n"
     )
     return "\n".join(lines)
 

@@ -59,7 +59,7 @@ def plot_allocations(rows: list[dict[str, Any]], path: str | Path, judge: str) -
     panels = figure.subplots(2, len(reuses), sharex=True, sharey="row", squeeze=False, height_ratios=[2, 1])
     for column, reuse in enumerate(reuses):
         for place, allocation in enumerate(allocations):
-            line = _where(rows, reuse=reuse, allocation=allocation)
+            line = sorted(_where(rows, reuse=reuse, allocation=allocation), key=lambda row: _options(row)["budget"])
             budgets = [_options(row)["budget"] for row in line]
             for axes, measure in zip(panels[:, column], TITLES, strict=True):
                 _line(axes, budgets, line, measure, place, label=allocation)

@@ -17,6 +17,7 @@ from tests.testing_utils import tiny_model
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+sys.path.append(str(RECIPES))  # recipes import their neighbours
 
 
 def load(name: str):

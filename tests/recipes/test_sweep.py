@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe of the sweeps: rows against plain loops, what it writes is used, what it has done it does not repeat."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+from transformers import AutoModel
+
+from fpmgm.data import load_text, pack
+from fpmgm.evaluation import NGramJudge, unigram_entropy
+from fpmgm.models.budget import ALLOCATIONS, plan_budget
+from tests.evaluation.helpers import tiny_judge
+from tests.testing_utils import tiny_model
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+sys.path.append(str(RECIPES))  # recipes import their neighbours
+
+
+def load(name: str):
+    """A recipe under a name of its own."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+sweep = load("sweep")
+
+
+def model_of(seed: int, **options):
+    """A tiny model of the judge's tokenizer."""
+    tokenizer = tiny_judge().tokenizer
+    return tiny_model(seed, vocab_size=len(tokenizer), mask_token_id=tokenizer.mask_token_id, **options)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Two models with one tokenizer, a third with another, and some text."""
+    folder, tokenizer = tmp_path_factory.mktemp("sweeps"), tiny_judge().tokenizer
+    for name, layers in (("fp", 1), ("plain", 0)):
+        model_of(0, num_fixed_point_layers=layers).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    shutil.copytree(folder / "fp", folder / "other")
+    tokenizer.add_tokens(["fox"])
+    tokenizer.save_pretrained(folder / "other")
+    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 20)
+    return folder
+
+
+def arguments(folder: Path, output: Path, *extra: str) -> list[str]:
+    shared = ["--judge_text_files", str(folder / "text.txt"), "--judge_blocks", "50", "--device", "cpu"]
+    return [*shared, "--batch_size", "2", "--num_samples", "4", "--output_dir", str(output), *extra]
+
+
+def judge_of(folder: Path) -> NGramJudge:
+    """The judge that `arguments` ask for."""
+    tokenizer = tiny_judge().tokenizer
+    return NGramJudge(pack(load_text(str(folder / "text.txt")), tokenizer, 8)["input_ids"][:50], len(tokenizer))
+
+
+def expected(folder: Path, seed: int = 0, **options) -> tuple[float, float]:
+    """Perplexity and entropy by plain means."""
+    seeds = [(seed << 32) + row for row in range(4)]
+    drawn = AutoModel.from_pretrained(folder / "fp").generate(batch_size=4, seed=seeds, **options).numpy()
+    return judge_of(folder).perplexity(drawn), unigram_entropy(drawn)
+
+
+def test_plans_are_rows_of_steps_and_iterations_that_the_budget_pays(folder, tmp_path, capsys):
+    plans = ["--num_steps", "2", "4", "--iterations", "1", "3", "--budgets", "12", "--max_budget", "12"]
+    argv = ["plans", "--model", str(folder / "fp"), *plans, "--text_files", str(folder / "text.txt")]
+    found = sweep.main([*argv, *arguments(folder, tmp_path)])
+    assert json.loads((tmp_path / "plans.json").read_text()) == found
+    assert [(r["num_steps"], r["iterations"]) for r in found["rows"]] == [(2, [1, 1]), (2, [3, 3]), (4, [1] * 4)]
+    for row in found["rows"]:
+        perplexity, entropy = expected(folder, num_steps=row["num_steps"], iterations=row["iterations"], reuse="3sr")
+        assert row["generative_perplexity"] == pytest.approx(perplexity)
+        assert row["unigram_entropy"] == pytest.approx(entropy)
+        assert row["block_evaluations"] == row["num_steps"] * (2 + row["iterations"][0])
+    assert (tmp_path / "plans.png").stat().st_size > 1000
+    written = (tmp_path / "plans.md").read_text()
+    assert written in capsys.readouterr().out and "Human text: Gen. PPL" in written and "text.txt" in written
+
+
+def test_allocations_are_compared_at_equal_budget(folder, tmp_path):
+    argv = ["allocations", "--model", str(folder / "fp"), "--budgets", "12", "24", "--reuse", "none", "full"]
+    found = sweep.main([*argv, *arguments(folder, tmp_path)])
+    config = AutoModel.from_pretrained(folder / "fp").config
+    scores = {}
+    for row in found["rows"]:
+        option = row["sampling"]["options"]
+        plan = plan_budget(config, option["budget"], allocation=option["allocation"])
+        perplexity, _ = expected(folder, iterations=plan.iterations, reuse=option["reuse"])
+        assert row["generative_perplexity"] == pytest.approx(perplexity) and row["iterations"] == plan.iterations
+        scores[option["reuse"], option["budget"], option["allocation"]] = row["generative_perplexity"]
+    cells = {key[:2] for key in scores}
+    assert len(scores) == 4 * len(ALLOCATIONS)
+    for value in found["comparison"]:
+        name = value["allocation"]
+        assert value["mean_generative_perplexity"] == pytest.approx(sum(scores[(*c, name)] for c in cells) / 4)
+        best = [min(scores[(*c, other)] for other in ALLOCATIONS) for c in cells]
+        assert value["wins"] == sum(scores[(*c, name)] == b for c, b in zip(cells, best, strict=True))
+    assert (tmp_path / "allocations.png").stat().st_size > 1000
+
+
+def test_gammas_are_pooled_over_budgets_and_compared_with_the_checkpoints_on_new_texts(folder, tmp_path):
+    argv = ["gammas", "--model", str(folder / "fp"), "--budgets", "12", "24", "--gamma_masked", "0:0.3"]
+    argv += ["--gamma_changed", "0", "0.9", "--entropy_slack", "9", *arguments(folder, tmp_path)]
+    found = sweep.main(argv)
+    default = {"gamma_masked": [0.75, 0.9], "gamma_changed": 0.2, "gamma_unchanged": 1.0}  # not on the grid: added
+    others = [{"gamma_masked": [0.0, 0.3], "gamma_changed": g, "gamma_unchanged": 1.0} for g in (0.0, 0.9)]
+
+    def mean(gammas: dict, seed: int) -> float:
+        scores = [expected(folder, seed, budget=budget, reuse="3sr", **gammas)[0] for budget in (12, 24)]
+        return (scores[0] * scores[1]) ** 0.5
+
+    means = {json.dumps(gammas): mean(gammas, 0) for gammas in (default, *others)}
+    assert {json.dumps(p["setting"]): p["generative_perplexity"] for p in found["pooled"]} == pytest.approx(means)
+    assert json.dumps(found["pooled"][0]["setting"]) == min(means, key=means.get)
+    for pooled in found["new_texts"]:
+        assert pooled["generative_perplexity"] == pytest.approx(mean(pooled["setting"], 1))
+    assert (tmp_path / "gammas.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match=r"`gamma_masked` has '0.5', but takes ranges such as 0\.75:0\.9"):
+        sweep.main([*argv, "--gamma_masked", "0.5"])
+    with pytest.raises(ValueError, match=r"`gamma_changed`=1\.5 must lie in"):
+        sweep.main([*argv, "--gamma_changed", "1.5"])
+
+
+def judged(scores: dict, entropies: dict):
+    """In place of `sweep`: rows with the perplexity of (seed, γ of revealed tokens) and the entropy of (budget, γ)."""
+
+    def rows(model, tokenizer, judge, settings, *, seed, **unused):
+        return [
+            {
+                "generative_perplexity": scores[seed, s["gamma_changed"]],
+                "generative_perplexity_standard_error": None,
+                "unigram_entropy": entropies.get((s["budget"], s["gamma_changed"]), 3.0),
+                "protocol": {"generative_perplexity": {"judge": "tables", "num_samples": 1}},
+                "sampling": {"options": s, "length": 8},
+            }
+            for s in settings
+        ]
+
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("on_new_texts", "entropies", "written"),
+    [
+        (4.0, {}, 0.9),
+        (6.0, {}, None),  # new texts do not agree
+        (4.0, {(24, 0.9): 2.9}, 0.5),  # the best one loses entropy at one of the budgets: the next
+        (4.0, {(24, 0.9): 2.9, (12, 0.5): 2.9}, None),
+    ],
+)
+def test_the_best_gammas_are_written_if_new_texts_agree_and_generate_uses_them(
+    folder, tmp_path, monkeypatch, on_new_texts, entropies, written
+):
+    shutil.copytree(folder / "fp", tmp_path / "fp")
+    config_file = tmp_path / "fp" / "generation_config.json"
+    before = json.loads(config_file.read_text())
+    scores = {(0, 0.2): 5.0, (0, 0.5): 4.5, (0, 0.9): 4.0, (1, 0.2): 5.0, (1, 0.5): 4.5, (1, 0.9): on_new_texts}
+    monkeypatch.setattr(sweep, "sweep", judged(scores, entropies))
+    argv = ["gammas", "--model", str(tmp_path / "fp"), "--budgets", "12", "24", "--gamma_masked", "0.75:0.9"]
+    argv += ["--gamma_changed", "0.2", "0.5", "0.9", *arguments(folder, tmp_path)]
+    assert sweep.main(argv)["better"] == (written is not None)
+    assert json.loads(config_file.read_text()) == before  # without `write`
+    sweep.main([*argv, "--write", "True"])
+    after = json.loads(config_file.read_text())
+    assert {name for name in after if after[name] != before[name]} == ({"gamma_changed"} if written else set())
+    if written:
+        old, new = (AutoModel.from_pretrained(path / "fp") for path in (folder, tmp_path))
+        drawn = new.generate(batch_size=16, budget=24, seed=0)
+        assert drawn.equal(old.generate(batch_size=16, budget=24, seed=0, gamma_changed=written))
+        assert not drawn.equal(old.generate(batch_size=16, budget=24, seed=0))
+
+
+def test_checkpoints_are_judged_with_the_weights_that_they_would_export(folder, tmp_path):
+    models = {step: model_of(step) for step in (2, 10, 12)}
+    for step, model in models.items():
+        checkpoint = tmp_path / "run" / f"checkpoint-{step}"
+        shutil.copytree(folder / "fp", checkpoint)
+        if step == 10:  # its own weights are others than the average beside them
+            save_file(model.state_dict(), checkpoint / "ema.safetensors")
+        else:
+            model.save_pretrained(checkpoint)
+        history = [
+            {"step": 0, "eval_perplexity": 9.0},
+            {"step": 1, "loss": 2.0},
+            {"step": step, "eval_perplexity": 8.0},
+        ]
+        (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+        if step < 12:  # the last one was interrupted
+            sizes = {path.name: path.stat().st_size for path in checkpoint.iterdir()}
+            (checkpoint / "checkpoint_files.json").write_text(json.dumps(sizes))
+    argv = ["checkpoints", "--model", str(tmp_path / "run"), "--before", str(folder / "fp"), "--budgets", "6", "12"]
+    found = sweep.main([*argv, *arguments(folder, tmp_path)])
+    assert [(row["step"], row["budget"]) for row in found["rows"]] == [(s, b) for s in (0, 2, 10) for b in (6, 12)]
+    judge = judge_of(folder)
+    for row in found["rows"]:
+        model = models[row["step"]] if row["step"] else AutoModel.from_pretrained(folder / "fp")
+        drawn = model.generate(batch_size=4, seed=[0, 1, 2, 3], budget=row["budget"], reuse="none").numpy()
+        assert row["generative_perplexity"] == pytest.approx(judge.perplexity(drawn))
+    assert found["validation"] == [{"step": 0, "perplexity": 9.0}, {"step": 10, "perplexity": 8.0}]
+    assert (tmp_path / "checkpoints.png").stat().st_size > 1000
+    # An export that is the last checkpoint's average is not judged again, another one is.
+    argv += ["--budgets", "6", *arguments(folder, tmp_path)]
+    for step, steps in ((10, [0, 2, 10]), (12, [0, 2, 10, 10])):
+        models[step].save_pretrained(tmp_path / "run")
+        tiny_judge().tokenizer.save_pretrained(tmp_path / "run")
+        found = sweep.main(argv)
+        assert [row["step"] for row in found["rows"]] == steps
+    assert found["rows"][-1]["checkpoint"] == "run"
+    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+        sweep.main(["checkpoints", "--model", str(folder / "fp"), *arguments(folder, tmp_path)])
+
+
+def test_latency_has_a_line_for_each_model_and_reuse_and_is_not_measured_twice(folder, tmp_path, monkeypatch):
+    argv = ["latency", "--model", str(folder / "fp"), str(folder / "plain"), "--budgets", "6", "12"]
+    argv += ["--warmup_batches", "1", "--timed_batches", "2", *arguments(folder, tmp_path)]
+    found = sweep.main(argv)
+    methods = ["fp, reuse none", "fp, reuse 3sr", "plain, reuse none"]  # nothing to reuse without fixed-point layers
+    assert [(row["method"], row["budget"]) for row in found["rows"]] == [(m, b) for m in methods for b in (6, 12)]
+    for row in found["rows"]:
+        assert row["latency"]["seconds_per_batch"] == pytest.approx(2 * row["latency"]["seconds_per_sequence"])
+        assert row["latency"]["protocol"]["options"] == row["sampling"]["options"]
+    assert (tmp_path / "latency.png").stat().st_size > 1000
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("sampled again")
+
+    monkeypatch.setattr("fpmgm.models.generation_mgm.MGMGenerationMixin.generate", refuse)
+    assert sweep.main(argv)["rows"] == found["rows"]
+
+
+def test_a_sweep_without_sense_is_refused(folder, tmp_path):
+    rest = arguments(folder, tmp_path)
+    with pytest.raises(ValueError, match=r"the first argument is 'plan', but must be one of \('plans',"):
+        sweep.main(["plan"])
+    with pytest.raises(ValueError, match="`num_steps`=0 must be a whole number"):
+        sweep.main(["plans", "--model", str(folder / "fp"), "--num_steps", "4", "0", *rest])
+    with pytest.raises(ValueError, match="has another tokenizer than"):
+        sweep.main(["latency", "--model", str(folder / "fp"), str(folder / "other"), *rest])
+    with pytest.raises(ValueError, match="fewer than `judge_blocks`=9999"):
+        sweep.main(["plans", "--model", str(folder / "fp"), *rest, "--judge_blocks", "9999"])
+    assert not (tmp_path / "cache").exists()  # nothing was sampled before
