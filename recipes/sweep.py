@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 from accelerate import PartialState
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import fpmgm  # noqa: F401  (registers the models)
 from fpmgm.analysis import plot_allocations, plot_checkpoints, plot_gammas, plot_latency, plot_plans
@@ -144,12 +144,13 @@ def main(argv: list[str] | None = None) -> dict:
     (args,) = parse_arguments((arguments,), arguments.__doc__, argv[1:])
     device, folder = device_of(args), Path(args.output_dir)
     judge = open_judge(args, args.models, device)
-    found = run(args, judge, device)
-    found |= {"judge": judge.name, "arguments": asdict(args), "provenance": provenance(device)}
+    found = {}
     if args.text_files is not None:
         model, tokenizer = open_model(args.models[0], device)
         length = args.length or model.config.max_position_embeddings
         found["text"] = measure_text(args, args.text_files, tokenizer, judge, length, args.num_samples)
+    found |= run(args, judge, device)
+    found |= {"judge": judge.name, "arguments": asdict(args), "provenance": provenance(device)}
     if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -159,12 +160,20 @@ def main(argv: list[str] | None = None) -> dict:
     return found
 
 
+def open_iterated(path: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A checkpoint with iterations to sweep over."""
+    model, tokenizer = open_model(path, device)
+    if model.config.num_fixed_point_layers == 0:
+        raise ValueError(f"`model`={path!r} has no fixed-point layers: there are no iterations to sweep over.")
+    return model, tokenizer
+
+
 # --- steps against iterations ----------------------------------------------------------------------------------------
 
 
 def run_plans(args: PlansArguments, judge, device: str) -> dict:
     """A row for each pair that `max_budget` pays."""
-    model, tokenizer = open_model(args.model, device)
+    model, tokenizer = open_iterated(args.model, device)
     layers = {f"num_{stack}_layers": getattr(model.config, f"num_{stack}_layers") for stack in STACKS}
     explicit, shared = layers["num_pre_layers"] + layers["num_post_layers"], layers["num_fixed_point_layers"]
     settings = grid(num_steps=args.num_steps, iterations=args.iterations, reuse=[args.reuse])
@@ -189,7 +198,7 @@ def plans_table(found: dict) -> str:
 
 def run_allocations(args: AllocationsArguments, judge, device: str) -> dict:
     """A row for each allocation at each budget and reuse, and the comparison."""
-    model, tokenizer = open_model(args.model, device)
+    model, tokenizer = open_iterated(args.model, device)
     fixed = {"tuned_plans": {}} if args.num_steps is None else {"tuned_plans": {}, "num_steps": args.num_steps}
     settings = [{**s, **fixed} for s in grid(reuse=args.reuse, budget=args.budgets, allocation=args.allocation)]
     rows = sweep(model, tokenizer, judge, settings, num_samples=args.num_samples, progress_bar=True, **args.sampling)
@@ -217,7 +226,7 @@ def allocations_table(found: dict) -> str:
 
 def run_gammas(args: GammasArguments, judge, device: str) -> dict:
     """The grid; the best γ over all budgets, compared with the checkpoint's on texts of another seed."""
-    model, tokenizer = open_model(args.model, device)
+    model, tokenizer = open_iterated(args.model, device)
     names = ("gamma_masked", "gamma_changed", "gamma_unchanged")
     default = {name: getattr(model.generation_config, name) for name in names}
     ranges = [range_of(text) for text in args.gamma_masked]

@@ -34,7 +34,7 @@ def plot_plans(rows: list[dict[str, Any]], config, path: str | Path, judge: str,
     steps, iterations = _values(rows, "num_steps"), _values(rows, "iterations")
     figure = Figure(figsize=(3 + 1.5 * len(iterations), 1.7 + 0.55 * len(steps)), layout="constrained")
     for axes, measure in zip(figure.subplots(1, 2), TITLES, strict=True):
-        _heat_map(axes, rows, measure, "num_steps", "iterations")
+        _heat_map(axes, rows, measure, "num_steps", "iterations", below=0.25)  # a line may cross the middle
         for budget in budgets:
             _budget_line(axes, config, steps, iterations, budget)
         axes.set(xlabel="fixed-point iterations per step", ylabel="denoising steps")
@@ -218,8 +218,10 @@ def _numbered(axes: Axes, values: list[int]) -> None:
     axes.minorticks_off()
 
 
-def _heat_map(axes: Axes, rows: list[dict[str, Any]], measure: str, vertical: str, horizontal: str) -> None:
-    """A cell with its number for each pair of values."""
+def _heat_map(
+    axes: Axes, rows: list[dict[str, Any]], measure: str, vertical: str, horizontal: str, below: float = 0.0
+) -> None:
+    """A cell for each pair of values with its number, `below` its middle."""
     ys, xs = _values(rows, vertical), _values(rows, horizontal)
     values = np.full((len(ys), len(xs)), np.nan)
     for row in rows:
@@ -230,14 +232,14 @@ def _heat_map(axes: Axes, rows: list[dict[str, Any]], measure: str, vertical: st
     for y, x in np.argwhere(~np.isnan(values)):
         brightness = np.dot(image.cmap(image.norm(values[y, x]))[:3], (0.3, 0.6, 0.1))
         color = "black" if brightness > 0.5 else "white"
-        axes.text(x, y, _short(values[y, x]), ha="center", va="center", fontsize=8, color=color)
+        axes.text(x, y - below, _short(values[y, x]), ha="center", va="center", fontsize=8, color=color)
     axes.set_xticks(range(len(xs)), [str(x) for x in xs])
     axes.set_yticks(range(len(ys)), [str(y) for y in ys])
     axes.set_title(TITLES[measure], fontsize=10)
 
 
 def _short(value: float) -> str:
-    return f"{value:.0f}" if value >= 1000 else f"{value:#.3g}"
+    return f"{value:.{max(0, 2 - int(np.log10(max(value, 1))))}f}"
 
 
 def _budget_line(axes: Axes, config, steps: list[int], iterations: list[int], budget: int) -> None:
@@ -252,5 +254,5 @@ def _budget_line(axes: Axes, config, steps: list[int], iterations: list[int], bu
         return
     y = np.interp(paid, steps, range(len(steps)))
     axes.plot(x[inside], y[inside], color="tab:red", linestyle="--", linewidth=1)
-    place = (x[inside][0], y[inside][0])
-    axes.annotate(str(budget), place, fontsize=7, color="tab:red", xytext=(2, 3), textcoords="offset points")
+    end = (x[inside][-1], y[inside][-1])
+    axes.annotate(str(budget), end, fontsize=8, color="tab:red", xytext=(3, -3), textcoords="offset points")

@@ -244,6 +244,8 @@ def test_a_sweep_without_sense_is_refused(folder, tmp_path):
         sweep.main(["plan"])
     with pytest.raises(ValueError, match="`num_steps`=0 must be a whole number"):
         sweep.main(["plans", "--model", str(folder / "fp"), "--num_steps", "4", "0", *rest])
+    with pytest.raises(ValueError, match="has no fixed-point layers: there are no iterations to sweep over"):
+        sweep.main(["plans", "--model", str(folder / "plain"), *rest])
     with pytest.raises(ValueError, match="has another tokenizer than"):
         sweep.main(["latency", "--model", str(folder / "fp"), str(folder / "other"), *rest])
     with pytest.raises(ValueError, match="fewer than `judge_blocks`=9999"):
