@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 
 PERPLEXITY, ENTROPY = "generative_perplexity", "unigram_entropy"
@@ -129,7 +130,8 @@ def plot_checkpoints(
         line = sorted(_where(rows, budget=budget), key=lambda row: row["step"])
         for axes, measure in zip(panels, TITLES, strict=False):
             _line(axes, [row["step"] for row in line], line, measure, place, label=f"budget {budget}")
-    panels[0].set(yscale="log", ylabel=f"generative perplexity\n({judge})")
+    _logarithmic(panels[0])
+    panels[0].set_ylabel(f"generative perplexity\n({judge})")
     panels[1].set_ylabel(TITLES[ENTROPY])
     panels[1].legend(fontsize=8)
     if validation:
@@ -204,11 +206,19 @@ def _line(axes: Axes, x: list[float], rows: list[dict[str, Any]], measure: str, 
 
 
 def _label_rows(panels: np.ndarray, judge: str) -> None:
-    panels[0, 0].set_yscale("log")
+    for axes in panels[0]:
+        _logarithmic(axes)
     panels[0, 0].set_ylabel(f"generative perplexity ({judge})")
     panels[1, 0].set_ylabel(TITLES[ENTROPY])
     for axes in panels.flat:
         axes.grid(alpha=0.3, which="both")
+
+
+def _logarithmic(axes: Axes) -> None:
+    """A logarithmic scale of perplexities, with plain numbers."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
 
 
 def _numbered(axes: Axes, values: list[int]) -> None:
