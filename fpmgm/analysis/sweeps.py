@@ -40,7 +40,7 @@ def plot_plans(rows: list[dict[str, Any]], config, path: str | Path, judge: str,
             _budget_line(axes, config, steps, iterations, budget)
         axes.set(xlabel="fixed-point iterations per step", ylabel="denoising steps")
     figure.suptitle(f"judge: {judge}; red: equal budgets of block evaluations", fontsize=9)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
     return Path(path)
 
 
@@ -61,7 +61,8 @@ def plot_allocations(rows: list[dict[str, Any]], path: str | Path, judge: str) -
     for column, reuse in enumerate(reuses):
         for place, allocation in enumerate(allocations):
             line = sorted(_where(rows, reuse=reuse, allocation=allocation), key=lambda row: _options(row)["budget"])
-            budgets = [_options(row)["budget"] for row in line]
+            aside = 1.03 ** (place - (len(allocations) - 1) / 2)  # lines that agree stand beside each other
+            budgets = [aside * _options(row)["budget"] for row in line]
             for axes, measure in zip(panels[:, column], TITLES, strict=True):
                 _line(axes, budgets, line, measure, place, label=allocation)
         panels[0, column].set_title(f"reuse {reuse}", fontsize=10)
@@ -69,7 +70,7 @@ def plot_allocations(rows: list[dict[str, Any]], path: str | Path, judge: str) -
         panels[1, column].set_xlabel("budget (block evaluations)")
     _label_rows(panels, judge)
     panels[0, -1].legend(fontsize=8, title="allocation", title_fontsize=8)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
     return Path(path)
 
 
@@ -99,7 +100,7 @@ def plot_gammas(rows: list[dict[str, Any]], path: str | Path, judge: str) -> Pat
     for axes in panels[:, 0]:
         axes.set_ylabel("γ of masked tokens, from all\nmasked to all visible")
     figure.suptitle(f"judge: {judge}", fontsize=9)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
     return Path(path)
 
 
@@ -145,7 +146,7 @@ def plot_checkpoints(
     for axes in panels:
         axes.set_xlabel("optimizer steps")
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
     return Path(path)
 
 
@@ -174,7 +175,7 @@ def plot_latency(lines: dict[str, list[dict[str, Any]]], path: str | Path, judge
     _label_rows(panels, judge)
     panels[0, 0].legend(fontsize=8)
     panels[1, 0].set(xscale="log", xlabel="seconds per sequence (generation only); numbers: budgets")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
     return Path(path)
 
 

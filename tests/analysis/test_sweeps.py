@@ -56,8 +56,10 @@ def test_curves_go_through_their_rows(drawn):
     plot_allocations(rows, "unused.png", "judge")
     top = drawn[0].axes[:2]
     assert [axes.get_title() for axes in top] == ["reuse none", "reuse 3sr"]
-    points = {tuple(points_of(axes, i)[1]) for axes in top for i in range(2)}
-    assert points == {(96, 96 + len(a) + len(r)) for a in ("fixed", "cosine") for r in ("none", "3sr")}
+    for axes, r in zip(top, ("none", "3sr"), strict=True):
+        for i, a in enumerate(("fixed", "cosine")):
+            expected = [[b * 1.03 ** (i - 0.5), b + len(a) + len(r)] for b in (24, 96)]
+            np.testing.assert_allclose(points_of(axes, i), expected)
 
     steps = [row(10 - s / 10, 3 + b / 100, budget=b, step=s) for s in (20, 0, 10) for b in (24, 96)]
     plot_checkpoints(steps, "unused.png", "judge", [{"step": 0, "perplexity": 20.0}, {"step": 9, "perplexity": 25.0}])
