@@ -33,7 +33,7 @@ from fpmgm.evaluation import (
     sweep,
 )
 from fpmgm.evaluation.store import fingerprint
-from fpmgm.models.budget import ALLOCATIONS
+from fpmgm.models.budget import ALLOCATIONS, explicit_plan
 from fpmgm.models.reuse import REUSES
 from fpmgm.trainers.arguments import parse_arguments
 from fpmgm.trainers.checkpoints import missing_files
@@ -175,9 +175,8 @@ def run_plans(args: PlansArguments, judge, device: str) -> dict:
     """A row for each pair that `max_budget` pays."""
     model, tokenizer = open_iterated(args.model, device)
     layers = {f"num_{stack}_layers": getattr(model.config, f"num_{stack}_layers") for stack in STACKS}
-    explicit, shared = layers["num_pre_layers"] + layers["num_post_layers"], layers["num_fixed_point_layers"]
     settings = grid(num_steps=args.num_steps, iterations=args.iterations, reuse=[args.reuse])
-    cost = [s["num_steps"] * (explicit + s["iterations"] * shared) for s in settings]
+    cost = [explicit_plan(model.config, s["iterations"], s["num_steps"]).block_evaluations for s in settings]
     paid = [s for s, c in zip(settings, cost, strict=True) if args.max_budget is None or c <= args.max_budget]
     rows = sweep(model, tokenizer, judge, paid, num_samples=args.num_samples, progress_bar=True, **args.sampling)
     return {"rows": rows, "layers": layers}
@@ -271,7 +270,8 @@ def gammas_table(found: dict) -> str:
 
     def add(pooled: dict, note: str) -> None:
         values = " | ".join(map(str, pooled["setting"].values()))
-        lines.append(f"| {values} | {pooled['generative_perplexity']:.2f} | {pooled['entropy_loss']:.3f} | {note} |")
+        score, error = pooled["generative_perplexity"], pooled["generative_perplexity_standard_error"]
+        lines.append(f"| {values} | {score:.2f} ± {error:.2f} | {pooled['entropy_loss']:.3f} | {note} |")
 
     for pooled in found["pooled"]:
         note = "the checkpoint's" if pooled["setting"] == found["default"] else "" if pooled["allowed"] else "out"

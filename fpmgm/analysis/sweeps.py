@@ -16,6 +16,7 @@ from matplotlib.ticker import LogFormatter
 PERPLEXITY, ENTROPY = "generative_perplexity", "unigram_entropy"
 TITLES = {PERPLEXITY: "generative perplexity", ENTROPY: "unigram entropy (nats)"}
 COLORS = {PERPLEXITY: "viridis_r", ENTROPY: "viridis"}  # brighter is better
+LEAST_SPAN = {PERPLEXITY: 0.2, ENTROPY: 0.1}  # of a map's colours, in nats: small differences must look small
 MARKERS = "osD^vP*X"
 
 
@@ -209,7 +210,7 @@ def _line(axes: Axes, x: list[float], rows: list[dict[str, Any]], measure: str, 
 def _label_rows(panels: np.ndarray, judge: str) -> None:
     for axes in panels[0]:
         _logarithmic(axes)
-    panels[0, 0].set_ylabel(f"generative perplexity ({judge})")
+    panels[0, 0].set_ylabel(f"generative perplexity\n({judge})")
     panels[1, 0].set_ylabel(TITLES[ENTROPY])
     for axes in panels.flat:
         axes.grid(alpha=0.3, which="both")
@@ -237,11 +238,13 @@ def _heat_map(
     values = np.full((len(ys), len(xs)), np.nan)
     for row in rows:
         values[ys.index(_options(row)[vertical]), xs.index(_options(row)[horizontal])] = row[measure]
-    image = axes.imshow(
-        values, origin="lower", aspect="auto", cmap=COLORS[measure], norm="log" if measure == PERPLEXITY else None
-    )
+    nats = np.log(values) if measure == PERPLEXITY else values
+    low, high = np.nanmin(nats), np.nanmax(nats)
+    wider = max(0, LEAST_SPAN[measure] - (high - low)) / 2
+    colors = {"cmap": COLORS[measure], "vmin": low - wider, "vmax": high + wider}
+    image = axes.imshow(nats, origin="lower", aspect="auto", **colors)
     for y, x in np.argwhere(~np.isnan(values)):
-        brightness = np.dot(image.cmap(image.norm(values[y, x]))[:3], (0.3, 0.6, 0.1))
+        brightness = np.dot(image.cmap(image.norm(nats[y, x]))[:3], (0.3, 0.6, 0.1))
         color = "black" if brightness > 0.5 else "white"
         axes.text(x, y - below, _short(values[y, x]), ha="center", va="center", fontsize=8, color=color)
     axes.set_xticks(range(len(xs)), [str(x) for x in xs])

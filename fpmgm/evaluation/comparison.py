@@ -60,13 +60,14 @@ def pool_settings(
 
     Returns:
         `list[dict]`: For each combination of values, best first: the values as `setting`, `generative_perplexity` (the
-        geometric mean: other arguments, such as budgets, move it by factors), `entropy_loss` (the largest) and
-        `allowed`.
+        geometric mean: other arguments, such as budgets, move it by factors) with its standard error, `entropy_loss`
+        (the largest) and `allowed`.
 
     Raises:
         `ValueError`: if the grid is not full, or lacks the default.
     """
     scores, values = _groups(rows, list(default))
+    errors, _ = _groups(rows, list(default), "generative_perplexity_standard_error")
     entropies, _ = _groups(rows, list(default), "unigram_entropy")
     standard = json.dumps(default)
     if standard not in values:
@@ -74,11 +75,13 @@ def pool_settings(
     found = []
     for key, value in values.items():
         loss = max(group[standard] - group[key] for group in entropies)
-        mean = math.fsum(math.log(group[key]) for group in scores) / len(scores)
+        mean = math.exp(math.fsum(math.log(group[key]) for group in scores) / len(scores))
+        relative = [(error[key] or 0) / score[key] for error, score in zip(errors, scores, strict=True)]
         found.append(
             {
                 "setting": value,
-                "generative_perplexity": math.exp(mean),
+                "generative_perplexity": mean,
+                "generative_perplexity_standard_error": mean * math.hypot(*relative) / len(relative),
                 "entropy_loss": loss,
                 "allowed": loss <= entropy_slack,
             }

@@ -40,8 +40,9 @@ def test_cells_of_plans_hold_their_rows_and_budget_lines_cross_what_costs_that(d
     rows = [row(100 * s + n, s / 10, num_steps=s, iterations=n) for s, n in reversed(cells)]
     plot_plans(rows, config, "unused.png", "judge", [32, 64, 5000])
     left, right = drawn[0].axes
-    values = left.images[0].get_array().filled(np.nan)
-    np.testing.assert_array_equal(values, [[401, 403], [801, np.nan], [1601, np.nan]])
+    values = np.exp(left.images[0].get_array().filled(np.nan))
+    np.testing.assert_allclose(values, [[401, 403], [801, np.nan], [1601, np.nan]])
+    assert sorted(text.get_text() for text in left.texts) == sorted(["401", "403", "801", "1601", "32", "64"])
     np.testing.assert_array_equal(right.images[0].get_array().filled(np.nan)[:, 0], [0.4, 0.8, 1.6])
     assert len(left.lines) == 2  # 5000 is beyond the map
     # A step of n iterations costs 2 + 2n: 32 pays 8 steps of 1 and 4 of 3, cells (0, 1) and (1, 0).
@@ -81,6 +82,8 @@ def test_gammas_have_a_column_for_each_budget(drawn):
             for b in (96, 24) for c in (0.2, 0.0) for m in ([0.75, 0.9], [0.6, 0.9])]  # fmt: skip
     plot_gammas(rows, "unused.png", "judge")
     first = drawn[0].axes[0]
-    np.testing.assert_allclose(first.images[0].get_array(), [[24.6, 26.6], [24.75, 26.75]])
+    np.testing.assert_allclose(np.exp(first.images[0].get_array()), [[24.6, 26.6], [24.75, 26.75]])
     assert [label.get_text() for label in first.get_yticklabels()] == ["[0.6, 0.9]", "[0.75, 0.9]"]
+    low, high = drawn[0].axes[2].images[0].get_clim()  # entropies that do not differ
+    assert (low, high) == pytest.approx((23.95, 24.05))
     assert len(drawn[0].axes) == 4 and "budget 96" in drawn[0].axes[1].get_title()

@@ -110,6 +110,7 @@ def table(perplexity: dict, entropy: dict | None = None) -> list[dict]:
     return [
         {
             "generative_perplexity": value,
+            "generative_perplexity_standard_error": value / 100,
             "unigram_entropy": (entropy or {}).get(key, 5.0),
             "sampling": {"options": dict(zip(names, key, strict=True))},
         }
@@ -147,6 +148,8 @@ def test_pooled_settings_keep_their_entropy_at_every_budget():
     found = pool_settings(table(perplexity, entropy), {"reuse": "none"})
     assert [value["setting"]["reuse"] for value in found] == ["3sr", "none", "full"]
     assert [value["generative_perplexity"] for value in found] == pytest.approx([3.0, 4.0, 3.0])
+    errors = [value["generative_perplexity_standard_error"] for value in found]
+    assert errors == pytest.approx([0.03 / 2**0.5, 0.04 / 2**0.5, 0.03 / 2**0.5])  # of two independent means
     assert [value["allowed"] for value in found] == [True, True, False]
     assert [value["entropy_loss"] for value in found] == pytest.approx([0.0, 0.0, 0.1])
     looser = pool_settings(table(perplexity, entropy), {"reuse": "none"}, entropy_slack=0.2)
