@@ -113,13 +113,18 @@ def markdown(found: dict) -> str:
     lines = ["| budget | plan | Gen. PPL | entropy | defaults: Gen. PPL | entropy | stored |", f"|{'---|' * 7}"]
     for result in found["budgets"]:
         rows = [result["new_texts"][name] for name in ("tuned", "default")]
-        cells = [f"{row['generative_perplexity']:.2f} | {row['unigram_entropy']:.3f}" for row in rows]
+        errors = [row["generative_perplexity_standard_error"] or 0 for row in rows]
+        cells = [
+            f"{row['generative_perplexity']:.2f} ± {error:.2f} | {row['unigram_entropy']:.3f}"
+            for row, error in zip(rows, errors, strict=True)
+        ]
         plan = ", ".join(f"{name} {value}" for name, value in result["plan"].items()) or "defaults"
         lines.append(f"| {result['budget']} | {plan} | {' | '.join(cells)} | {'yes' if result['kept'] else 'no'} |")
     arguments = found["arguments"]
     lines.append(
-        f"\nUnder {found['judge']} (mean over texts first, equation 4), on {arguments['num_samples'][-1]} texts of "
-        f"another seed than the search's; {arguments['num_candidates']} plans, rungs of {arguments['num_samples']}."
+        f"\n± standard error, under {found['judge']} (mean over texts first, equation 4), on "
+        f"{arguments['num_samples'][-1]} texts of another seed than the search's; {arguments['num_candidates']} plans, "
+        f"rungs of {arguments['num_samples']}."
     )
     return "\n".join(lines) + "\n"
 

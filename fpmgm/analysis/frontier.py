@@ -6,6 +6,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from .scales import logarithmic_perplexity
+
 
 def plot_frontier(
     curves: dict[str, list[dict[str, Any]]],
@@ -19,7 +21,7 @@ def plot_frontier(
         curves (`dict[str, list[dict]]`): For each line its points, with `entropy`, `perplexity` and `label`.
         path (`str` or `Path`): Picture to write; the suffix is the format.
         judge (`str`): Name of the judge, for the axis.
-        matched (`list[float]`, *optional*): Entropies where the models are compared, drawn as vertical lines. `None`:
+        matched (`list[float]`, *optional*): Entropies where the models are compared, drawn as dotted lines. `None`:
             none.
 
     Returns:
@@ -32,12 +34,13 @@ def plot_frontier(
         axes.plot([p["entropy"] for p in points], [p["perplexity"] for p in points], marker="o", label=name)
         for point in points:
             place = (point["entropy"], point["perplexity"])
-            axes.annotate(point["label"], place, textcoords="offset points", xytext=(4, 4), fontsize=7)
+            axes.annotate(point["label"], place, textcoords="offset points", xytext=(5, -8), fontsize=7)
     for entropy in matched or []:
-        axes.axvline(entropy, color="#bbbbbb", linewidth=0.8, zorder=0)
-    axes.set_yscale("log")
+        axes.axvline(entropy, color="#999999", linewidth=0.8, linestyle=":", zorder=0)
+    axes.margins(x=0.2)  # the labels stand on the right of their points
+    axes.grid(alpha=0.3, which="both")
     axes.set_xlabel("unigram entropy (nats)")
-    axes.set_ylabel(f"generative perplexity ({judge})")
+    logarithmic_perplexity(axes, f"generative perplexity ({judge})")
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
     return Path(path)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+
+from .scales import logarithmic_perplexity, logarithmic_values
 
 
 PERPLEXITY, ENTROPY = "generative_perplexity", "unigram_entropy"
@@ -67,7 +68,7 @@ def plot_allocations(rows: list[dict[str, Any]], path: str | Path, judge: str) -
             for axes, measure in zip(panels[:, column], TITLES, strict=True):
                 _line(axes, budgets, line, measure, place, label=allocation)
         panels[0, column].set_title(f"reuse {reuse}", fontsize=10)
-        _numbered(panels[1, column], _values(rows, "budget"))
+        logarithmic_values(panels[1, column], _values(rows, "budget"))
         panels[1, column].set_xlabel("budget (block evaluations)")
     _label_rows(panels, judge)
     panels[0, -1].legend(fontsize=8, title="allocation", title_fontsize=8)
@@ -132,8 +133,7 @@ def plot_checkpoints(
         line = sorted(_where(rows, budget=budget), key=lambda row: row["step"])
         for axes, measure in zip(panels, TITLES, strict=False):
             _line(axes, [row["step"] for row in line], line, measure, place, label=f"budget {budget}")
-    _logarithmic(panels[0])
-    panels[0].set_ylabel(f"generative perplexity\n({judge})")
+    logarithmic_perplexity(panels[0], f"generative perplexity\n({judge})")
     panels[1].set_ylabel(TITLES[ENTROPY])
     panels[1].legend(fontsize=8)
     if validation:
@@ -208,26 +208,11 @@ def _line(axes: Axes, x: list[float], rows: list[dict[str, Any]], measure: str, 
 
 
 def _label_rows(panels: np.ndarray, judge: str) -> None:
-    for axes in panels[0]:
-        _logarithmic(axes)
-    panels[0, 0].set_ylabel(f"generative perplexity\n({judge})")
+    for column, axes in enumerate(panels[0]):
+        logarithmic_perplexity(axes, "" if column else f"generative perplexity\n({judge})")
     panels[1, 0].set_ylabel(TITLES[ENTROPY])
     for axes in panels.flat:
         axes.grid(alpha=0.3, which="both")
-
-
-def _logarithmic(axes: Axes) -> None:
-    """A logarithmic scale of perplexities, with plain numbers."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(LogFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-
-
-def _numbered(axes: Axes, values: list[int]) -> None:
-    """A logarithmic axis that names the values themselves."""
-    axes.set_xscale("log")
-    axes.set_xticks(values, [str(value) for value in values])
-    axes.minorticks_off()
 
 
 def _heat_map(

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Axes that several pictures share."""
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogFormatter
+
+
+def logarithmic_perplexity(axes: Axes, label: str) -> None:
+    """A logarithmic vertical axis with plain numbers instead of powers."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    axes.set_ylabel(label)
+
+
+def logarithmic_values(axes: Axes, values: Sequence[int]) -> None:
+    """A logarithmic horizontal axis that names the values themselves."""
+    axes.set_xscale("log")
+    axes.set_xticks(values, [str(value) for value in values])
+    axes.minorticks_off()
