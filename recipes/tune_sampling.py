@@ -123,8 +123,8 @@ def markdown(found: dict) -> str:
     arguments = found["arguments"]
     lines.append(
         f"\n± standard error, under {found['judge']} (mean over texts first, equation 4), on "
-        f"{arguments['num_samples'][-1]} texts of another seed than the search's; {arguments['num_candidates']} plans, "
-        f"rungs of {arguments['num_samples']}."
+        f"{arguments['num_samples'][-1]} texts of another seed than the search's; "
+        f"{arguments['num_candidates']} plans, rungs of {arguments['num_samples']}."
     )
     return "\n".join(lines) + "\n"
 

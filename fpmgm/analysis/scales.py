@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogFormatter, LogLocator, StrMethodFormatter
 
 
 def logarithmic_perplexity(axes: Axes, label: str) -> None:
@@ -20,3 +20,12 @@ def logarithmic_values(axes: Axes, values: Sequence[int]) -> None:
     axes.set_xscale("log")
     axes.set_xticks(values, [str(value) for value in values])
     axes.minorticks_off()
+
+
+def logarithmic_seconds(axes: Axes, label: str) -> None:
+    """A logarithmic horizontal axis of seconds, with plain numbers."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.minorticks_off()
+    axes.set_xlabel(label)

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .scales import logarithmic_perplexity, logarithmic_values
+from .scales import logarithmic_perplexity, logarithmic_seconds, logarithmic_values
 
 
 PERPLEXITY, ENTROPY = "generative_perplexity", "unigram_entropy"
@@ -171,11 +171,12 @@ def plot_latency(lines: dict[str, list[dict[str, Any]]], path: str | Path, judge
         for axes, measure in zip(panels[:, 0], TITLES, strict=True):
             _line(axes, seconds, rows, measure, place, label=name)
         for x, row in zip(seconds, rows, strict=True):
-            text, place_of_text = str(_options(row)["budget"]), {"xytext": (4, 4), "textcoords": "offset points"}
-            panels[0, 0].annotate(text, (x, row[PERPLEXITY]), fontsize=7, color=f"C{place}", **place_of_text)
+            aside = (4, 4) if place % 2 == 0 else (-14, -11)  # neighbouring lines on different sides
+            style = {"fontsize": 7, "color": f"C{place}", "xytext": aside, "textcoords": "offset points"}
+            panels[0, 0].annotate(str(_options(row)["budget"]), (x, row[PERPLEXITY]), **style)
     _label_rows(panels, judge)
     panels[0, 0].legend(fontsize=8)
-    panels[1, 0].set(xscale="log", xlabel="seconds per sequence (generation only); numbers: budgets")
+    logarithmic_seconds(panels[1, 0], "seconds per sequence (generation only); numbers: budgets")
     figure.savefig(path, dpi=120)
     return Path(path)
 
