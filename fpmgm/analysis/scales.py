@@ -29,3 +29,11 @@ def logarithmic_seconds(axes: Axes, label: str) -> None:
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.minorticks_off()
     axes.set_xlabel(label)
+
+
+def entropy_axis(axes: Axes, span: float = 0.1) -> None:
+    """A vertical axis of at least `span` nats: small differences must look small."""
+    low, high = axes.get_ylim()
+    wider = max(0, span - (high - low)) / 2
+    axes.set_ylim(low - wider, high + wider)
+    axes.set_ylabel("unigram entropy (nats)")

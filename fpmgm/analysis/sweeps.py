@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .scales import logarithmic_perplexity, logarithmic_seconds, logarithmic_values
+from .scales import entropy_axis, logarithmic_perplexity, logarithmic_seconds, logarithmic_values
 
 
 PERPLEXITY, ENTROPY = "generative_perplexity", "unigram_entropy"
@@ -134,7 +134,7 @@ def plot_checkpoints(
         for axes, measure in zip(panels, TITLES, strict=False):
             _line(axes, [row["step"] for row in line], line, measure, place, label=f"budget {budget}")
     logarithmic_perplexity(panels[0], f"generative perplexity\n({judge})")
-    panels[1].set_ylabel(TITLES[ENTROPY])
+    entropy_axis(panels[1])
     panels[1].legend(fontsize=8)
     if validation:
         points = sorted(validation, key=lambda point: point["step"])
@@ -211,7 +211,7 @@ def _line(axes: Axes, x: list[float], rows: list[dict[str, Any]], measure: str, 
 def _label_rows(panels: np.ndarray, judge: str) -> None:
     for column, axes in enumerate(panels[0]):
         logarithmic_perplexity(axes, "" if column else f"generative perplexity\n({judge})")
-    panels[1, 0].set_ylabel(TITLES[ENTROPY])
+    entropy_axis(panels[1, 0])
     for axes in panels.flat:
         axes.grid(alpha=0.3, which="both")
 
