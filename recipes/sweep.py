@@ -137,7 +137,8 @@ def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else argv
     name = argv[0] if argv else None
     if name in (None, "-h", "--help"):
-        raise SystemExit(__doc__)
+        print(__doc__)
+        raise SystemExit
     if name not in SWEEPS:
         raise ValueError(f"the first argument is {name!r}, but must be one of {tuple(SWEEPS)}.")
     arguments, run, draw, table = SWEEPS[name]
@@ -174,7 +175,9 @@ def open_iterated(path: str, device: str) -> tuple[PreTrainedModel, PreTrainedTo
 def run_plans(args: PlansArguments, judge, device: str) -> dict:
     """A row for each pair that `max_budget` pays."""
     model, tokenizer = open_iterated(args.model, device)
-    layers = {f"num_{stack}_layers": getattr(model.config, f"num_{stack}_layers") for stack in STACKS}
+    layers = {
+        f"num_{stack}_layers": getattr(model.config, f"num_{stack}_layers") for stack in ("pre", "fixed_point", "post")
+    }
     settings = grid(num_steps=args.num_steps, iterations=args.iterations, reuse=[args.reuse])
     cost = [explicit_plan(model.config, s["iterations"], s["num_steps"]).block_evaluations for s in settings]
     paid = [s for s, c in zip(settings, cost, strict=True) if args.max_budget is None or c <= args.max_budget]
@@ -386,7 +389,6 @@ def latency_table(found: dict) -> str:
     return "\n".join(lines)
 
 
-STACKS = ("pre", "fixed_point", "post")
 SWEEPS = {
     "plans": (PlansArguments, run_plans, draw_plans, plans_table),
     "allocations": (AllocationsArguments, run_allocations, draw_allocations, allocations_table),
