@@ -175,14 +175,12 @@ def open_iterated(path: str, device: str) -> tuple[PreTrainedModel, PreTrainedTo
 def run_plans(args: PlansArguments, judge, device: str) -> dict:
     """A row for each pair that `max_budget` pays."""
     model, tokenizer = open_iterated(args.model, device)
-    layers = {
-        f"num_{stack}_layers": getattr(model.config, f"num_{stack}_layers") for stack in ("pre", "fixed_point", "post")
-    }
     settings = grid(num_steps=args.num_steps, iterations=args.iterations, reuse=[args.reuse])
     cost = [explicit_plan(model.config, s["iterations"], s["num_steps"]).block_evaluations for s in settings]
     paid = [s for s, c in zip(settings, cost, strict=True) if args.max_budget is None or c <= args.max_budget]
     rows = sweep(model, tokenizer, judge, paid, num_samples=args.num_samples, progress_bar=True, **args.sampling)
-    return {"rows": rows, "layers": layers}
+    names = ("num_pre_layers", "num_fixed_point_layers", "num_post_layers")
+    return {"rows": rows, "layers": {name: getattr(model.config, name) for name in names}}
 
 
 def draw_plans(found: dict, path: Path, judge: str) -> None:

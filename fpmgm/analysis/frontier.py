@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from .scales import logarithmic_perplexity
+from .axes import logarithmic_perplexity
 
 
 def plot_frontier(

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .scales import entropy_axis, logarithmic_perplexity, logarithmic_seconds, logarithmic_values
+from .axes import entropy_axis, logarithmic_perplexity, logarithmic_seconds, logarithmic_values
 
 
 PERPLEXITY, ENTROPY = "generative_perplexity", "unigram_entropy"
