@@ -124,8 +124,8 @@ class Ledger:
             raise ValueError(
                 "the model gives logits that are not finite, so no token can be drawn. If its weights are not finite "
                 "(`all(p.isfinite().all() for p in model.parameters())`), lower the learning rate they came from. If "
-                f"they are, its shared block is no contraction, and with `reuse`={self.config.reuse!r} its state grows "
-                "from step to step: use `reuse`='none', or train with `input_injection`='diagonal'."
+                f"they are, its shared block is no contraction, and under `reuse`={self.config.reuse!r} its state "
+                "grows from step to step: use `reuse`='none', or train with `input_injection`='diagonal'."
             )
         if not self.config.return_dict_in_generate:
             return tokens
