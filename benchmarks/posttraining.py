@@ -50,16 +50,23 @@ RUNS = {  # name: recipe, YAML, model to go on from, overrides, reuses to sample
     ),
     "mdlm + consistency": (posttrain_consistency, "consistency_small", "mdlm", CONSISTENCY, ["none"]),
     "converted 1/6/12": (
-        convert_mdlm, "convert_small", "mdlm", "--layer_map paper --max_steps {convert}", ["none", "full", "3sr"],
+        convert_mdlm, "convert_small", "mdlm", "--layer_map paper --input_injection mlp --max_steps {convert}",
+        ["none", "full", "3sr"],
     ),
-    "converted auto": (convert_mdlm, "convert_small", "mdlm", "--max_steps {convert}", ["none", "3sr"]),
+    "converted auto": (
+        convert_mdlm, "convert_small", "mdlm", "--input_injection mlp --max_steps {convert}", ["none", "3sr"],
+    ),
     "converted 1/6/12, diagonal": (
         convert_mdlm, "convert_small", "mdlm",
         "--layer_map paper --input_injection diagonal --max_steps {convert}", ["none", "full", "3sr"],
     ),
     "converted, not initialised": (
-        convert_mdlm, "convert_small", "mdlm", "--layer_map paper --initialize False --max_steps {convert}",
-        ["none", "3sr"],
+        convert_mdlm, "convert_small", "mdlm",
+        "--layer_map paper --input_injection mlp --initialize False --max_steps {convert}", ["none", "3sr"],
+    ),
+    "converted, not initialised, diagonal": (
+        convert_mdlm, "convert_small", "mdlm",
+        "--layer_map paper --input_injection diagonal --initialize False --max_steps {convert}", ["none", "3sr"],
     ),
     "mdlm + sdtt": (distill_sdtt, "sdtt_small", "mdlm", "", ["none"]),
     "fp + sdtt": (distill_sdtt, "sdtt_small", "fp", "", ["none", "3sr"]),

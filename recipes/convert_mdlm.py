@@ -31,7 +31,9 @@ class ConvertArguments:
     num_fixed_point_layers: int = field(default=1, metadata={"help": "Layers of the shared stack, for auto."})
     num_post_layers: int = field(default=1, metadata={"help": "Layers of the post-stack, for auto."})
     initialize: bool = field(default=True, metadata={"help": "Copy the teacher's weights; false: a fresh student."})
-    input_injection: str = field(default="mlp", metadata={"help": "How the shared stack sees its input."})
+    input_injection: str = field(
+        default="diagonal", metadata={"help": "How the shared stack sees its input: diagonal, linear, mlp."}
+    )
     cka_blocks: int = field(default=64, metadata={"help": "Blocks of text by which layers are compared, for auto."})
 
 

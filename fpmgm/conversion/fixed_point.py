@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From an explicit model to a fixed-point one: which layers become P, F and H (Section 3.4, Appendix C.3).
 
-The shared block starts as a layer of the teacher that is iterated: its injection starts exactly as z = h. A short
-training against the teacher (`ConversionTrainer`) does the rest.
+The shared block starts as a layer of the teacher that is iterated. A short training against the teacher
+(`ConversionTrainer`) does the rest.
 """
 
 import copy
@@ -27,6 +27,7 @@ def convert_to_fixed_point(
     *,
     batches: Iterable[torch.Tensor] | None = None,
     initialize: bool = True,
+    input_injection: str = "diagonal",
     injection_noise: float = 1e-3,
     **overrides: Any,
 ) -> nn.Module:
@@ -40,10 +41,12 @@ def convert_to_fixed_point(
         batches (`Iterable[torch.Tensor]`, *optional*): (B, L) ids for `"auto"`.
         initialize (`bool`, defaults to `True`): Copy embeddings, layers, final norm, head and time embedding. `False`:
             a fresh model of the same shape, the paper's ablation; its injection starts as z = h/2 + u/2.
-        injection_noise (`float`, defaults to 1e-3): Standard deviation of what is added to the injection's weights for
-            u, which start at 0 and would pass no gradient to the pre-stack.
-        overrides: Fields of the student's configuration, such as `input_injection` (`"mlp"` by default, started as
-            z = h; `"diagonal"` starts as z = h/2 + u/2).
+        input_injection (`str`, defaults to `"diagonal"`): How the shared stack sees its input. `"diagonal"` starts as
+            z = h/2 + u/2 and stays a contraction. `"mlp"` (the paper's) and `"linear"` start as z = h, so that F is the
+            layer itself, which need not have a fixed point: reuse may then carry a growing state.
+        injection_noise (`float`, defaults to 1e-3): Standard deviation of what is added to the weights for u of an
+            injection that starts as z = h: at 0 they would pass no gradient to the pre-stack.
+        overrides: Fields of the student's configuration.
 
     Returns:
         A model of the teacher's class, with random parts from PyTorch's global generator, in evaluation mode.
@@ -70,7 +73,9 @@ def convert_to_fixed_point(
         sizes = {name: overrides.get(f"num_{name}_layers", 1) for name in STACKS}
         layer_map, _ = auto_layer_map(model, () if batches is None else batches, sizes)
     check_layer_map(layer_map, len(layers))
-    student = type(model)(student_config(model.config, layer_map, initialize, overrides))
+    student = type(model)(
+        student_config(model.config, layer_map, initialize, {"input_injection": input_injection, **overrides})
+    )
     student.generation_config = copy.deepcopy(model.generation_config)
     if initialize:
         copy_weights(model, student, layer_map)
