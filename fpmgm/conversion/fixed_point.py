@@ -42,8 +42,8 @@ def convert_to_fixed_point(
         initialize (`bool`, defaults to `True`): Copy embeddings, layers, final norm, head and time embedding. `False`:
             a fresh model of the same shape, the paper's ablation; its injection starts as z = h/2 + u/2.
         input_injection (`str`, defaults to `"diagonal"`): How the shared stack sees its input. `"diagonal"` starts as
-            z = h/2 + u/2 and stays a contraction. `"mlp"` (the paper's) and `"linear"` start as z = h, so that F is the
-            layer itself, which need not have a fixed point: reuse may then carry a growing state.
+            z = h/2 + u/2 and stays a contraction. `"mlp"` (the paper's) and `"linear"` start as z = h, so that F is
+            the layer itself, which need not have a fixed point: reuse may then carry a growing state.
         injection_noise (`float`, defaults to 1e-3): Standard deviation of what is added to the weights for u of an
             injection that starts as z = h: at 0 they would pass no gradient to the pre-stack.
         overrides: Fields of the student's configuration.

@@ -67,7 +67,9 @@ def test_a_student_that_is_not_initialised_is_a_fresh_model():
     names = ("vocab_size", "mask_token_id", "hidden_size", "num_attention_heads", "intermediate_size")
     names += ("conditioning_size", "max_position_embeddings", "dropout")
     torch.manual_seed(5)
-    fresh = FPMDLMForMaskedDiffusion(FPMDLMConfig(**sizes, **{n: getattr(teacher.config, n) for n in names}))
+    fresh = FPMDLMForMaskedDiffusion(
+        FPMDLMConfig(input_injection="diagonal", **sizes, **{n: getattr(teacher.config, n) for n in names})
+    )
     found = dict(student.named_parameters())
     assert [name for name, p in fresh.named_parameters() if not torch.equal(found[name], p)] == []
 
@@ -125,8 +127,8 @@ def test_an_identity_map_of_few_layers_is_the_teacher_itself():
 
 def test_noise_lies_on_the_weights_of_u_alone_and_lets_the_pre_stack_learn():
     teacher, layer_map = teacher_model(hidden_size=64), {"pre": [1], "fixed_point": [6], "post": [7]}
-    noisy, again = (convert_to_fixed_point(teacher, layer_map) for _ in range(2))
-    silent = convert_to_fixed_point(teacher, layer_map, injection_noise=0)
+    noisy, again = (convert_to_fixed_point(teacher, layer_map, input_injection="mlp") for _ in range(2))
+    silent = convert_to_fixed_point(teacher, layer_map, input_injection="mlp", injection_noise=0)
     changed = {name for name, p in noisy.named_parameters() if not torch.equal(p, silent.get_parameter(name))}
     name = "fixed_point.injection.input_proj.weight"
     assert changed == {name}
@@ -141,17 +143,14 @@ def test_noise_lies_on_the_weights_of_u_alone_and_lets_the_pre_stack_learn():
         assert bool(student.pre_layers[0].up_proj.weight.grad.any()) == learns
 
 
-def test_a_diagonal_injection_starts_as_the_mean_of_state_and_input():
-    teacher, t = teacher_model(), torch.full((3,), 0.5)
-    for source in (teacher, teacher_model(input_injection="diagonal")):
-        student = convert_to_fixed_point(
-            source, {"pre": [1], "fixed_point": [6], "post": [7]},
-            **({"input_injection": "diagonal"} if source is teacher else {}),
-        )  # fmt: skip
+def test_by_default_the_injection_starts_as_the_mean_of_state_and_input_whatever_the_teachers():
+    t = torch.full((3,), 0.5)
+    for teacher in (teacher_model(), teacher_model(input_injection="linear")):
+        student = convert_to_fixed_point(teacher, {"pre": [1], "fixed_point": [6], "post": [7]})
         assert student.config.input_injection == "diagonal"
         with torch.no_grad():  # the first iteration starts at h = u
             found = student(ids(), num_iterations=1).logits
-        torch.testing.assert_close(found, composed(source, [1, 6, 7], ids(), t), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found, composed(teacher, [1, 6, 7], ids(), t), rtol=1e-10, atol=1e-10)
 
 
 # --- by similarity, and mistakes -------------------------------------------------------------------------------------

@@ -148,7 +148,7 @@ def test_adapters_alone_learn_from_the_teacher(tmp_path):
     trainer.train()
     changed = {name for name, old in before.items() if not torch.equal(old, trainer.model.get_parameter(name))}
     assert changed == {name for name in before if "lora_" in name}
-    assert distance() < 0.6 * start
+    assert distance() < 0.75 * start
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
