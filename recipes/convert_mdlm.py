@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turn a pretrained MDLM into a fixed-point model and adapt it in a short run, with the MDLM as teacher.
+"""Turn a pretrained MDLM or MaskGIT into a fixed-point model and adapt it in a short run, with it as teacher.
 
     accelerate launch recipes/convert_mdlm.py --config recipes/configs/convert_owt.yaml
     python recipes/convert_mdlm.py --config recipes/configs/convert_small.yaml \\
         --model_name_or_path outputs/mdlm_small --text_files my_text.txt
+    accelerate launch recipes/convert_mdlm.py --config recipes/configs/convert_imagenette.yaml --codes_dir codes
 """
 
 from dataclasses import dataclass, field
@@ -18,15 +19,16 @@ from fpmgm.conversion import PAPER_MAP, auto_layer_map
 from fpmgm.trainers import ConversionConfig, ConversionTrainer
 from fpmgm.trainers.arguments import LoraArguments, parse_arguments
 from fpmgm.trainers.peft import lora_config
-from text_data import DataArguments, load_blocks, load_tokenizer
-from train_and_export import StartArguments, load_model, train_with_before_and_after
+from image_data import CodesArguments, keep_preparation
+from text_data import DataArguments
+from train_and_export import StartArguments, load_model, load_rows, train_with_before_and_after
 
 
 @dataclass
 class ConvertArguments:
     """Which layers of the teacher become which stack of the student."""
 
-    layer_map: str = field(default="paper", metadata={"help": "paper, auto (by linear CKA), or lists like 1/6/12."})
+    layer_map: str = field(default="paper", metadata={"help": "paper (1/6/12), auto (by linear CKA), or lists like 1,2/6/12."})
     num_pre_layers: int = field(default=1, metadata={"help": "Layers of the pre-stack, for auto."})
     num_fixed_point_layers: int = field(default=1, metadata={"help": "Layers of the shared stack, for auto."})
     num_post_layers: int = field(default=1, metadata={"help": "Layers of the post-stack, for auto."})
@@ -34,23 +36,22 @@ class ConvertArguments:
     input_injection: str = field(
         default="diagonal", metadata={"help": "How the shared stack sees its input: diagonal, linear, mlp."}
     )
-    cka_blocks: int = field(default=64, metadata={"help": "Blocks of text by which layers are compared, for auto."})
+    cka_blocks: int = field(default=64, metadata={"help": "Blocks or images by which layers are compared, for auto."})
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Convert, adapt, evaluate, export; returns the metrics before and after."""
-    start, convert, lora, data, args = parse_arguments(
-        (StartArguments, ConvertArguments, LoraArguments, DataArguments, ConversionConfig), __doc__, argv
-    )
+    types = (StartArguments, ConvertArguments, LoraArguments, DataArguments, CodesArguments, ConversionConfig)
+    start, convert, lora, text, codes, args = parse_arguments(types, __doc__, argv)
     teacher = load_model(start.model_name_or_path)
     with args.main_process_first(desc="data"):
-        tokenizer = load_tokenizer(data, start.model_name_or_path)
-        train_blocks, eval_blocks = load_blocks(data, tokenizer, teacher.config.max_position_embeddings)
-    args.data_description = args.data_description or data.description
+        rows = load_rows(text, codes, teacher.config, start.model_name_or_path)
+    args.data_description = args.data_description or rows.description
+    keep_preparation(codes, args)
     set_seed(args.seed)  # before fresh weights are drawn
     student = convert_to_fixed_point(
         teacher,
-        choose_layers(convert, teacher, eval_blocks, Path(args.output_dir)),
+        choose_layers(convert, teacher, rows.validation, Path(args.output_dir)),
         initialize=convert.initialize,
         input_injection=convert.input_injection,
     )
@@ -58,9 +59,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         model=student,
         args=args,
         teacher=teacher,
-        train_dataset=train_blocks,
-        eval_dataset=eval_blocks,
-        processing_class=tokenizer,
+        train_dataset=rows.train,
+        eval_dataset=rows.validation,
+        processing_class=rows.tokenizer,
         peft_config=lora_config(lora),
     )
     return train_with_before_and_after(trainer)

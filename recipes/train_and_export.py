@@ -2,16 +2,19 @@
 """What training recipes do around their trainer: start from a model, go on, evaluate, export."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-from transformers import AutoModel, PreTrainedModel, Trainer
+from datasets import Dataset
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.utils import cached_file
 
-from fpmgm import load_mdlm
+from fpmgm import load_halton_maskgit, load_mdlm
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig, last_checkpoint
 from fpmgm.trainers.arguments import LoraArguments, parse_arguments
 from fpmgm.trainers.peft import lora_config
+from image_data import CodesArguments, check_model_reads, describe_codes, keep_preparation, load_code_rows
 from text_data import DataArguments, load_blocks, load_tokenizer
 
 
@@ -20,16 +23,70 @@ class StartArguments:
     """What training starts from."""
 
     model_name_or_path: str = field(
-        metadata={"help": "Folder or hub name of a model of this library, an original MDLM, or a Lightning .ckpt."}
+        metadata={
+            "help": "Folder or hub name of a model of this library, an original MDLM or its Lightning .ckpt, or a "
+            "Halton-MaskGIT .pth."
+        }
     )
 
 
+@dataclass
+class OptionalStartArguments:
+    """What training starts from, if not from fresh weights."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder or hub name of a model to go on from; null: fresh weights."}
+    )
+
+
+class Rows(NamedTuple):
+    """What a recipe trains and validates on, what is saved beside the model, and what its card says of the data."""
+
+    train: Dataset
+    validation: Dataset
+    tokenizer: PreTrainedTokenizerBase | None
+    description: str
+
+
 def load_model(name: str) -> PreTrainedModel:
-    """A model of this library, or an original MDLM checkpoint."""
+    """A model of this library, or an original MDLM or Halton-MaskGIT checkpoint."""
     if Path(name).suffix == ".ckpt":
         return load_mdlm(name)
+    if Path(name).suffix in (".pth", ".safetensors"):
+        return load_halton_maskgit(name)
     config = json.loads(Path(cached_file(name, "config.json")).read_text())
     return load_mdlm(name) if config.get("model_type") == "mdlm" else AutoModel.from_pretrained(name)
+
+
+def load_rows(text: DataArguments, codes: CodesArguments, config: PreTrainedConfig, model_name: str) -> Rows:
+    """Blocks of text, or codes of pictures for an image model."""
+    if (config.model_type == "fpmaskgit") != (codes.codes_dir is not None):
+        raise ValueError(
+            f"`codes_dir`={codes.codes_dir!r} does not fit `model_name_or_path`={model_name!r}, a {config.model_type!r}: "
+            "give `codes_dir` to an image model, `text_files` or `dataset_name` to one of text."
+        )
+    if codes.codes_dir is not None:
+        train_rows, eval_rows, preparation = load_code_rows(codes)
+        check_model_reads(config, model_name, preparation)
+        return Rows(train_rows, eval_rows, None, describe_codes(preparation))
+    tokenizer = load_tokenizer(text, model_name)
+    blocks = load_blocks(text, tokenizer, config.max_position_embeddings)
+    return Rows(*blocks, tokenizer, text.description)
+
+
+def check_architecture(architecture, config: PreTrainedConfig, model_name: str) -> None:
+    """Raise a `ValueError` for options of the architecture that the model to go on from contradicts."""
+    default = type(architecture)()
+    asked = {name: value for name, value in asdict(architecture).items() if value != getattr(default, name)}
+    wrong = {name: value for name, value in asked.items() if value != getattr(config, name)}
+    if wrong:
+        raise ValueError(f"{wrong} is not what `model_name_or_path`={model_name!r} has: leave it out.")
+
+
+def check_adapter(lora: LoraArguments, start: OptionalStartArguments) -> None:
+    """Raise a `ValueError` for an adapter of fresh weights."""
+    if lora.use_peft and start.model_name_or_path is None:
+        raise ValueError("`use_peft` adapts a trained model: give `model_name_or_path`.")
 
 
 def train_and_export(trainer: Trainer) -> dict[str, float]:
@@ -65,19 +122,19 @@ def post_train(
     trainer_class: type[MGMTrainer], config_class: type[MGMTrainingConfig], description: str, argv: list[str] | None
 ) -> dict[str, float]:
     """A recipe that goes on from a model with another trainer; returns the metrics before and after."""
-    types = (StartArguments, LoraArguments, DataArguments, config_class)
-    start, lora, data, args = parse_arguments(types, description, argv)
+    types = (StartArguments, LoraArguments, DataArguments, CodesArguments, config_class)
+    start, lora, text, codes, args = parse_arguments(types, description, argv)
     model = load_model(start.model_name_or_path)
     with args.main_process_first(desc="data"):
-        tokenizer = load_tokenizer(data, start.model_name_or_path)
-        train_blocks, eval_blocks = load_blocks(data, tokenizer, model.config.max_position_embeddings)
-    args.data_description = args.data_description or data.description
+        rows = load_rows(text, codes, model.config, start.model_name_or_path)
+    args.data_description = args.data_description or rows.description
+    keep_preparation(codes, args)
     trainer = trainer_class(
         model=model,
         args=args,
-        train_dataset=train_blocks,
-        eval_dataset=eval_blocks,
-        processing_class=tokenizer,
+        train_dataset=rows.train,
+        eval_dataset=rows.validation,
+        processing_class=rows.tokenizer,
         peft_config=lora_config(lora),
     )
     return train_with_before_and_after(trainer)

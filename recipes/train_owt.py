@@ -9,7 +9,7 @@
 The same command goes on from the last checkpoint in `output_dir`. What is exported there holds the EMA weights.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase, set_seed
 
@@ -18,16 +18,7 @@ from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
 from fpmgm.trainers.arguments import LoraArguments, model_arguments, parse_arguments
 from fpmgm.trainers.peft import lora_config
 from text_data import DataArguments, load_blocks, load_tokenizer
-from train_and_export import train_and_export
-
-
-@dataclass
-class StartArguments:
-    """What training starts from."""
-
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Folder or hub name of a model to go on from; null: fresh weights."}
-    )
+from train_and_export import OptionalStartArguments, check_adapter, check_architecture, train_and_export
 
 
 ModelArguments = model_arguments(
@@ -37,10 +28,9 @@ ModelArguments = model_arguments(
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train, evaluate, export; returns the metrics of the exported weights."""
-    types = (ModelArguments, StartArguments, LoraArguments, DataArguments, MGMTrainingConfig)
+    types = (ModelArguments, OptionalStartArguments, LoraArguments, DataArguments, MGMTrainingConfig)
     model_args, start, lora, data, args = parse_arguments(types, __doc__, argv)
-    if lora.use_peft and start.model_name_or_path is None:
-        raise ValueError("`use_peft` adapts a trained model: give `model_name_or_path`.")
+    check_adapter(lora, start)
 
     with args.main_process_first(desc="data"):
         tokenizer = load_tokenizer(data, start.model_name_or_path)
@@ -74,11 +64,8 @@ def load_config(architecture: ModelArguments, model_name: str | None, tokenizer:
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-    config, default = AutoConfig.from_pretrained(model_name), ModelArguments()
-    asked = {name: value for name, value in asdict(architecture).items() if value != getattr(default, name)}
-    wrong = {name: value for name, value in asked.items() if value != getattr(config, name)}
-    if wrong:
-        raise ValueError(f"{wrong} is not what `model_name_or_path`={model_name!r} has: leave it out.")
+    config = AutoConfig.from_pretrained(model_name)
+    check_architecture(architecture, config, model_name)
     if tokenizer.mask_token_id != config.mask_token_id or len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"`tokenizer` has {len(tokenizer)} tokens and mask id {tokenizer.mask_token_id}, but "

@@ -17,12 +17,13 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import JanusVQVAEConfig, set_seed
 
-from fpmgm.data import load_images, make_image_processor
+from fpmgm.data import make_image_processor
 from fpmgm.data.images import centre_crop, read_image
 from fpmgm.evaluation import to_uint8
 from fpmgm.models.modeling_vqgan import VQGANModel
 from fpmgm.trainers import ImageTokenizerConfig, ImageTokenizerTrainer, last_checkpoint
 from fpmgm.trainers.arguments import parse_arguments
+from image_data import PictureArguments, read_pictures
 
 
 SHOWN = 16  # pictures in the reconstructions
@@ -30,14 +31,8 @@ SHOWN = 16  # pictures in the reconstructions
 
 @dataclass
 class VQArguments:
-    """The pictures and the shape of the tokenizer."""
+    """How pictures are shown, and the shape of the tokenizer."""
 
-    image_dir: str | None = field(default=None, metadata={"help": "Folder of splits of class folders."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub dataset, instead of a folder."})
-    train_split: str = field(default="train", metadata={"help": "Folder or split to train on."})
-    eval_split: str = field(default="val", metadata={"help": "Folder or split to validate on."})
-    image_column: str = field(default="image", metadata={"help": "Column of the hub dataset's pictures."})
-    label_column: str = field(default="label", metadata={"help": "Column of the hub dataset's class labels."})
     eval_images: int = field(default=500, metadata={"help": "Most pictures to validate on."})
     flip: bool = field(default=True, metadata={"help": "Mirror half of the pictures."})
     image_size: int = field(default=32, metadata={"help": "Pixels along one side."})
@@ -53,16 +48,11 @@ class VQArguments:
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train, evaluate, export; returns the metrics."""
-    args, training = parse_arguments((VQArguments, ImageTokenizerConfig), __doc__, argv)
-    images = load_images(
-        args.image_dir,
-        args.dataset_name,
-        None,
-        args.train_split,
-        args.eval_split,
-        args.image_column,
-        args.label_column,
-    )
+    types = (PictureArguments, VQArguments, ImageTokenizerConfig)
+    pictures, args, training = parse_arguments(types, __doc__, argv)
+    if pictures.eval_split is None:
+        raise ValueError("`eval_split`=None leaves no pictures to validate on: name a folder or split.")
+    images = read_pictures(pictures)
     processor = make_image_processor(args.image_size)
     rows = images["validation"].shuffle(seed=training.seed)
     rows = rows.select(range(min(args.eval_images, len(rows))))

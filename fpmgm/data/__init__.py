@@ -8,13 +8,14 @@ if not is_datasets_available():
     raise ImportError("fpmgm.data needs datasets: pip install 'fpmgm[train]'")
 
 from ..models.image_processing import make_image_processor
-from .images import load_images, prepare_codes
+from .images import load_codes, load_images, prepare_codes
 from .text import load_text, pack
 from .tokenizer import add_mask_token, train_tokenizer
 
 
 __all__ = [
     "add_mask_token",
+    "load_codes",
     "load_images",
     "load_text",
     "make_image_processor",

@@ -200,6 +200,55 @@ def prepare_codes(
     return load_from_disk(folder)
 
 
+def load_codes(folder: str | Path) -> tuple[DatasetDict, dict]:
+    """The codes that [`prepare_codes`] wrote to `folder`, and what `preparation.json` says of them.
+
+    Args:
+        folder (`str` or `Path`): The same as there.
+
+    Returns:
+        `DatasetDict` as from [`prepare_codes`], and a `dict` with `grid_size`, `codebook_size`, `classes` (names),
+        `codebook` (a hash of its weights), `image_size`, `augment`, `counts`, …
+
+    Raises:
+        `ValueError`: for a folder without finished codes, or rows that `preparation.json` contradicts: not
+            `grid_size` squared codes, codes outside the codebook, other classes or labels outside them.
+    """
+    folder = Path(folder)
+    if not (folder / PREPARATION).is_file():
+        raise ValueError(f"`folder`={str(folder)!r} has no {PREPARATION}: make codes with recipes/prepare_images.py.")
+    if not (folder / "dataset_dict.json").is_file() or (folder / "parts").exists():
+        raise ValueError(f"`folder`={str(folder)!r} is not finished: repeat the command that prepares it.")
+    codes, preparation = load_from_disk(folder), json.loads((folder / PREPARATION).read_text())
+    for split, rows in codes.items():
+        _check_rows(rows, preparation, f"{split!r} of `folder`={str(folder)!r}")
+    return codes, preparation
+
+
+def _check_rows(rows: Dataset, preparation: dict, where: str) -> None:
+    """Raise a `ValueError` for rows that are not what `preparation` says."""
+    missing = {"input_ids", "class_labels"} - set(rows.column_names)
+    if missing:
+        raise ValueError(f"{where} has no column {sorted(missing)}: it has {rows.column_names}. Prepare it again.")
+    compute, ids, labels = pyarrow.compute, rows.data.column("input_ids"), rows.data.column("class_labels")
+    names = getattr(rows.features["class_labels"], "names", preparation["classes"])
+    if names != preparation["classes"]:
+        raise ValueError(f"{where} has classes {names}, but {PREPARATION} says {preparation['classes']}.")
+    length, size, classes = preparation["grid_size"] ** 2, preparation["codebook_size"], len(names)
+    for what, values, low, high in (
+        ("numbers of codes in a row", compute.list_value_length(ids), length, length),
+        ("codes", compute.list_flatten(ids), 0, size - 1),
+        ("class labels", labels, 0, classes - 1),
+    ):
+        found = compute.min_max(values).as_py()
+        if found["min"] < low or found["max"] > high:
+            raise ValueError(
+                f"{where} has {what} from {found['min']} to {found['max']}, but by {PREPARATION} (`grid_size`="
+                f"{preparation['grid_size']}, `codebook_size`={size}, {classes} classes) they lie in [{low}, {high}]: "
+                "prepare it again in an empty folder."
+            )
+
+
 def _encode(rows: Dataset, tokenizer, processor, vary, parts: Path, batch_size: int) -> tuple[Dataset, list[str]]:
     """Codes of `rows`, made part by part, and the names of pictures that cannot be read."""
     encoded, unreadable = [], []

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 # By model type. Not the injection, whose mix of state and input holds F near a contraction.
-LORA_TARGET_MODULES = {"fpmdlm": ["qkv_proj", "o_proj", "up_proj", "down_proj"]}
+LORA_TARGET_MODULES = {
+    "fpmdlm": ["qkv_proj", "o_proj", "up_proj", "down_proj"],
+    "fpmaskgit": ["qkv_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
 
 
 def register_target_modules() -> None:

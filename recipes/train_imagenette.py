@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train a MaskGIT or an FP-MaskGIT on codes of pictures: ImageNette as in the paper, or any folder of class folders.
+
+    accelerate launch recipes/train_imagenette.py --config recipes/configs/fp_maskgit_imagenette.yaml
+        --image_dir imagenette2 --tokenizer XQGAN-4096.pt
+    python recipes/train_imagenette.py --config recipes/configs/fp_maskgit_small.yaml --codes_dir codes/mine
+    python recipes/train_imagenette.py --model_name_or_path outputs/maskgit --use_peft --codes_dir codes/mine
+        --output_dir outputs/adapter --max_steps 500 --learning_rate 1e-3 --warmup_steps 50
+
+With pictures, `codes_dir` is prepared first, as by prepare_images.py. Codebook, grid and classes of the model are those
+of the codes. The same command goes on from where it was. What is exported to `output_dir` holds the EMA weights.
+"""
+
+from dataclasses import asdict
+
+from transformers import set_seed
+
+from fpmgm import FPMaskGITConfig, FPMaskGITModel
+from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
+from fpmgm.trainers.arguments import LoraArguments, model_arguments, parse_arguments
+from fpmgm.trainers.peft import lora_config
+from image_data import (
+    CodesArguments,
+    EncodingArguments,
+    PictureArguments,
+    check_model_reads,
+    describe_codes,
+    encode_pictures,
+    keep_preparation,
+    load_code_rows,
+)
+from train_and_export import OptionalStartArguments, check_adapter, check_architecture, load_model, train_and_export
+
+
+ModelArguments = model_arguments(FPMaskGITConfig, exclude=("codebook_size", "grid_size", "num_classes"))
+TYPES = (
+    ModelArguments,
+    OptionalStartArguments,
+    LoraArguments,
+    CodesArguments,
+    PictureArguments,
+    EncodingArguments,
+    MGMTrainingConfig,
+)
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Prepare, train, evaluate, export; returns the metrics of the exported weights."""
+    architecture, start, lora, codes, pictures, encoding, args = parse_arguments(TYPES, __doc__, argv)
+    check_adapter(lora, start)
+    if codes.codes_dir is None:
+        raise ValueError("`codes_dir` is needed: give the folder that holds the codes, or where they are to be made.")
+
+    with args.main_process_first(desc="data"):
+        if pictures.image_dir is not None or pictures.dataset_name is not None:
+            encode_pictures(pictures, encoding, codes.codes_dir, args.device)
+        train_rows, eval_rows, preparation = load_code_rows(codes)
+
+    set_seed(args.seed)  # before the weights are drawn
+    model = make_model(architecture, start.model_name_or_path, preparation)
+    args.data_description = args.data_description or describe_codes(preparation)
+    keep_preparation(codes, args)
+    trainer = MGMTrainer(
+        model=model, args=args, train_dataset=train_rows, eval_dataset=eval_rows, peft_config=lora_config(lora)
+    )
+    return train_and_export(trainer)
+
+
+def make_model(architecture: ModelArguments, model_name: str | None, preparation: dict) -> FPMaskGITModel:
+    """A fresh model of the codes that `preparation` describes, or the one to go on from, if it reads these."""
+    if model_name is None:
+        return FPMaskGITModel(
+            FPMaskGITConfig(
+                **asdict(architecture),
+                codebook_size=preparation["codebook_size"],
+                grid_size=preparation["grid_size"],
+                id2label=dict(enumerate(preparation["classes"])),
+            )
+        )
+    model = load_model(model_name)
+    check_model_reads(model.config, model_name, preparation)
+    check_architecture(architecture, model.config, model_name)
+    return model
+
+
+if __name__ == "__main__":
+    main()
