@@ -32,10 +32,12 @@ import prepare_images  # noqa: E402
 import quickstart  # noqa: E402
 import sample  # noqa: E402
 import sample_images  # noqa: E402
+import train_imagenette  # noqa: E402
 import train_owt  # noqa: E402
 import train_vq  # noqa: E402
+from image_data import CodesArguments, PictureArguments  # noqa: E402
 from text_data import DataArguments  # noqa: E402
-from train_and_export import StartArguments  # noqa: E402
+from train_and_export import OptionalStartArguments, StartArguments  # noqa: E402
 
 
 SMALL = ["--hidden_size", "16", "--num_attention_heads", "2", "--intermediate_size", "32", "--conditioning_size", "8"]
@@ -61,13 +63,16 @@ def text_file(tmp_path_factory) -> str:
     return str(path)
 
 
+DATA = (DataArguments, CodesArguments)
 READERS = {
-    "fp_mdlm": (train_owt.ModelArguments, train_owt.StartArguments, DataArguments, MGMTrainingConfig),
-    "mdlm": (train_owt.ModelArguments, train_owt.StartArguments, DataArguments, MGMTrainingConfig),
-    "consistency": (StartArguments, LoraArguments, DataArguments, ConsistencyConfig),
-    "convert": (StartArguments, convert_mdlm.ConvertArguments, LoraArguments, DataArguments, ConversionConfig),
-    "sdtt": (StartArguments, LoraArguments, DataArguments, SDTTConfig),
-    "vq": (train_vq.VQArguments, ImageTokenizerConfig),
+    "fp_mdlm": (train_owt.ModelArguments, OptionalStartArguments, DataArguments, MGMTrainingConfig),
+    "mdlm": (train_owt.ModelArguments, OptionalStartArguments, DataArguments, MGMTrainingConfig),
+    "fp_maskgit": train_imagenette.TYPES,
+    "maskgit": train_imagenette.TYPES,
+    "consistency": (StartArguments, LoraArguments, *DATA, ConsistencyConfig),
+    "convert": (StartArguments, convert_mdlm.ConvertArguments, LoraArguments, *DATA, ConversionConfig),
+    "sdtt": (StartArguments, LoraArguments, *DATA, SDTTConfig),
+    "vq": (PictureArguments, train_vq.VQArguments, ImageTokenizerConfig),
 }
 
 

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The way of pictures through the recipes: codes, training, resuming, each post-training, and what must be refused."""
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModel, JanusVQVAEConfig
+
+from fpmgm.models.modeling_vqgan import VQGANModel
+from tests.conversion.test_maskgit import CLASSES, CODES, SIDE, original_state
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+sys.path.append(str(RECIPES))  # last: recipes/evaluate.py has the name of a package
+
+import convert_mdlm  # noqa: E402
+import distill_sdtt  # noqa: E402
+import posttrain_consistency  # noqa: E402
+import train_imagenette  # noqa: E402
+
+
+SMALL = "--hidden_size 16 --num_attention_heads 2 --intermediate_size 24".split()
+SHORT = "--warmup_steps 0 --eval_steps 1 --save_steps 1 --per_device_train_batch_size 4 --lr_scheduler_type constant"
+SHORT = f"{SHORT} --use_cpu --disable_tqdm True --report_to none --dataloader_pin_memory False".split()
+
+
+def yaml(name: str) -> list[str]:
+    return ["--config", str(RECIPES / f"configs/{name}.yaml")]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> str:
+    folder, generator = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for split, name in (("train", "ant"), ("train", "cat"), ("val", "ant"), ("val", "cat")):
+        (folder / split / name).mkdir(parents=True)
+        for i in range(4):
+            pixels = generator.integers(0, 256, (16, 20, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+    return str(folder)
+
+
+def write_tokenizer(folder: Path, seed: int) -> str:
+    """16 × 16 pixels become 4 × 4 of 12 codes, by random weights."""
+    torch.manual_seed(seed)
+    sizes = {"base_channels": 32, "channel_multiplier": [1, 1, 1], "num_res_blocks": 1, "latent_channels": 32}
+    VQGANModel(JanusVQVAEConfig(num_embeddings=12, embed_dim=4, num_patches=4, **sizes)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, pictures) -> tuple[str, str, str]:
+    """Folders of codes, of an FP-MaskGIT and of a MaskGIT trained on them."""
+    folder = tmp_path_factory.mktemp("images")
+    source = ["--image_dir", pictures, "--tokenizer", write_tokenizer(folder / "vq", 0)]
+    data = ["--codes_dir", str(folder / "codes"), *SMALL, *SHORT, "--max_steps", "2"]
+    train_imagenette.main([*yaml("fp_maskgit_small"), *source, *data, "--output_dir", str(folder / "fp")])
+    layers = ["--num_pre_layers", "4", "--output_dir", str(folder / "maskgit")]
+    train_imagenette.main([*yaml("maskgit_small"), *data, *layers])  # the codes are there by now
+    return tuple(str(folder / name) for name in ("codes", "fp", "maskgit"))
+
+
+def test_pictures_become_codes_and_a_model_that_loads(prepared):
+    codes, folder, _ = prepared
+    model = AutoModel.from_pretrained(folder)
+    config = model.config
+    assert (config.codebook_size, config.grid_size, config.id2label) == (12, 4, {0: "ant", 1: "cat"})
+    assert (config.num_pre_layers, config.num_fixed_point_layers, config.input_injection) == (1, 1, "diagonal")
+    drawn = model.generate(class_labels=[0, 1], guidance_scale=2.0, num_steps=4, iterations=2, seed=0)
+    assert drawn.shape == (2, 16) and drawn.max() < 12
+    assert json.loads((Path(codes) / "preparation.json").read_text())["counts"]["train"]["rows"] == 16  # with flips
+    assert "codes of 8 pictures of 2 classes" in (Path(folder) / "README.md").read_text()
+    metrics = json.loads((Path(folder) / "eval_results.json").read_text())
+    assert metrics["eval_loss"] == pytest.approx(math.log(12), rel=0.1)  # the codes of noise cannot be learned
+
+
+def test_training_goes_on_from_its_last_checkpoint(prepared, tmp_path):
+    codes, folder, _ = prepared
+    argv = [*yaml("fp_maskgit_small"), "--codes_dir", codes, *SMALL, *SHORT, "--output_dir", str(tmp_path)]
+    train_imagenette.main([*argv, "--max_steps", "1"])
+    metrics = train_imagenette.main([*argv, "--max_steps", "2"])
+    history = json.loads((tmp_path / "checkpoint-2/trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [1, 2]
+    straight, resumed = (load_file(Path(f) / "model.safetensors") for f in (folder, tmp_path))
+    assert all(torch.equal(resumed[name], expected) for name, expected in straight.items())
+    assert json.loads((Path(folder) / "eval_results.json").read_text())["eval_loss"] == metrics["eval_loss"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "config", "start", "options", "stacks"),
+    [
+        (train_imagenette, "fp_maskgit_small", "fp", ["--use_peft", "--lora_r", "2", *SMALL], None),
+        (posttrain_consistency, "consistency_small", "fp", [], (1, 1, 1)),
+        (posttrain_consistency, "consistency_small", "maskgit", ["--use_peft"], None),
+        (convert_mdlm, "convert_small", "maskgit", ["--cka_blocks", "4"], (1, 1, 1)),
+        (convert_mdlm, "convert_imagenette", "maskgit", "--layer_map 1/2,3/4 --bf16 False".split(), (1, 2, 1)),
+        (distill_sdtt, "sdtt_small", "fp", "--steps_per_round 1 --rounds 2".split(), (1, 1, 1)),
+    ],
+    ids=["adapter", "consistency", "consistency of an adapter", "conversion by similarity", "by hand", "sdtt"],
+)
+def test_recipes_go_on_from_an_image_model_and_export_another(
+    recipe, config, start, options, stacks, prepared, tmp_path
+):
+    codes, start = prepared[0], prepared[1 if start == "fp" else 2]
+    argv = [*yaml(config), "--codes_dir", codes, *SHORT, "--dataloader_num_workers", "0", *options, "--max_steps", "2"]
+    metrics = recipe.main([*argv, "--model_name_or_path", start, "--output_dir", str(tmp_path)])
+    assert metrics["eval_loss"] < 2 * math.log(12)
+    assert (tmp_path / "preparation.json").read_text() == (Path(codes) / "preparation.json").read_text()
+    model = AutoModel.from_pretrained(tmp_path)
+    assert model.generate(class_labels=1, num_steps=2, iterations=[1, 1], seed=0).shape == (1, 16)
+    if stacks is None:
+        adapter = load_file(tmp_path / "adapter_model.safetensors")
+        assert any("gate_proj" in name for name in adapter) and any(tensor.any() for tensor in adapter.values())
+    else:
+        names = ("num_pre_layers", "num_fixed_point_layers", "num_post_layers")
+        assert tuple(getattr(model.config, name) for name in names) == stacks
+        assert model.config.id2label == {0: "ant", 1: "cat"}
+
+
+def write_codes(folder: Path, rows: list[list[int]], labels: list[int], **changes) -> str:
+    """A folder as preparation leaves it, by default for `original_state`'s model, with `changes` of what it says."""
+    names = [f"class {i}" for i in range(CLASSES)]
+    dataset = Dataset.from_dict({"input_ids": rows, "class_labels": labels})
+    if all(label < CLASSES for label in labels):
+        dataset = dataset.cast_column("class_labels", ClassLabel(names=names))
+    DatasetDict({"train": dataset, "validation": dataset}).save_to_disk(folder)
+    preparation = {"grid_size": SIDE, "codebook_size": CODES, "classes": names, "codebook": "0"}
+    counts = {"train": {"pictures": len(rows)}}
+    (folder / "preparation.json").write_text(json.dumps({**preparation, "counts": counts, **changes}))
+    return str(folder)
+
+
+def test_an_original_maskgit_is_converted_on_codes_and_goes_on(tmp_path):
+    torch.save({"model_state_dict": original_state(384, heads=6)}, tmp_path / "maskgit.pth")  # the tiny size's width
+    codes = write_codes(tmp_path / "codes", [[i % CODES] * 9 for i in range(8)], [i % CLASSES for i in range(8)])
+    argv = ["--codes_dir", codes, *SHORT, "--model_name_or_path", str(tmp_path / "maskgit.pth"), "--max_steps", "1"]
+    layers = ["--layer_map", "1/2/2", "--output_dir", str(tmp_path / "converted")]
+    assert math.isfinite(convert_mdlm.main([*yaml("convert_small"), *argv, *layers])["eval_loss"])
+    assert AutoModel.from_pretrained(tmp_path / "converted").config.num_attention_heads == 6
+    tuned = ["--output_dir", str(tmp_path / "tuned"), "--learning_rate", "1e-4"]
+    assert math.isfinite(train_imagenette.main([*argv, *tuned])["eval_loss"])
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_codes_that_a_model_does_not_read_are_refused(prepared, tmp_path, pictures):
+    codes, fp, _ = prepared
+    rows, labels = [[0] * 16] * 2, [0, 1]
+    post = [*yaml("consistency_small"), *SHORT, "--max_steps", "1", "--output_dir", str(tmp_path / "out")]
+    sizes = {"grid_size": 4, "codebook_size": 12}
+    other = write_codes(tmp_path / "four_classes", rows, labels, **sizes)
+    with pytest.raises(ValueError, match=r"'num_classes': 2.*`codes_dir` has .*'num_classes': 4"):
+        posttrain_consistency.main([*post, "--model_name_or_path", fp, "--codes_dir", other])
+    with pytest.raises(ValueError, match="`codes_dir`=None does not fit .* give `codes_dir` to an image model"):
+        posttrain_consistency.main([*post, "--model_name_or_path", fp])
+
+    retold = shutil.copytree(codes, tmp_path / "retold")
+    written = json.loads((retold / "preparation.json").read_text())
+    (retold / "preparation.json").write_text(json.dumps({**written, "codebook": "another"}))
+    with pytest.raises(ValueError, match="codes of another tokenizer than `codes_dir`"):
+        train_imagenette.main([*post[2:], "--model_name_or_path", fp, "--codes_dir", str(retold)])
+    with pytest.raises(ValueError, match=r"\{'hidden_size': 32\} is not what `model_name_or_path`"):
+        train_imagenette.main([*post[2:], "--model_name_or_path", fp, "--codes_dir", codes, "--hidden_size", "32"])
+
+    fresh = [*yaml("fp_maskgit_small"), *SMALL, *post[2:], "--image_dir", pictures, "--codes_dir", codes]
+    with pytest.raises(ValueError, match="holds codes made with codebook="):
+        train_imagenette.main([*fresh, "--tokenizer", write_tokenizer(tmp_path / "vq", 1)])
+    with pytest.raises(ValueError, match="`tokenizer` is needed"):
+        train_imagenette.main(fresh)
+    with pytest.raises(ValueError, match="`codes_dir` is needed"):
+        train_imagenette.main([*SMALL, *post[2:]])
+
+
+def test_a_model_that_knows_other_classes_is_refused(prepared, tmp_path):
+    codes, fp, _ = prepared
+    folder = shutil.copytree(fp, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "id2label": {"0": "cat", "1": "ant"}}))
+    argv = [*yaml("sdtt_small"), *SHORT, "--codes_dir", codes, "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=r"knows the classes \['cat', 'ant'\], but `codes_dir` \['ant', 'cat'\]"):
+        distill_sdtt.main([*argv, "--model_name_or_path", str(folder)])
