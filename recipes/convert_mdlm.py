@@ -28,7 +28,9 @@ from train_and_export import StartArguments, load_model, load_rows, train_with_b
 class ConvertArguments:
     """Which layers of the teacher become which stack of the student."""
 
-    layer_map: str = field(default="paper", metadata={"help": "paper (1/6/12), auto (by linear CKA), or lists like 1,2/6/12."})
+    layer_map: str = field(
+        default="paper", metadata={"help": "paper (1/6/12), auto (by linear CKA), or lists like 1,2/6/12."}
+    )
     num_pre_layers: int = field(default=1, metadata={"help": "Layers of the pre-stack, for auto."})
     num_fixed_point_layers: int = field(default=1, metadata={"help": "Layers of the shared stack, for auto."})
     num_post_layers: int = field(default=1, metadata={"help": "Layers of the post-stack, for auto."})

@@ -62,8 +62,8 @@ def load_rows(text: DataArguments, codes: CodesArguments, config: PreTrainedConf
     """Blocks of text, or codes of pictures for an image model."""
     if (config.model_type == "fpmaskgit") != (codes.codes_dir is not None):
         raise ValueError(
-            f"`codes_dir`={codes.codes_dir!r} does not fit `model_name_or_path`={model_name!r}, a {config.model_type!r}: "
-            "give `codes_dir` to an image model, `text_files` or `dataset_name` to one of text."
+            f"`codes_dir`={codes.codes_dir!r} does not fit `model_name_or_path`={model_name!r}, which is of "
+            f"`model_type`={config.model_type!r}: give `codes_dir` to an image model, text to one of text."
         )
     if codes.codes_dir is not None:
         train_rows, eval_rows, preparation = load_code_rows(codes)

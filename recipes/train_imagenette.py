@@ -7,8 +7,8 @@
     python recipes/train_imagenette.py --model_name_or_path outputs/maskgit --use_peft --codes_dir codes/mine
         --output_dir outputs/adapter --max_steps 500 --learning_rate 1e-3 --warmup_steps 50
 
-With pictures, `codes_dir` is prepared first, as by prepare_images.py. Codebook, grid and classes of the model are those
-of the codes. The same command goes on from where it was. What is exported to `output_dir` holds the EMA weights.
+With pictures, `codes_dir` is prepared first, as by prepare_images.py. Codebook, grid and classes of the model follow
+from the codes. The same command goes on from where it was. What is exported to `output_dir` holds the EMA weights.
 """
 
 from dataclasses import asdict

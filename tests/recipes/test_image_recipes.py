@@ -28,7 +28,7 @@ import posttrain_consistency  # noqa: E402
 import train_imagenette  # noqa: E402
 
 
-SMALL = "--hidden_size 16 --num_attention_heads 2 --intermediate_size 24".split()
+SMALL = ["--hidden_size", "16", "--num_attention_heads", "2", "--intermediate_size", "24"]
 SHORT = "--warmup_steps 0 --eval_steps 1 --save_steps 1 --per_device_train_batch_size 4 --lr_scheduler_type constant"
 SHORT = f"{SHORT} --use_cpu --disable_tqdm True --report_to none --dataloader_pin_memory False".split()
 
@@ -101,8 +101,8 @@ def test_training_goes_on_from_its_last_checkpoint(prepared, tmp_path):
         (posttrain_consistency, "consistency_small", "fp", [], (1, 1, 1)),
         (posttrain_consistency, "consistency_small", "maskgit", ["--use_peft"], None),
         (convert_mdlm, "convert_small", "maskgit", ["--cka_blocks", "4"], (1, 1, 1)),
-        (convert_mdlm, "convert_imagenette", "maskgit", "--layer_map 1/2,3/4 --bf16 False".split(), (1, 2, 1)),
-        (distill_sdtt, "sdtt_small", "fp", "--steps_per_round 1 --rounds 2".split(), (1, 1, 1)),
+        (convert_mdlm, "convert_imagenette", "maskgit", ["--layer_map", "1/2,3/4", "--bf16", "False"], (1, 2, 1)),
+        (distill_sdtt, "sdtt_small", "fp", ["--steps_per_round", "1", "--rounds", "2"], (1, 1, 1)),
     ],
     ids=["adapter", "consistency", "consistency of an adapter", "conversion by similarity", "by hand", "sdtt"],
 )
@@ -160,7 +160,9 @@ def test_codes_that_a_model_does_not_read_are_refused(prepared, tmp_path, pictur
     other = write_codes(tmp_path / "four_classes", rows, labels, **sizes)
     with pytest.raises(ValueError, match=r"'num_classes': 2.*`codes_dir` has .*'num_classes': 4"):
         posttrain_consistency.main([*post, "--model_name_or_path", fp, "--codes_dir", other])
-    with pytest.raises(ValueError, match="`codes_dir`=None does not fit .* give `codes_dir` to an image model"):
+    with pytest.raises(
+        ValueError, match=r"`codes_dir`=None does not fit .*'fpmaskgit': give `codes_dir` to an image model"
+    ):
         posttrain_consistency.main([*post, "--model_name_or_path", fp])
 
     retold = shutil.copytree(codes, tmp_path / "retold")
