@@ -5,8 +5,8 @@
 
 Every model is made by a recipe with its small YAML and the overrides below. Samples are judged by a *proxy* Fréchet
 distance (EfficientNet-Lite0, no FID) to held-out pictures; as many other held-out pictures and their reconstructions
-are the floors. Times are those of one thread's CPU, which other processes do not change. What is done already in `--work_dir` is not done again. Writes JSON with provenance, a table and a
-picture.
+are the floors. Times are those of a CPU's thread at work, so that other processes hardly change them. What is done
+already in `--work_dir` is not done again. Writes JSON with provenance, a table and a picture.
 """
 
 import argparse
