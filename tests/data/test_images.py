@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, Value, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_from_disk
 from PIL import Image as PILImage
 
 from fpmgm.data import images as module
-from fpmgm.data import load_images, make_image_processor, prepare_codes
+from fpmgm.data import load_codes, load_images, make_image_processor, prepare_codes
 
 
 class MeanTokenizer:
@@ -184,3 +184,58 @@ def test_a_hub_dataset_gives_the_same_codes_as_its_folder(folder, tmp_path, monk
     assert codes["train"]["input_ids"][:] == [by_picture[0], by_picture[2], by_picture[3]]
     with pytest.raises(ValueError, match=r"`image_column`='image'.*'img'"):
         load_images(**source)
+
+
+# --- reading codes ---------------------------------------------------------------------------------------------------
+
+
+def write_codes(folder: Path, rows: list[list[int]], labels: list[int], names: list[str] | None) -> None:
+    """A folder as `prepare_codes` leaves it, of 2 × 2 of 5 codes in the classes `ant` and `cat`."""
+    dataset = Dataset.from_dict({"input_ids": rows, "class_labels": labels})
+    if names is not None:
+        dataset = dataset.cast_column("class_labels", ClassLabel(names=names))
+    DatasetDict({"train": dataset}).save_to_disk(folder)
+    preparation = {"grid_size": 2, "codebook_size": 5, "classes": ["ant", "cat"]}
+    (folder / "preparation.json").write_text(json.dumps(preparation))
+
+
+def test_codes_are_read_with_what_is_known_of_them(folder, tmp_path):
+    codes = prepare_codes(load_images(folder), MeanTokenizer(), make_image_processor(16), tmp_path / "codes")
+    read, preparation = load_codes(tmp_path / "codes")
+    assert {split: rows[:] for split, rows in read.items()} == {split: rows[:] for split, rows in codes.items()}
+    assert (preparation["grid_size"], preparation["codebook_size"]) == (2, 256)
+    assert preparation["classes"] == ["ant", "bee", "cat"]
+    write_codes(tmp_path / "most", [[0, 4, 4, 0]] * 2, [0, 1], None)
+    load_codes(tmp_path / "most")
+
+
+@pytest.mark.parametrize(
+    ("rows", "labels", "names", "message"),
+    [
+        ([[0, 1, 2, 5]], [0], None, r"codes from 0 to 5, but .*`codebook_size`=5.* lie in \[0, 4\]"),
+        ([[0, -1, 2, 3]], [0], None, "codes from -1 to 3"),
+        ([[0, 1, 2, 3], [0, 1, 2]], [0, 1], None, r"numbers of codes in a row from 3 to 4, but .* lie in \[4, 4\]"),
+        ([[0] * 9], [0], None, "numbers of codes in a row from 9 to 9"),
+        ([[0] * 4], [2], None, r"class labels from 2 to 2, but .*2 classes\) they lie in \[0, 1\]"),
+        ([[0] * 4], [-1], None, "class labels from -1 to -1"),
+        ([[0] * 4], [0], ["cat", "ant"], r"classes \['cat', 'ant'\], but preparation.json says \['ant', 'cat'\]"),
+    ],
+)
+def test_rows_that_are_not_what_was_prepared_are_refused(tmp_path, rows, labels, names, message):
+    write_codes(tmp_path / "codes", rows, labels, names)
+    with pytest.raises(ValueError, match=rf"'train' of `folder`='.*codes' has {message}"):
+        load_codes(tmp_path / "codes")
+
+
+def test_a_folder_without_finished_codes_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"has no preparation\.json"):
+        load_codes(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_codes(load_images(folder), MeanTokenizer(left=1), make_image_processor(16), tmp_path / "codes")
+    with pytest.raises(ValueError, match="is not finished: repeat the command"):
+        load_codes(tmp_path / "codes")
+    write_codes(tmp_path / "other", [[0] * 4], [0], None)
+    load_from_disk(tmp_path / "other").remove_columns("class_labels").save_to_disk(tmp_path / "codes")
+    (tmp_path / "codes/parts").rename(tmp_path / "parts")
+    with pytest.raises(ValueError, match=r"no column \['class_labels'\]"):
+        load_codes(tmp_path / "codes")

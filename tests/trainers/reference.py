@@ -5,19 +5,56 @@ Shapes: L length of a sequence, D hidden size, V vocabulary without the mask id,
 """
 
 import copy
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback
 
 from fpmgm.models.noise import stream_generator
 
-from .training_utils import LENGTH, MASK, weights
+from ..testing_utils import tiny_image_model
+from .training_utils import LENGTH, MASK, image_rows, token_rows, training_model, weights
 
 
 SEED = 42  # the configuration's default
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of model: tiny ones and rows, their length and mask id; t of a uniform, P(masked) at t, weight at t."""
+
+    model: Callable[..., nn.Module]
+    rows: Callable[[int], Dataset]
+    length: int
+    mask: int
+    time: Callable[[float], float]
+    probability: Callable[[float], float]
+    weight: Callable[[float], float]
+
+
+TEXT = Kind(
+    model=training_model,
+    rows=lambda count: token_rows(count, ragged=True, seed=1),
+    length=LENGTH,
+    mask=MASK,
+    time=lambda u: 1e-3 + (1 - 1e-3) * u,
+    probability=lambda t: 0.999 * t,
+    weight=lambda t: 1 / t,
+)
+IMAGES = Kind(
+    model=lambda seed=0, scale=0.1, **overrides: tiny_image_model(seed, scale, **overrides),
+    rows=lambda count: image_rows(count, seed=1),
+    length=9,
+    mask=7,
+    time=lambda u: math.acos(u) / (math.pi / 2),
+    probability=lambda t: t,
+    weight=lambda t: math.pi / 2,
+)
 
 
 # --- what a run did --------------------------------------------------------------------------------------------------
@@ -25,10 +62,12 @@ SEED = 42  # the configuration's default
 
 @dataclass
 class Step:
-    """An optimizer step: the weights before it, its gradient, and the rows and iterations that the model saw."""
+    """An optimizer step: the weights before it, its gradient, and the rows, classes (`None` of text) and iterations
+    that the model saw."""
 
     weights: dict[str, torch.Tensor]
     rows: list[torch.Tensor] = field(default_factory=list)
+    classes: list[int | None] = field(default_factory=list)
     iterations: dict[str, int] = field(default_factory=dict)
     gradient: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -47,6 +86,7 @@ class RecordSteps(TrainerCallback):
         clean = torch.where(labels == -100, kwargs["input_ids"], labels)
         lengths = kwargs.get("attention_mask", torch.ones_like(clean)).sum(dim=1)
         step.rows += [ids[:length] for ids, length in zip(clean, lengths.tolist(), strict=True)]
+        step.classes += kwargs["class_labels"].tolist() if "class_labels" in kwargs else [None] * len(clean)
         step.iterations = {name: kwargs[name] for name in ("num_no_grad_iterations", "num_iterations")}
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
@@ -92,8 +132,10 @@ def assert_gradient(model: nn.Module, loss: torch.Tensor, gradient: dict, tolera
 class Noisy(NamedTuple):
     """A sequence `ids` (L,), hidden at `masked` (L,) at time `t`, and at a part of it at the earlier `t_clean`."""
 
+    kind: Kind
     place: int
     ids: torch.Tensor
+    label: int | None
     uniforms: torch.Tensor
     t: float
     masked: torch.Tensor
@@ -101,19 +143,19 @@ class Noisy(NamedTuple):
     still_masked: torch.Tensor
 
 
-def corrupt(rows: list[torch.Tensor], step: int, gap_range: tuple[float, float] = (0.05, 0.30)) -> list[Noisy]:
-    """The global batch `rows` of optimizer step `step`."""
-    key, result = (SEED, "train", step), []
+def corrupt(step: Step, number: int, gap_range: tuple[float, float] = (0.05, 0.30), kind: Kind = TEXT) -> list[Noisy]:
+    """The global batch of optimizer step `number`."""
+    key, result = (SEED, "train", number), []
     shift = torch.rand((), generator=stream_generator(*key, "shift")).item()
-    for j, ids in enumerate(rows):
-        t = 1e-3 + (1 - 1e-3) * ((shift + j / len(rows)) % 1)
-        uniforms = torch.rand(LENGTH, generator=stream_generator(*key, j))[: len(ids)]
+    for j, (ids, label) in enumerate(zip(step.rows, step.classes, strict=True)):
+        t = kind.time((shift + j / len(step.rows)) % 1)
+        uniforms = torch.rand(kind.length, generator=stream_generator(*key, j))[: len(ids)]
         gap = torch.rand((), generator=stream_generator(*key, j, "gap")).item()
         t_clean = max(t - gap_range[0] - (gap_range[1] - gap_range[0]) * gap, 1e-3)
-        masked, still_masked = uniforms < 0.999 * t, uniforms < 0.999 * t_clean
+        masked, still_masked = uniforms < kind.probability(t), uniforms < kind.probability(t_clean)
         if masked.any() and masked.equal(still_masked):
             still_masked[max((u, i) for i, u in enumerate(uniforms.tolist()) if masked[i])[1]] = False
-        result.append(Noisy(j, ids, uniforms, t, masked, t_clean, still_masked))
+        result.append(Noisy(kind, j, ids, label, uniforms, t, masked, t_clean, still_masked))
     return result
 
 
@@ -128,32 +170,33 @@ class Belief(NamedTuple):
     normed: torch.Tensor
 
 
-def believe(model: nn.Module, ids: torch.Tensor, t: float, **iterations: int) -> Belief:
-    """What `model` says of one sequence at time `t`, in evaluation mode."""
-    output = model.eval()(ids[None], timesteps=torch.tensor([t]), **iterations)
-    return Belief(output.logits[0, :, :MASK], output.last_hidden_state[0], output.normed_hidden_state[0])
+def believe(model: nn.Module, noisy: Noisy, ids: torch.Tensor, t: float, **iterations: int) -> Belief:
+    """What `model` says of a sequence when it sees `ids` (L,) at time `t`, in evaluation mode."""
+    labels = {} if noisy.label is None else {"class_labels": torch.tensor([noisy.label])}
+    output = model.eval()(ids[None], timesteps=torch.tensor([t]), **labels, **iterations)
+    return Belief(output.logits[0, :, : noisy.kind.mask], output.last_hidden_state[0], output.normed_hidden_state[0])
 
 
 def of_student(model: nn.Module, noisy: list[Noisy], step: Step) -> list[Belief]:
     """With gradient, at the noisier states."""
-    return [believe(model, n.ids.masked_fill(n.masked, MASK), n.t, **step.iterations) for n in noisy]
+    return [believe(model, n, n.ids.masked_fill(n.masked, n.kind.mask), n.t, **step.iterations) for n in noisy]
 
 
 @torch.no_grad()
 def of_teacher(model: nn.Module, noisy: list[Noisy], **iterations: int) -> list[Belief]:
     """Without gradient, at the cleaner states."""
-    return [believe(model, n.ids.masked_fill(n.still_masked, MASK), n.t_clean, **iterations) for n in noisy]
+    return [believe(model, n, n.ids.masked_fill(n.still_masked, n.kind.mask), n.t_clean, **iterations) for n in noisy]
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------
 
 
 def cross_entropy(beliefs: list[Belief], noisy: list[Noisy], weight: float | None = None) -> torch.Tensor:
-    """Σ over masked positions of w·(−log p(x_i)), per position of the batch; w = 1/t, or `weight`."""
+    """Σ over masked positions of w·(−log p(x_i)), per position of the batch; w is the kind's, or `weight`."""
     total = 0.0
     for belief, n in zip(beliefs, noisy, strict=True):
         log_p = belief.logits.log_softmax(dim=-1)[torch.arange(len(n.ids)), n.ids]  # (L,)
-        total = total - log_p[n.masked].sum() * (1 / n.t if weight is None else weight)
+        total = total - log_p[n.masked].sum() * (n.kind.weight(n.t) if weight is None else weight)
     return total / sum(len(n.ids) for n in noisy)
 
 

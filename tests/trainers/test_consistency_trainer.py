@@ -13,6 +13,8 @@ from fpmgm.models import head
 from fpmgm.trainers import ConsistencyConfig, ConsistencyTrainer
 
 from .reference import (
+    IMAGES,
+    TEXT,
     RecordSteps,
     assert_gradient,
     averages,
@@ -61,6 +63,11 @@ LOSSES = {
     ),
     "kl": ({"consistency_loss": "logit_kl"}, {}, 2),
     "kl_ema": ({"consistency_loss": "logit_kl", "teacher": "ema"}, EXPLICIT, 2),
+    "images": ({}, {"class_dropout": 0.4}, 2),
+    "images_cosine_normed_ema": (
+        {"consistency_loss": "hidden_cosine", "consistency_at": "normed", "teacher": "ema"}, EXPLICIT, 4,
+    ),
+    "images_kl": ({"consistency_loss": "logit_kl"}, {"class_dropout": 0.4}, 1),
 }  # fmt: skip
 
 
@@ -80,10 +87,11 @@ def distances(args: ConsistencyConfig, student, belief, target) -> torch.Tensor:
 def test_loss_and_gradient_are_those_of_the_formula(tmp_path, monkeypatch, name):
     monkeypatch.setattr(head, "chunk_rows", lambda *_: 3)
     options, architecture, batch = LOSSES[name]
-    model = training_model(**architecture).double()
+    kind = IMAGES if name.startswith("images") else TEXT
+    model = kind.model(**architecture).double()
     record = RecordSteps(model)
     trainer = consistency_trainer(
-        tmp_path, model, callbacks=[record], train_dataset=token_rows(6, ragged=True, seed=1), max_steps=2,
+        tmp_path, model, callbacks=[record], train_dataset=kind.rows(6), max_steps=2,
         per_device_train_batch_size=batch, gradient_accumulation_steps=4 // batch, consistency_warmup_steps=3,
         consistency_weight=6.0, ema_decay=0.5, max_grad_norm=0.0, optim="sgd", learning_rate=0.05, **options,
     )  # fmt: skip
@@ -94,7 +102,7 @@ def test_loss_and_gradient_are_those_of_the_formula(tmp_path, monkeypatch, name)
     for k, step in enumerate(record.steps):
         student = with_weights(model, step.weights)
         teacher = with_weights(model, averaged[k] if trainer.args.teacher == "ema" else step.weights)
-        noisy = corrupt(step.rows, k)
+        noisy = corrupt(step, k, kind=kind)
         empty += sum(not n.masked.any() for n in noisy)
         total = sum(step.iterations.values())
         targets = of_teacher(teacher, noisy, num_iterations=total)
@@ -108,7 +116,10 @@ def test_loss_and_gradient_are_those_of_the_formula(tmp_path, monkeypatch, name)
         line = trainer.state.log_history[k]
         assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
         assert line["consistency"] == pytest.approx(distance.item(), rel=1e-5)
-    assert empty > 0
+    if kind is TEXT:
+        assert empty > 0
+    if "class_dropout" in architecture:
+        assert {label == 3 for step in record.steps for label in step.classes} == {True, False}
 
 
 @pytest.mark.parametrize(("kind", "teacher"), [("hidden_mse", "self"), ("logit_kl", "ema")])

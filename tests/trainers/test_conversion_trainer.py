@@ -14,6 +14,8 @@ from fpmgm.models import head
 from fpmgm.trainers import ConversionConfig, ConversionTrainer
 
 from .reference import (
+    IMAGES,
+    TEXT,
     RecordSteps,
     assert_gradient,
     corrupt,
@@ -45,6 +47,8 @@ LOSSES = {
         {"time_conditioning": True}, {**EXPLICIT, "time_conditioning": True}, 1,
     ),
     "explicit_student": ({"distillation_temperature": 1.0}, EXPLICIT, EXPLICIT, 2),
+    "images": ({}, {"class_dropout": 0.4, "dropout": 0.0}, EXPLICIT, 2),
+    "images_from_fixed_point": ({"distillation_temperature": 0.7}, {"num_post_layers": 0}, {}, 1),
 }  # fmt: skip
 
 
@@ -52,10 +56,11 @@ LOSSES = {
 def test_loss_and_gradient_are_those_of_the_formula(tmp_path, monkeypatch, name):
     monkeypatch.setattr(head, "chunk_rows", lambda *_: 3)
     options, of_model, of_its_teacher, batch = LOSSES[name]
-    model, teacher = training_model(0, **of_model).double(), training_model(1, 0.2, **of_its_teacher).double()
+    kind = IMAGES if name.startswith("images") else TEXT
+    model, teacher = kind.model(0, **of_model).double(), kind.model(1, 0.2, **of_its_teacher).double()
     record = RecordSteps(model)
     trainer = conversion_trainer(
-        tmp_path, teacher, model, callbacks=[record], train_dataset=token_rows(6, ragged=True, seed=1), max_steps=2,
+        tmp_path, teacher, model, callbacks=[record], train_dataset=kind.rows(6), max_steps=2,
         per_device_train_batch_size=batch, gradient_accumulation_steps=4 // batch, distillation_warmup_steps=3,
         distillation_weight=6.0, max_grad_norm=0.0, optim="sgd", learning_rate=0.05, **options,
     )  # fmt: skip
@@ -64,7 +69,7 @@ def test_loss_and_gradient_are_those_of_the_formula(tmp_path, monkeypatch, name)
     tau = options.get("distillation_temperature", 1.5)
     for k, step in enumerate(record.steps):
         student = with_weights(model, step.weights)
-        noisy = corrupt(step.rows, k, options.get("gap_range", (0.05, 0.3)))
+        noisy = corrupt(step, k, options.get("gap_range", (0.05, 0.3)), kind)
         targets, beliefs = of_teacher(teacher, noisy), of_student(student, noisy, step)
         distance = tau**2 * mean_of_means(
             [divergence(t.logits, b.logits, tau) for b, t in zip(beliefs, targets, strict=True)], noisy

@@ -14,16 +14,10 @@ from fpmgm.models.noise import stream_generator
 from fpmgm.trainers import ConsistencyConfig, ConsistencyTrainer
 
 from ..testing_utils import tiny_image_config, tiny_image_model
-from .training_utils import make_trainer, record_calls, weights
+from .training_utils import image_rows, make_trainer, record_calls, weights
 
 
 MASK, LENGTH, CLASSES = 7, 9, 3  # of tiny_image_config
-
-
-def image_rows(count: int, seed: int = 0) -> Dataset:
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(MASK, (count, LENGTH), generator=generator)
-    return Dataset.from_dict({"input_ids": codes.tolist(), "class_labels": [i % CLASSES for i in range(count)]})
 
 
 def image_trainer(folder, model=None, **arguments):

@@ -11,7 +11,9 @@ from fpmgm.models.noise import stream_generator
 from fpmgm.trainers import SDTTConfig, SDTTTrainer
 
 from .reference import (
+    IMAGES,
     SEED,
+    TEXT,
     Noisy,
     RecordSteps,
     assert_gradient,
@@ -23,7 +25,7 @@ from .reference import (
     of_student,
     with_weights,
 )
-from .training_utils import LENGTH, MASK, CallOnce, make_trainer, token_rows, training_model, weights
+from .training_utils import LENGTH, MASK, CallOnce, make_trainer, training_model, weights
 
 
 EXPLICIT = {"num_pre_layers": 2, "num_fixed_point_layers": 0, "num_post_layers": 1}
@@ -40,20 +42,19 @@ def sdtt_trainer(folder, model=None, **arguments) -> SDTTTrainer:
 @torch.no_grad()
 def ancestral_logits(teacher, noisy: Noisy, step: int, step_size: float, teacher_steps: int) -> tuple:
     """(L, V) logits that each masked position had when it was revealed, or at the end, and how many were before."""
-    draws = torch.rand(
-        LENGTH, generator=stream_generator(SEED, "train", step, noisy.place, "draw"), dtype=torch.float64
-    ).tolist()
-    tokens = noisy.ids.masked_fill(noisy.masked, MASK)
+    kind, stream = noisy.kind, stream_generator(SEED, "train", step, noisy.place, "draw")
+    draws = torch.rand(kind.length, generator=stream, dtype=torch.float64).tolist()
+    tokens = noisy.ids.masked_fill(noisy.masked, kind.mask)
     waiting = noisy.masked.nonzero().flatten().tolist()
-    result = torch.zeros(len(tokens), MASK, dtype=torch.float64)
+    result = torch.zeros(len(tokens), kind.mask, dtype=torch.float64)
     early = 0
     for k in range(teacher_steps):
         t, after = (max(noisy.t - i * step_size, 0.0) for i in (k, k + 1))
-        logits, seen = believe(teacher, tokens, t).logits, tokens.clone()
+        logits, seen = believe(teacher, noisy, tokens, t).logits, tokens.clone()
         for i in list(waiting):
             result[i] = logits[i]
             # masked at t where its uniform is under P(t); shown from the first time on whose P is not above it
-            if noisy.uniforms[i].item() >= 0.999 * after:
+            if noisy.uniforms[i].item() >= kind.probability(after):
                 cumulative = logits[i].softmax(dim=-1).cumsum(dim=-1).tolist()
                 seen[i] = next(token for token, share in enumerate(cumulative) if share > draws[i])
                 waiting.remove(i)
@@ -68,6 +69,8 @@ LOSSES = {
     "three_steps": ({"teacher_steps": 3, "first_step_size": 0.1}, {}, None, 4),
     "in_time": ({}, {"time_conditioning": True}, None, 1),
     "forward": ({"divergence": "forward_kl"}, {}, EXPLICIT, 2),
+    "images": ({"teacher_steps": 3, "first_step_size": 0.1}, {"class_dropout": 0.4}, None, 2),
+    "images_forward": ({"divergence": "forward_kl"}, {}, EXPLICIT, 1),
 }
 
 
@@ -75,14 +78,15 @@ LOSSES = {
 def test_loss_and_gradient_are_those_of_an_ancestral_teacher(tmp_path, monkeypatch, name):
     monkeypatch.setattr(head, "chunk_rows", lambda *_: 3)
     options, architecture, of_teacher, batch = LOSSES[name]
-    model = training_model(0, 0.2, **architecture).double()
-    given = None if of_teacher is None else training_model(1, 0.3, **of_teacher).double()
+    kind = IMAGES if name.startswith("images") else TEXT
+    model = kind.model(0, 0.2, **architecture).double()
+    given = None if of_teacher is None else kind.model(1, 0.3, **of_teacher).double()
     first = with_weights(model, weights(model)) if given is None else given
     before = weights(first)
     record = RecordSteps(model)
     trainer = sdtt_trainer(
         tmp_path, model, teacher=given, callbacks=[record], max_steps=-1, ema_decay=0.5, optim="sgd",
-        learning_rate=0.05, max_grad_norm=0.0, train_dataset=token_rows(6, ragged=True, seed=1),
+        learning_rate=0.05, max_grad_norm=0.0, train_dataset=kind.rows(6),
         per_device_train_batch_size=batch, gradient_accumulation_steps=4 // batch, **options,
     )  # fmt: skip
     trainer.train()
@@ -94,11 +98,11 @@ def test_loss_and_gradient_are_those_of_an_ancestral_teacher(tmp_path, monkeypat
         teacher = first if k < 2 else with_weights(model, average[2])
         number = options.get("teacher_steps", 2)
         size = options.get("first_step_size", 0.2) * (1 if k < 2 else number)
-        student, noisy = with_weights(model, step.weights), corrupt(step.rows, k)
+        student, noisy = with_weights(model, step.weights), corrupt(step, k, kind=kind)
         targets, early = zip(*(ancestral_logits(teacher, n, k, size, number) for n in noisy), strict=True)
         beliefs = of_student(student, noisy, step)
         pairs = [(b.logits, t) for b, t in zip(beliefs, targets, strict=True)]  # reverse: KL(student ‖ target)
-        if name == "forward":
+        if options.get("divergence") == "forward_kl":
             pairs = [pair[::-1] for pair in pairs]
         loss = mean_of_means([divergence(*pair) for pair in pairs], noisy)
         assert_gradient(student, loss, step.gradient, tolerance=1e-6 if k < 2 else 1e-5)  # the average is in float32

@@ -38,6 +38,12 @@ def token_rows(count: int, ragged: bool = False, seed: int = 0) -> Dataset:
     )
 
 
+def image_rows(count: int, seed: int = 0) -> Dataset:
+    """Random images for `tiny_image_config`: 3 × 3 of 7 codes, the 3 classes in turn."""
+    codes = torch.randint(7, (count, 9), generator=torch.Generator().manual_seed(seed))
+    return Dataset.from_dict({"input_ids": codes.tolist(), "class_labels": [i % 3 for i in range(count)]})
+
+
 def make_trainer(
     folder: Path | str,
     model: nn.Module | None = None,
