@@ -36,7 +36,7 @@ import posttrain_consistency
 import prepare_images
 import train_imagenette
 import train_vq
-from provenance import machine
+from provenance import commit, machine
 from training_cost import ITERATIONS, QUIET, step
 
 
@@ -84,7 +84,7 @@ def make_codes(args: argparse.Namespace) -> dict:
         argv += ["--save_steps", "250", "--save_total_limit", "1", "--report_to", "none", "--disable_tqdm", "True"]
         metrics = train_vq.main([*argv, "--output_dir", str(folder)])
         kept = ("eval_psnr", "eval_codebook_usage", "eval_codebook_perplexity")
-        run = {"command": command(train_vq, argv, args), **{name: metrics[name] for name in kept}}
+        run = {"command": command(train_vq, argv, args), "commit": commit(), **{name: metrics[name] for name in kept}}
         done.write_text(json.dumps(run))
     options = ["--tokenizer", str(folder), "--augment", "flip", "--output_dir", str(codes), "--device", "cpu"]
     prepare_images.main([*source, *options])
@@ -106,6 +106,7 @@ def train(name: str, args: argparse.Namespace) -> dict:
         model = AutoModel.from_pretrained(folder)
         run = {
             "command": command(recipe, argv, args),
+            "commit": commit(),
             "steps": state["global_step"],
             "cross_entropy_before": metrics.get("before_loss"),
             "cross_entropy": metrics["eval_loss"],
