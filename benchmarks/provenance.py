@@ -3,12 +3,12 @@
 
 import os
 import platform
-import subprocess
 
 import torch
 import transformers
 
 from fpmgm import __version__
+from fpmgm.evaluation.provenance import commit
 
 
 def machine(device: str = "cpu") -> dict:
@@ -22,13 +22,6 @@ def machine(device: str = "cpu") -> dict:
         "fpmgm": __version__,
         "commit": commit(),
     }
-
-
-def commit() -> str:
-    """The commit measured, with a plus where the package differs from it."""
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run(["git", "status", "--porcelain", "fpmgm"], capture_output=True, text=True).stdout.strip()
-    return head + ("+" if changed else "")
 
 
 def _processor() -> str:

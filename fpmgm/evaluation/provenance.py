@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a number comes from: command, versions, device."""
+"""Where a number comes from: command, versions, commit, device."""
 
 import os
 import platform
 import re
 import shlex
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,11 +15,12 @@ import torch
 from .store import world_size
 
 
-PACKAGES = ("fpmgm", "torch", "transformers", "numpy", "mauve-text", "gguf")
+PACKAGES = ("fpmgm", "torch", "transformers", "numpy", "scikit-learn", "mauve-text", "gguf")
+CHECKOUT = Path(__file__).parents[2]
 
 
 def provenance(device: str | torch.device | None = None, argv: list[str] | None = None) -> dict:
-    """What a results file must say of its run: `command`, `versions`, `device`, `processes`.
+    """What a results file must say of its run: `command`, `versions`, `commit`, `device`, `processes`.
 
     Args:
         device (`str` or `torch.device`, *optional*): Where the models ran. `None`: the CPU.
@@ -28,9 +30,24 @@ def provenance(device: str | torch.device | None = None, argv: list[str] | None 
     return {
         "command": shlex.join(["python", *argv]),
         "versions": {"python": platform.python_version(), **_versions()},
+        "commit": commit(),
         "device": device_name(device or "cpu"),
         "processes": world_size(),
     }
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package is, with a plus where the package differs from it; `None` for an
+    installed package."""
+    if not (CHECKOUT / ".git").exists():
+        return None
+    git = ["git", "-C", str(CHECKOUT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "fpmgm"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def device_name(device: str | torch.device) -> str:
