@@ -2,14 +2,15 @@
 """A results file names the commit that it was made with, and says where the code differed from it."""
 
 import subprocess
+import sys
 
-from fpmgm.evaluation import provenance as module
+from fpmgm.evaluation import provenance
 from fpmgm.evaluation.provenance import commit
 
 
 def test_the_commit_is_that_of_the_checkout_and_changes_show(tmp_path, monkeypatch):
-    monkeypatch.setattr("fpmgm.evaluation.provenance.CHECKOUT", tmp_path)
-    assert module()["commit"] is None  # installed
+    monkeypatch.setattr(sys.modules["fpmgm.evaluation.provenance"], "CHECKOUT", tmp_path)
+    assert provenance()["commit"] is None  # installed
 
     def git(*arguments: str) -> str:
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
@@ -25,6 +26,6 @@ def test_the_commit_is_that_of_the_checkout_and_changes_show(tmp_path, monkeypat
     git("add", "-A")
     git("commit", "-qm", "first")
     (tmp_path / "notes.txt").write_text("not part of the package")
-    assert module()["commit"] == git("rev-parse", "--short", "HEAD")
+    assert provenance()["commit"] == git("rev-parse", "--short", "HEAD")
     (tmp_path / "fpmgm/model.py").write_text("a = 2\n")
-    assert module()["commit"] == git("rev-parse", "--short", "HEAD") + "+"
+    assert provenance()["commit"] == git("rev-parse", "--short", "HEAD") + "+"
