@@ -205,31 +205,38 @@ def held_out(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
 
 def sample(name: str, reuse: str, budget: int, args: argparse.Namespace) -> tuple[torch.Tensor, dict]:
     """(N, L) codes, the classes in turn, and what they cost."""
+    protocol = {key: getattr(args, key) for key in ("num_samples", "guidance_scale", "seed")}
     path = Path(args.work_dir) / "samples" / f"{folder_of(name, args).name}_{reuse}_{budget}.json"
-    if not path.is_file():
-        model = AutoModel.from_pretrained(folder_of(name, args)).eval()
-        codes, seconds = [], []
-        for first in range(0, args.num_samples, BATCH):
-            places = torch.arange(first, min(first + BATCH, args.num_samples))
-            start = time.process_time()
-            out = model.generate(
-                class_labels=places % model.config.num_classes, budget=budget, num_steps=budget // BLOCKS_PER_STEP,
-                reuse=reuse, guidance_scale=args.guidance_scale, seed=[(args.seed << 32) + int(i) for i in places],
-                return_dict_in_generate=True,
-            )  # fmt: skip
-            seconds.append((time.process_time() - start) / len(places))
-            codes += out.sequences.tolist()
-        row = {
-            "num_steps": out.num_steps,
-            "iterations": out.iterations,
-            "block_evaluations": out.block_evaluations,
-            "guidance_evaluations": out.guidance_evaluations,
-            "cpu_milliseconds_per_image": 1000 * statistics.median(seconds),
-        }
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    if found.get("protocol") != protocol:
+        found = {"protocol": protocol, **generate(name, reuse, budget, args)}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"row": row, "codes": codes}))
-    found = json.loads(path.read_text())
+        path.write_text(json.dumps(found))
     return torch.tensor(found["codes"]), found["row"]
+
+
+def generate(name: str, reuse: str, budget: int, args: argparse.Namespace) -> dict:
+    """Codes of `num_samples` pictures, and what they cost."""
+    model = AutoModel.from_pretrained(folder_of(name, args)).eval()
+    codes, seconds = [], []
+    for first in range(0, args.num_samples, BATCH):
+        places = torch.arange(first, min(first + BATCH, args.num_samples))
+        start = time.process_time()
+        out = model.generate(
+            class_labels=places % model.config.num_classes, budget=budget, num_steps=budget // BLOCKS_PER_STEP,
+            reuse=reuse, guidance_scale=args.guidance_scale, seed=[(args.seed << 32) + int(i) for i in places],
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        seconds.append((time.process_time() - start) / len(places))
+        codes += out.sequences.tolist()
+    row = {
+        "num_steps": out.num_steps,
+        "iterations": out.iterations,
+        "block_evaluations": out.block_evaluations,
+        "guidance_evaluations": out.guidance_evaluations,
+        "cpu_milliseconds_per_image": 1000 * statistics.median(seconds),
+    }
+    return {"row": row, "codes": codes}
 
 
 def evaluate(args: argparse.Namespace) -> tuple[dict, dict]:
