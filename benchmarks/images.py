@@ -308,18 +308,20 @@ def markdown(result: dict) -> str:
 
 
 def draw(sets: dict, args: argparse.Namespace, path: Path) -> None:
-    """A row of pictures for each of `sets`: real ones, reconstructions, and models at the least and largest budget."""
+    """A row for the real pictures, their reconstructions, and each model at the least and the largest budget."""
     from matplotlib.figure import Figure
 
-    budgets = (min(args.budgets), max(args.budgets))
-    shown = {key: images for key, images in sets.items() if isinstance(key, str) or key[2] in budgets}
-    figure = Figure(figsize=(13, 0.62 * len(shown)), layout="constrained")
-    for axes, (key, images) in zip(figure.subplots(len(shown)), shown.items(), strict=True):
-        axes.imshow(np.concatenate(list(images[:20].permute(0, 2, 3, 1).numpy()), axis=1), interpolation="nearest")
+    keys = [*list(sets)[:2]]
+    keys += [
+        (name, run[-1][-1], budget) for name, run in RUNS.items() for budget in (args.budgets[0], args.budgets[-1])
+    ]
+    figure = Figure(figsize=(12, 0.6 * len(keys)))
+    for axes, key in zip(figure.subplots(len(keys)), keys, strict=True):
+        axes.imshow(np.concatenate(list(sets[key][:20].permute(0, 2, 3, 1).numpy()), axis=1), interpolation="nearest")
         title = key if isinstance(key, str) else f"{key[0]}, {key[1]}, {key[2]}"
         axes.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
         axes.set(xticks=[], yticks=[])
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 def main() -> None:
@@ -334,7 +336,7 @@ def main() -> None:
     parser.add_argument("--adapt_steps", type=int, default=150)
     parser.add_argument("--budgets", type=int, nargs="+", default=[48, 96, 192, 384])
     parser.add_argument("--guidance_scale", type=float, default=2.0)
-    parser.add_argument("--num_samples", type=int, default=100, help="Pictures a row, a multiple of the classes.")
+    parser.add_argument("--num_samples", type=int, default=200, help="Pictures a row, a multiple of the classes.")
     parser.add_argument("--repetitions", type=int, default=9, help="Of the timed training steps.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work_dir", default="outputs/images")
