@@ -23,8 +23,8 @@ from datasets import Dataset
 from transformers import AutoModel
 
 from fpmgm.conversion import load_image_tokenizer
-from fpmgm.data import load_codes, load_images
-from fpmgm.data.images import centre_crop, make_image_processor, read_image
+from fpmgm.data import load_codes, load_images, make_image_processor
+from fpmgm.data.images import centre_crop, read_image
 from fpmgm.evaluation import EfficientNetLiteExtractor, evaluate_images, extract_features, image_statistics, to_uint8
 from fpmgm.models.noise import arccos_ratio, mask_tokens, mask_uniforms, sequential_times
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
