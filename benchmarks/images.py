@@ -321,7 +321,7 @@ def draw(sets: dict, args: argparse.Namespace, path: Path) -> None:
         title = key if isinstance(key, str) else f"{key[0]}, {key[1]}, {key[2]}"
         axes.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
         axes.set(xticks=[], yticks=[])
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    figure.savefig(path, dpi=80, bbox_inches="tight")
 
 
 def main() -> None:
@@ -343,7 +343,8 @@ def main() -> None:
     parser.add_argument("--output", default="benchmarks/results/images_cpu.json")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    names = {"image_dir": "PICTURES", "work_dir": "WORK", "weights": args.weights and Path(args.weights).name}
+    names = {"image_dir": "PICTURES", "work_dir": "WORK", "output": Path(args.output).name}
+    names["weights"] = args.weights and Path(args.weights).name
     result = {"machine": machine(), "arguments": {**vars(args), **names}, "tokenizer": make_codes(args)}
     result["runs"] = {name: train(name, args) for name in RUNS}
     result["step_costs"] = step_costs(list(RUNS)[:2], args)
