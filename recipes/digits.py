@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib
+import matplotlib.image
 import numpy as np
 import torch
 import transformers
