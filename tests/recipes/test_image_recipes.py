@@ -23,6 +23,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 sys.path.append(str(RECIPES))  # last: recipes/evaluate.py has the name of a package
 
 import convert_mdlm  # noqa: E402
+import digits  # noqa: E402
 import distill_sdtt  # noqa: E402
 import posttrain_consistency  # noqa: E402
 import train_imagenette  # noqa: E402
@@ -147,6 +148,15 @@ def test_an_original_maskgit_is_converted_on_codes_and_goes_on(tmp_path):
     assert AutoModel.from_pretrained(tmp_path / "converted").config.num_attention_heads == 6
     tuned = ["--output_dir", str(tmp_path / "tuned"), "--learning_rate", "1e-4"]
     assert math.isfinite(train_imagenette.main([*argv, *tuned])["eval_loss"])
+
+
+def test_digits_need_no_download(tmp_path):
+    argv = ["--output_dir", str(tmp_path), "--hidden_size", "16", "--max_steps", "2", "--num_samples", "20"]
+    results = digits.main([*argv, "--budgets", "6", "--guidance_scales", "1", "2"])
+    assert [row["guidance_evaluations"] > 0 for row in results["samples"]] == [False, True]
+    assert results["held_out"]["recognised"] > 0.95  # real digits, by a judge that saw others
+    assert Image.open(tmp_path / "digits.png").size == (6 * 10 * 10, 6 * 2 * 10)  # with a frame
+    assert json.loads((tmp_path / "results.json").read_text())["samples"] == results["samples"]
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
