@@ -73,7 +73,8 @@ def linear_of(linear: nn.Module, activation: Callable, *inputs: torch.Tensor) ->
     address, size, node = y.data_ptr(), y.numel(), y.grad_fn  # `pack` may outlive this call, y must not
 
     def pack(kept):
-        return kept.shape if kept.data_ptr() == address and kept.numel() == size else kept
+        is_y = kept.data_ptr() == address and kept.numel() == size and kept.is_contiguous()
+        return kept.shape if is_y else kept
 
     def unpack(kept):
         if not isinstance(kept, torch.Size):
