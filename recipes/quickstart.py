@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import random
-import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion, __version__
 from fpmgm.analysis import plot_denoising
 from fpmgm.data import load_text, pack, train_tokenizer
 from fpmgm.evaluation import NGramJudge, unigram_entropy
+from fpmgm.evaluation.provenance import processor_name
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
 from fpmgm.trainers.arguments import parse_arguments
 from installed_english import paragraphs
@@ -208,16 +208,6 @@ def describe_machine() -> dict:
         "transformers": transformers.__version__,
         "fpmgm": __version__,
     }
-
-
-def processor_name() -> str:
-    """The processor's own name where the system tells it."""
-    found = (
-        re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-        if Path("/proc/cpuinfo").exists()
-        else None
-    )
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def table(results: dict) -> str:

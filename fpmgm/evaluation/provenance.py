@@ -54,10 +54,14 @@ def device_name(device: str | torch.device) -> str:
     """The GPU's name, or the processor's with its number of cores and threads."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
+    return f"{processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def processor_name() -> str:
+    """The processor's own name where the system tells it."""
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    name = found[1] if found else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _versions() -> dict[str, str]:
