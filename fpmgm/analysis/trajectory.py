@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..models.reveal import RevealTask
 from ..models.sampling import time_grid
 
 
@@ -106,7 +107,7 @@ def masked_trajectory(
     if remask is not None and name != "ancestral":
         raise ValueError(f"`remask`={remask} needs a model of the order 'ancestral', not {name!r}: leave it out.")
     config = model.generation_config.updated(remask=remask, final="sample", order=None)
-    schedule = order(wanted, wanted, num_steps, mask_token_id, config, seed, None).schedule
+    schedule = order(RevealTask(wanted, wanted, num_steps, mask_token_id, config, seed, None)).schedule
     masked, states = wanted.flatten(), []
     for reveals, remasks in zip(schedule.reveals, schedule.remasks, strict=True):
         states.append(tokens.masked_fill(masked.view_as(tokens), mask_token_id))

@@ -18,7 +18,7 @@ from .generation_config_mgm import MGMGenerationConfig
 from .guidance import check_classes, class_rows, guidance_scales, guided_logits
 from .ledger import GenerationStep, Ledger, MGMGenerationOutput
 from .reuse import REUSE_STATES, Solution, reuse_states, reuse_weights, updated_solution, visible_fraction
-from .reveal import TEXT_ORDERS
+from .reveal import TEXT_ORDERS, RevealTask
 from .sampling import time_grid
 
 
@@ -96,7 +96,7 @@ class MGMGenerationMixin:
             classes = class_rows(classes, len(tokens), config.guidance_scale, self.config.num_classes)
         real = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         wanted = (tokens == self.config.mask_token_id) & real
-        rule = order(wanted, real, plan.num_steps, self.config.mask_token_id, config, seed, generator)
+        rule = order(RevealTask(wanted, real, plan.num_steps, self.config.mask_token_id, config, seed, generator))
         alike = bool(wanted.all()) and attention_mask is None
         tokens = tokens.to(self.device)
         attention_mask = None if attention_mask is None else attention_mask.to(self.device)

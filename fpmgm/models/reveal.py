@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -27,6 +28,23 @@ from .sampling import (
     ranked_schedule,
     remasking_schedule,
 )
+
+
+class RevealTask(NamedTuple):
+    """What an order is given: the positions to write and the real ones, both (B, L) bool on the CPU, in how many
+    steps, with which settings and random numbers."""
+
+    wanted: torch.Tensor
+    real: torch.Tensor
+    num_steps: int
+    mask_token_id: int
+    config: MGMGenerationConfig
+    seed: int | list[int] | None
+    generator: torch.Generator | None
+
+    def uniforms(self, count: int) -> torch.Tensor:
+        """(count, B, L) float64 in [0, 1)."""
+        return draw_uniforms(count, self.real, self.seed, self.generator)
 
 
 @dataclass(frozen=True)
@@ -101,71 +119,43 @@ class ConfidenceReveal:
         return written.view_as(tokens), _mark(positions, tokens)
 
 
-def ancestral(
-    wanted: torch.Tensor,
-    real: torch.Tensor,
-    num_steps: int,
-    mask_token_id: int,
-    config: MGMGenerationConfig,
-    seed: int | list[int] | None,
-    generator: torch.Generator | None,
-) -> ScheduledReveal:
+def ancestral(task: RevealTask) -> ScheduledReveal:
     """The ancestral order: each masked position is revealed with probability (P_t − P_s)/P_t."""
-    if config.remask is None:
-        uniforms = draw_uniforms(2, real, seed, generator)
-        schedule, draws = ancestral_schedule(uniforms[0], wanted, num_steps), uniforms[1:]
+    steps, remask = task.num_steps, task.config.remask
+    if remask is None:
+        uniforms = task.uniforms(2)
+        schedule, draws = ancestral_schedule(uniforms[0], task.wanted, steps), uniforms[1:]
     else:
-        uniforms = draw_uniforms(2 * num_steps, real, seed, generator)
-        schedule = remasking_schedule(uniforms[:num_steps], wanted, num_steps, config.remask)
-        draws = uniforms[num_steps:]
-    return ScheduledReveal(schedule, draws.flatten(1), mask_token_id, config)
+        uniforms = task.uniforms(2 * steps)
+        schedule, draws = remasking_schedule(uniforms[:steps], task.wanted, steps, remask), uniforms[steps:]
+    return ScheduledReveal(schedule, draws.flatten(1), task.mask_token_id, task.config)
 
 
 def confidence(
-    wanted: torch.Tensor,
-    real: torch.Tensor,
-    num_steps: int,
-    mask_token_id: int,
-    config: MGMGenerationConfig,
-    seed: int | list[int] | None,
-    generator: torch.Generator | None,
-    count: Callable[[torch.Tensor, int], torch.Tensor] = equal_counts,
+    task: RevealTask, count: Callable[[torch.Tensor, int], torch.Tensor] = equal_counts
 ) -> ConfidenceReveal:
     """The confidence order: the most probable draws first, as many at each step as `count` says."""
-    counts = count(wanted, num_steps)
-    uniforms = draw_uniforms(num_steps, real, seed, generator)
-    return ConfidenceReveal(counts, uniforms.flatten(1), wanted, mask_token_id, config)
+    counts, uniforms = count(task.wanted, task.num_steps), task.uniforms(task.num_steps)
+    return ConfidenceReveal(counts, uniforms.flatten(1), task.wanted, task.mask_token_id, task.config)
 
 
-def halton(
-    wanted: torch.Tensor,
-    real: torch.Tensor,
-    num_steps: int,
-    mask_token_id: int,
-    config: MGMGenerationConfig,
-    seed: int | list[int] | None,
-    generator: torch.Generator | None,
-) -> ScheduledReveal:
+def halton(task: RevealTask) -> ScheduledReveal:
     """The order of a Halton sequence on the square of tokens, the same for all sequences."""
-    priority = halton_order(math.isqrt(wanted.shape[1])).argsort().expand(wanted.shape)  # place in the order
-    schedule = ranked_schedule(priority, wanted, arccos_counts(wanted, num_steps))
-    uniforms = draw_uniforms(1, real, seed, generator)
-    return ScheduledReveal(schedule, uniforms.flatten(1), mask_token_id, config)
+    side = math.isqrt(task.wanted.shape[1])
+    priority = halton_order(side).argsort().expand(task.wanted.shape)  # place in the order
+    return _ranked(task, priority, task.uniforms(1))
 
 
-def random(
-    wanted: torch.Tensor,
-    real: torch.Tensor,
-    num_steps: int,
-    mask_token_id: int,
-    config: MGMGenerationConfig,
-    seed: int | list[int] | None,
-    generator: torch.Generator | None,
-) -> ScheduledReveal:
+def random(task: RevealTask) -> ScheduledReveal:
     """A random order, another one for each sequence."""
-    uniforms = draw_uniforms(2, real, seed, generator)
-    schedule = ranked_schedule(uniforms[0], wanted, arccos_counts(wanted, num_steps))
-    return ScheduledReveal(schedule, uniforms[1:].flatten(1), mask_token_id, config)
+    uniforms = task.uniforms(2)
+    return _ranked(task, uniforms[0], uniforms[1:])
+
+
+def _ranked(task: RevealTask, priority: torch.Tensor, draws: torch.Tensor) -> ScheduledReveal:
+    """By ascending `priority` (B, L), as many at each step as the arccosine says; `draws` (1, B, L)."""
+    schedule = ranked_schedule(priority, task.wanted, arccos_counts(task.wanted, task.num_steps))
+    return ScheduledReveal(schedule, draws.flatten(1), task.mask_token_id, task.config)
 
 
 # The default first.
