@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DISTRIBUTED := $(VENV)/distributed
+EXTRAS := $(VENV)/extras
 
-.PHONY: quickstart test test-distributed style check clean
+.PHONY: quickstart test test-distributed test-extras style check clean
 
 $(BIN)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,16 +19,20 @@ test: $(BIN)/.installed  ## lint and tests
 	$(MAKE) check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests  # the workers share the cores
 
-# DeepSpeed stands apart, in an environment that also sees .venv: it slows every start and writes to the output.
-$(DISTRIBUTED)/.installed: $(BIN)/.installed
-	$(PYTHON) -m venv $(DISTRIBUTED)
+# DeepSpeed, Triton and the image networks stand apart, in an environment that also sees .venv: they are large, and
+# DeepSpeed slows every start and writes to the output.
+$(EXTRAS)/.installed: $(BIN)/.installed
+	$(PYTHON) -m venv $(EXTRAS)
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
-		$$($(DISTRIBUTED)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/venv.pth
-	$(DISTRIBUTED)/bin/python -m pip install --quiet -c constraints.txt -e '.[distributed]'
+		$$($(EXTRAS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/venv.pth
+	$(EXTRAS)/bin/python -m pip install --quiet -c constraints.txt -e '.[distributed,images-proxy,liger]'
 	touch $@
 
-test-distributed: $(DISTRIBUTED)/.installed  ## two processes under DDP, ZeRO-1, 2, 3 and FSDP2 against one
-	$(DISTRIBUTED)/bin/python -m pytest -m 'not slow' tests/trainers/test_distributed.py
+test-distributed: $(EXTRAS)/.installed  ## two processes under DDP, ZeRO-1, 2, 3 and FSDP2 against one
+	$(EXTRAS)/bin/python -m pytest -m 'not slow' tests/trainers/test_distributed.py
+
+test-extras: $(EXTRAS)/.installed  ## what needs optional packages; Liger's kernel is interpreted, without a GPU
+	TRITON_INTERPRET=1 $(EXTRAS)/bin/python -m pytest tests/models/test_head.py tests/evaluation/test_images.py
 
 check: $(BIN)/.installed
 	$(BIN)/ruff check .

@@ -17,16 +17,15 @@ makes two whole steps with AdamW, everything included.
 
 import argparse
 import json
-import math
 import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from fpmgm import (
@@ -36,6 +35,7 @@ from fpmgm import (
     FPMDLMForMaskedDiffusion,
     convert_to_fixed_point,
 )
+from fpmgm.analysis.flops import counted_flops
 from fpmgm.models.noise import arccos_ratio, loss_weight, mask_tokens, masked_probability
 from fpmgm.trainers import (
     ConsistencyConfig,
@@ -184,17 +184,6 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
-def uncounted_flops(trainer, args: argparse.Namespace) -> float:
-    """FLOPs of the chunked head's weight gradient at the masked share: PyTorch's counter does not see its in-place
-    product. (Nor does it see attention on a CPU, in any of the steps.)"""
-    if isinstance(trainer, PlainTrainer):
-        return 0
-    config = trainer.model.config
-    masked = {"fpmdlm": 1 / 2, "fpmaskgit": 2 / math.pi}[config.model_type]
-    tokens = args.batch_size * config.max_position_embeddings
-    return 2 * masked * tokens * config.hidden_size * config.vocab_size
-
-
 def matmul_ceiling(args: argparse.Namespace) -> float:
     """FLOP/s of the MLP's product at this number of tokens, the best of several."""
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
@@ -215,9 +204,8 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
     flops = {name: [] for name in trainers}
     for name, trainer in trainers.items():
         for iterations in ITERATIONS:
-            with FlopCounterMode(display=False) as counter:  # a first call, which is not timed
-                step(trainer, args, 0, iterations)
-            flops[name].append(counter.get_total_flops())
+            first = partial(step, trainer, args, 0, iterations)  # which is not timed
+            flops[name].append(counted_flops(first))
     for repetition in tqdm(range(args.repetitions), desc="repetitions"):
         for name, trainer in trainers.items():
             for iterations in ITERATIONS:
@@ -227,7 +215,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
     rows, ceiling = {}, matmul_ceiling(args)
     for name in trainers:
         seconds = statistics.mean(statistics.median(values) for values in times[name].values())
-        work = statistics.mean(flops[name]) + uncounted_flops(trainers[name], args)
+        work = statistics.mean(flops[name])
         rows[name] = {
             "seconds": seconds,
             "fastest": statistics.mean(min(values) for values in times[name].values()),

@@ -25,6 +25,45 @@ FORBIDDEN = -1e6  # logit of an id that gets no probability: finite, so that dif
 LogitsLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
 
 
+def fused_cross_entropy(device: torch.device) -> Callable | None:
+    """Liger's cross-entropy kernel where it is installed and at home: on a GPU."""
+    if device.type != "cuda":
+        return None
+    try:
+        from liger_kernel.transformers.functional import liger_cross_entropy
+    except ImportError:
+        return None
+    return liger_cross_entropy
+
+
+def cross_entropy(
+    logits: torch.Tensor, labels: torch.LongTensor, overwrite: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """−log softmax(logits)[label] of each row, (R,), and its most likely id, (R,) without gradient.
+
+    Args:
+        logits (`torch.Tensor`): (R, V).
+        labels (`torch.LongTensor`): (R,).
+        overwrite (`bool`, defaults to `False`): Nothing else reads the logits, so that a fused kernel, where there is
+            one, may write their gradient in their place.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> losses, likeliest = cross_entropy(torch.tensor([[0.0, 3.0]]).log1p(), torch.tensor([1]))
+    >>> round(losses.item(), 4), likeliest.item()  # log 5/4
+    (0.2231, 1)
+
+    ```
+    """
+    fused = fused_cross_entropy(logits.device) if overwrite and logits.dtype != torch.float64 else None
+    if fused is None:
+        return F.cross_entropy(logits, labels, reduction="none"), logits.detach().argmax(dim=-1)
+    output = fused(logits, labels, reduction="none", return_predicted_tokens=True)
+    return output.loss, output.predicted_tokens
+
+
 def chunk_rows(vocab_size: int, device: torch.device) -> int:
     """Positions whose logits are held at once: 64 MB in float32 on a CPU, 512 MB on a GPU, where calls cost more."""
     return max(1, 2 ** (24 if device.type == "cpu" else 27) // vocab_size)

@@ -15,13 +15,12 @@ from typing import Any, TypedDict
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import ModelOutput
 
 from .fixed_point import SOLVERS, FixedPointSolution, solve_adaptively, solve_fixed_point
-from .head import FORBIDDEN, LMHead, LogitsLoss
+from .head import FORBIDDEN, LMHead, LogitsLoss, cross_entropy
 from .injection import INJECTION_STARTS, INJECTIONS
 from .layers import IdentityLinear, Modulation, modulate, wide
 from .noise import IGNORE_INDEX
@@ -277,14 +276,12 @@ class MGMPreTrainedModel(PreTrainedModel):
         further = []
 
         def loss(logits: torch.Tensor, chunk: slice) -> tuple[torch.Tensor, torch.Tensor]:
-            losses = F.cross_entropy(
-                logits, labels[chunk], reduction="none"
-            )  # (R,), no probability on the mask (SUBS)
+            losses, likeliest = cross_entropy(logits, labels[chunk], overwrite=logits_loss is None)  # (R,)
             total = (losses if weights is None else losses * weights[chunk]).sum() / real
             if logits_loss is not None:
                 further.append(logits_loss(logits, chunk))
                 total = total + further[-1]
-            return total, logits.detach().argmax(dim=-1) == labels[chunk]
+            return total, likeliest == labels[chunk]
 
         total, hits = self._head_loss(normed, loss)
         added = torch.stack(further).sum().detach() if further else None

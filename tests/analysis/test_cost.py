@@ -3,13 +3,12 @@
 
 import pytest
 import torch
-from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion
 from fpmgm.analysis.cost import count_parameters, denoiser_work, training_work
+from fpmgm.analysis.flops import counted_flops
 from fpmgm.analysis.planning import (
     SamplingStep,
     largest_masked_share,
@@ -39,17 +38,6 @@ BATCH, LENGTH = 3, 8
 MASKED = {0: 5, 2: 2}  # positions in a row: P = 7, Q = 5
 MDLM = {"num_pre_layers": 3, "num_fixed_point_layers": 0, "num_post_layers": 0}
 
-# What the counter does not know: attention on a CPU, and the head's weight gradient, added in place in float32.
-UNKNOWN = {
-    aten.addmm_: lambda total, a, b, out_shape=None, **kwargs: flop_counter.mm_flop(a, b),
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, out_shape=None, **kwargs: (
-        flop_counter.sdpa_flop_count(q, k, v)
-    ),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *rest, out_shape=None, **kwargs: (
-        flop_counter.sdpa_backward_flop_count(g, q, k, v)
-    ),
-}
-
 
 def flops(parts) -> float:
     return sum(work.flops for work in parts.values())
@@ -76,12 +64,6 @@ def call(model, iterations=(0, 0), backward=False) -> None:
         output.loss.backward()
 
 
-def count(run, known=UNKNOWN) -> int:
-    with FlopCounterMode(display=False, custom_mapping=known) as counter:
-        run()
-    return counter.get_total_flops()
-
-
 def computed(config, iterations=(0, 0), **options) -> float:
     return flops(denoiser_work(config, BATCH, LENGTH, iterations[1], iterations[0], 7, 5, **options))
 
@@ -106,18 +88,18 @@ def test_flops_are_those_that_pytorch_counts(name):
     overrides, iterations = ARCHITECTURES[name]
     model = tiny_model(**overrides)
     with torch.no_grad():
-        assert count(lambda: call(model, iterations)) == computed(model.config, (0, sum(iterations)))
+        assert counted_flops(lambda: call(model, iterations)) == computed(model.config, (0, sum(iterations)))
     model.train()
-    assert count(lambda: call(model, iterations, True)) == computed(model.config, iterations, training=True)
+    assert counted_flops(lambda: call(model, iterations, True)) == computed(model.config, iterations, training=True)
     model.gradient_checkpointing_enable()
     expected = computed(model.config, iterations, training=True, checkpointing=True)
-    assert count(lambda: call(model, iterations, True)) == expected
+    assert counted_flops(lambda: call(model, iterations, True)) == expected
 
 
 def test_what_the_counter_misses_on_a_cpu_is_attention_and_a_product_of_the_head():
     model = tiny_model().train()
     config = model.config
-    known = count(lambda: call(model, (2, 3), True), known={})
+    known = counted_flops(lambda: call(model, (2, 3), True), formulas={})
     scores = 2 * BATCH * config.hidden_size * LENGTH  # FLOPs of a product of one query with all keys
     whole, pruned = LENGTH * scores, 5 * scores
     attention = 2 * (6 * whole + pruned) + 5 * (4 * whole + pruned)  # P and five iterations, post; P, three and post
@@ -130,16 +112,16 @@ def test_what_the_counter_misses_on_a_cpu_is_attention_and_a_product_of_the_head
             call(model, (2, 3))
 
     forward = computed(config, (0, 5)) + 2 * weight  # there the product is one that the counter sees
-    assert count(under_autocast, known={}) == forward - 2 * (6 * whole + pruned)
+    assert counted_flops(under_autocast, formulas={}) == forward - 2 * (6 * whole + pruned)
 
 
 def test_flops_do_not_depend_on_the_heads_chunks_and_no_counter_is_needed_for_written_out_attention(monkeypatch):
     model = tiny_model().train()
     monkeypatch.setattr(head, "chunk_rows", lambda vocab_size, device: 2)
-    assert count(lambda: call(model, (1, 2), True)) == computed(model.config, (1, 2), training=True)
+    assert counted_flops(lambda: call(model, (1, 2), True)) == computed(model.config, (1, 2), training=True)
     model.eval().set_attn_implementation("eager")
     with torch.no_grad():
-        assert count(lambda: call(model, (1, 2)), known={}) == computed(model.config, (0, 3))
+        assert counted_flops(lambda: call(model, (1, 2)), formulas={}) == computed(model.config, (0, 3))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -155,7 +137,7 @@ def test_flops_of_sampling_are_those_that_pytorch_counts(batch_size, overrides):
             )
         )
 
-    counted = count(run)
+    counted = counted_flops(run)
     steps = []
     for step in seen:  # idle ones do not run
         rows, n = step.revealed.sum(dim=1), found[0].iterations[step.step]
@@ -207,7 +189,7 @@ def test_flops_of_the_trainers_with_a_teacher_are_those_that_pytorch_counts(meth
         loss.backward()
 
     parts = method_work(model.config, method, BATCH, LENGTH, 7, 5, tiny_config(**teacher) if teacher else None)
-    assert count(step) == flops(parts)
+    assert counted_flops(step) == flops(parts)
     base = method_work(model.config, "base", BATCH, LENGTH, 7, 5)
     assert flops(parts) == flops(base) + parts["teacher"].flops
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses in chunks against the dense computation."""
 
+import os
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -149,3 +151,47 @@ def test_the_loss_at_given_positions_is_the_loss(layers):
         torch.testing.assert_close(everywhere[name], selected[name], rtol=1e-12, atol=0)
     torch.testing.assert_close(gradients, same, rtol=1e-10, atol=1e-12)
     assert everywhere.logits_loss != 0
+
+
+@pytest.fixture
+def liger(monkeypatch):
+    """Where the model runs with Liger's kernel, and the rows of the kernel's calls so far."""
+    if not torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET"):
+        pytest.skip("Liger's kernel needs a GPU or TRITON_INTERPRET=1, see `make test-extras`")
+    functional = pytest.importorskip("liger_kernel.transformers.functional")
+    calls = []
+
+    def counted(logits, *args, **kwargs):
+        calls.append(len(logits))
+        return functional.liger_cross_entropy(logits, *args, **kwargs)
+
+    monkeypatch.setattr(head, "fused_cross_entropy", lambda device: counted)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu"), calls
+
+
+def test_ligers_kernel_takes_the_same_step(liger, rows_of_a_chunk):
+    device, calls = liger
+    model = tiny_model().train().to(device)
+    input_ids = torch.randint(10, (3, 7), device=device)
+    masked = torch.rand(3, 7, device=device) < 0.5
+    batch = {
+        "input_ids": input_ids.masked_fill(masked, 10),
+        "labels": input_ids.masked_fill(~masked, -100),
+        "loss_weights": torch.rand(3, device=device),
+    }
+
+    def step(**options):
+        model.zero_grad()
+        output = model(**batch, **options)
+        output.loss.backward()
+        return {"loss": output.loss, "hits": output.masked_accuracy} | {n: p.grad for n, p in model.named_parameters()}
+
+    fused = step()
+    assert sum(calls) == masked.sum()
+    with torch.no_grad():
+        assert torch.equal(model(**batch).loss, fused["loss"])  # without the gradient it would write
+    calls.clear()
+    # A further loss reads the logits, float64 is more than the kernel computes in: neither may meet it.
+    torch.testing.assert_close(fused, step(logits_loss=lambda logits, rows: 0 * logits.sum()), rtol=1e-4, atol=1e-6)
+    model.double()(**batch)
+    assert not calls
