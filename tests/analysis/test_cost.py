@@ -33,7 +33,6 @@ from ..testing_utils import tiny_config, tiny_model
 from ..trainers.training_utils import token_rows
 
 
-aten = torch.ops.aten
 BATCH, LENGTH = 3, 8
 MASKED = {0: 5, 2: 2}  # positions in a row: P = 7, Q = 5
 MDLM = {"num_pre_layers": 3, "num_fixed_point_layers": 0, "num_post_layers": 0}
