@@ -134,7 +134,7 @@ def make_trainer(name: str, args: argparse.Namespace):
         return PlainTrainer(model)
     row = Dataset.from_dict({"input_ids": [[0] * args.length]})
     if kind == "checkpointed":
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     if kind in ("base", "checkpointed"):
         return MGMTrainer(model, MGMTrainingConfig(**shared), train_dataset=row)
     if kind == "consistency":

@@ -90,7 +90,7 @@ def test_flops_are_those_that_pytorch_counts(name):
         assert counted_flops(lambda: call(model, iterations)) == computed(model.config, (0, sum(iterations)))
     model.train()
     assert counted_flops(lambda: call(model, iterations, True)) == computed(model.config, iterations, training=True)
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     expected = computed(model.config, iterations, training=True, checkpointing=True)
     assert counted_flops(lambda: call(model, iterations, True)) == expected
 

@@ -24,7 +24,7 @@ def train(config: FPMDLMConfig, checkpointing: bool, dtype: str, masked: torch.T
     """Two optimizer steps with clipping and an average of the weights, as the trainer does."""
     model = FPMDLMForMaskedDiffusion(config).train()
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     average = [p.detach().clone() for p in model.parameters()]
     options = {} if model.fixed_point is None else {"num_no_grad_iterations": 1, "num_iterations": 3}
