@@ -8,8 +8,6 @@ Writes `table.md`, `results.json`, `denoising.png` and the two model folders to 
 """
 
 import json
-import os
-import platform
 import random
 import time
 from dataclasses import dataclass, field
@@ -22,11 +20,10 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion, __version__
+from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion
 from fpmgm.analysis import plot_denoising
 from fpmgm.data import load_text, pack, train_tokenizer
-from fpmgm.evaluation import NGramJudge, unigram_entropy
-from fpmgm.evaluation.provenance import processor_name
+from fpmgm.evaluation import NGramJudge, provenance, unigram_entropy
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
 from fpmgm.trainers.arguments import parse_arguments
 from installed_english import paragraphs
@@ -70,7 +67,7 @@ def main(argv: list[str] | None = None) -> dict:
     judge = NGramJudge(np.array(train_blocks["input_ids"]), len(tokenizer))
     held_out = np.array(eval_blocks["input_ids"])
     results = {
-        "machine": describe_machine(),
+        "provenance": provenance("cuda" if torch.cuda.is_available() else "cpu"),
         "arguments": vars(args),
         "text": {
             "source": args.text_files or "Python's documentation and docstrings of installed packages",
@@ -197,26 +194,13 @@ def draw_picture(model, tokenizer, path: Path, seed: int) -> None:
     plot_denoising(steps, tokenizer, path)
 
 
-def describe_machine() -> dict:
-    """What the numbers were measured on."""
-    return {
-        "processor": processor_name(),
-        "cores": os.cpu_count(),
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "fpmgm": __version__,
-    }
-
-
 def table(results: dict) -> str:
     """The results in Markdown."""
-    machine, text = results["machine"], results["text"]
+    found, text = results["provenance"], results["text"]
     lines = [
         f"Text: {text['source']}; {text['train_tokens']:,} training and {text['held_out_tokens']:,} held-out tokens.",
-        f"Machine: {machine['cores']} cores of {machine['processor']} ({machine['device']}), "
-        f"torch {machine['torch']}, transformers {machine['transformers']}; {results['seconds']:.0f} s in all.",
+        f"On {found['device']}; torch {found['versions']['torch']}, transformers {found['versions']['transformers']}, "
+        f"commit {found['commit']}; {results['seconds']:.0f} s in all.",
         "",
         "| model | parameters | steps | seconds per step | validation perplexity |",
         "|---|---|---|---|---|",
