@@ -9,6 +9,7 @@ A model gives its embedding, its conditioning vector and its block; without fixe
 Shapes: B batch, L length, D hidden size, C conditioning size, V vocabulary, N iterations, P selected positions.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -126,6 +127,7 @@ class MGMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     gradient_checkpointing = False
+    _checkpoint_every = 1
     accepts_loss_kwargs = False  # the loss is normalised here
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -221,7 +223,7 @@ class MGMPreTrainedModel(PreTrainedModel):
             last = selection if i == len(layers) - 1 else None
             # Only a mask written out as a tensor has rows that can be left out; other kernels' masks do not.
             pruned = last if bias is None or (torch.is_tensor(bias) and bias.dim() == 4) else None
-            h = self._checkpointed(layer, h, layer.modulation(conditioning), rotary, bias, None, pruned)
+            h = self._checkpointed(i, layer, h, layer.modulation(conditioning), rotary, bias, None, pruned)
             h = last.pick(h) if last is not None and pruned is None else h
         return h
 
@@ -234,10 +236,11 @@ class MGMPreTrainedModel(PreTrainedModel):
         constant = stack.constant(h_pre)
         modulations = [layer.modulation(conditioning) for layer in stack.layers]
         keeps = [layer.dropout_masks(h_pre) if self.training else None for layer in stack.layers]
+        turns = itertools.count()
 
         def step(h: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
             if rows is None:
-                return self._checkpointed(stack, h, constant, modulations, rotary, bias, keeps)
+                return self._checkpointed(next(turns), stack, h, constant, modulations, rotary, bias, keeps)
             part = [tuple(v[rows] if len(v) > 1 else v for v in vectors) for vectors in modulations]
             return stack(h, constant[rows], part, rotary, None if bias is None else bias[rows], keeps)
 
@@ -245,8 +248,15 @@ class MGMPreTrainedModel(PreTrainedModel):
             return solve_fixed_point(step, start, num_iterations, num_no_grad_iterations, attention_mask)
         return solve_adaptively(step, start, num_iterations, tolerance, solver, attention_mask)
 
-    def _checkpointed(self, module: Callable, *args):
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+    def _set_gradient_checkpointing(self, **kwargs) -> None:
+        super()._set_gradient_checkpointing(**kwargs)
+        self._checkpoint_every = kwargs.get("every_n_layers", 1)
+
+    def _checkpointed(self, place: int, module: Callable, *args):
+        """module(*args), run again in the backward pass where that is asked of this `place` in its stack, or of this
+        iteration."""
+        asked = self.gradient_checkpointing and place % self._checkpoint_every == 0
+        if asked and self.training and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(module, *args)
         return module(*args)
 

@@ -304,18 +304,19 @@ def train_gradients(model, batch, **kwargs) -> tuple[dict, list]:
     return {name: p.grad.clone() for name, p in model.named_parameters()}, blocks
 
 
+@pytest.mark.parametrize(("every", "iterations_again"), [(1, 3), (2, 2)])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_gradient_checkpointing_recomputes_solver_iterations_and_keeps_the_gradients(dropout):
+def test_checkpointing_recomputes_solver_iterations_and_keeps_the_gradients(dropout, every, iterations_again):
     batch, iterations = corrupted(), {"num_iterations": 3, "num_no_grad_iterations": 2}
     model = tiny_model(dropout=dropout)
     plain, run_once = train_gradients(copy.deepcopy(model), batch, **iterations)
-    model.activation_checkpointing_enable()
+    model.activation_checkpointing_enable(every_n_layers=every)
     checkpointed, run_again = train_gradients(model, batch, **iterations)
     for name in plain:
         torch.testing.assert_close(checkpointed[name], plain[name], rtol=0, atol=1e-6)
     assert len(run_once) == 1 + 5 + 1
-    # Recomputed in the backward pass: P, H and the three iterations with gradient.
-    assert len(run_again) == len(run_once) + 1 + 3 + 1
+    # Recomputed in the backward pass: the block of P, that after F, and iterations of the three with gradient.
+    assert len(run_again) == len(run_once) + 1 + iterations_again + 1
 
 
 # --- dropout ---------------------------------------------------------------------------------------------------------
