@@ -283,30 +283,40 @@ def peak_memory(args: argparse.Namespace) -> dict[str, float]:
 def ratios(result: dict) -> list[dict]:
     """What is asked of the library, beside the FLOPs of it."""
     rows, memory = result["rows"], result["peak_memory_mib"]
-    return [
-        {
-            "step": f"{ours} / {other}",
-            "time": rows[ours]["seconds"] / rows[other]["seconds"],
-            "FLOPs": rows[ours]["flops"] / rows[other]["flops"],
-            "peak memory": memory[ours] / memory[other],
-        }
-        for ours, other in RATIOS
-        if ours in rows and other in rows
-    ]
+    found = []
+    for ours, other in RATIOS:
+        if ours not in memory or other not in memory:
+            continue
+        ratio = {"step": f"{ours} / {other}", "peak memory": memory[ours] / memory[other]}
+        if rows:
+            ratio["time"] = rows[ours]["seconds"] / rows[other]["seconds"]
+            ratio["FLOPs"] = rows[ours]["flops"] / rows[other]["flops"]
+        found.append(ratio)
+    return found
 
 
 def markdown(result: dict) -> str:
-    """Both tables."""
-    lines = ["| step | seconds | tokens/s | TFLOPs | utilisation | optimizer, seconds | peak memory, MiB |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for name, row in result["rows"].items():
-        lines.append(
-            f"| {name} | {row['seconds']:.3g} | {row['tokens_per_second']:.0f} | {row['flops'] / 1e12:.3g} | "
-            f"{row['utilisation']:.2f} | {row['optimizer_seconds']:.2g} | {result['peak_memory_mib'][name]:.0f} |"
-        )
-    lines += ["", "| ratio | time | FLOPs (floor) | peak memory |", "|---|---|---|---|"]
-    for row in result["ratios"]:
-        lines.append(f"| {row['step']} | {row['time']:.2f} | {row['FLOPs']:.2f} | {row['peak memory']:.2f} |")
+    """Both tables; without times where none were taken."""
+    memory, lines = result["peak_memory_mib"], []
+    if result["rows"]:
+        lines.append("| step | seconds | tokens/s | TFLOPs | utilisation | optimizer, seconds | peak memory, MiB |")
+        lines.append("|---|---|---|---|---|---|---|")
+        for name, row in result["rows"].items():
+            lines.append(
+                f"| {name} | {row['seconds']:.3g} | {row['tokens_per_second']:.0f} | {row['flops'] / 1e12:.3g} | "
+                f"{row['utilisation']:.2f} | {row['optimizer_seconds']:.2g} | {memory[name]:.0f} |"
+            )
+        lines += ["", "| ratio | time | FLOPs (floor) | peak memory |", "|---|---|---|---|"]
+        for row in result["ratios"]:
+            lines.append(f"| {row['step']} | {row['time']:.2f} | {row['FLOPs']:.2f} | {row['peak memory']:.2f} |")
+    else:
+        lines += [
+            "| step | peak memory, MiB |",
+            "|---|---|",
+            *(f"| {name} | {mib:.0f} |" for name, mib in memory.items()),
+        ]
+        lines += ["", "| ratio | peak memory |", "|---|---|"]
+        lines += [f"| {row['step']} | {row['peak memory']:.2f} |" for row in result["ratios"]]
     return "\n".join(lines)
 
 
@@ -346,18 +356,21 @@ def main() -> None:
     parser.add_argument("--hidden_size", type=int, default=768, help="768 is MDLM-small.")
     parser.add_argument("--vocab_size", type=int, default=50258)
     parser.add_argument("--image_hidden_size", type=int, default=512, help="1024 is MaskGIT-Large; 256 tokens each.")
-    parser.add_argument("--repetitions", type=int, default=5, help="Turns of each step.")
+    parser.add_argument("--repetitions", type=int, default=5, help="Turns of each step; 0: peak memory only.")
     parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=list(STEPS))
     parser.add_argument("--output", default=None, help="JSON to write. Default: benchmarks/results/training_cost_*.")
     args = parser.parse_args()
-    result = {"machine": machine(args.device), "arguments": vars(args), **measure(args)}
+    result = {"machine": machine(args.device), "arguments": vars(args), "rows": {}}
+    if args.repetitions:
+        result |= measure(args)
     result["peak_memory_mib"] = peak_memory(args)
     result["ratios"] = ratios(result)
     path = Path(args.output or f"benchmarks/results/training_cost_{args.device}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(result) + "\n")
-    draw(result, path.with_suffix(".png"))
+    if args.repetitions:
+        draw(result, path.with_suffix(".png"))
     print(markdown(result))
 
 
