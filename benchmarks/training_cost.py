@@ -321,29 +321,38 @@ def markdown(result: dict) -> str:
 
 
 def draw(result: dict, path: Path) -> None:
-    """Time and memory of each step relative to the plain one."""
+    """Time, FLOPs and memory of each step relative to those of the plain step of its kind."""
     from matplotlib.figure import Figure
 
-    names = list(result["rows"])
-    base = names[0]
+    names, rows, memory = list(result["rows"]), result["rows"], result["peak_memory_mib"]
+    first = {kind: next(name for name in names if kind_of(name) == kind) for kind in {kind_of(name) for name in names}}
+    bases = [first[kind_of(name)] for name in names]
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    times = [result["rows"][name]["seconds"] / result["rows"][base]["seconds"] for name in names]
-    floors = [result["rows"][name]["flops"] / result["rows"][base]["flops"] for name in names]
-    left.barh(names, times, color="#2b4570", label="time")
+    for panel, column, title in ((left, "seconds", "time"), (right, None, "peak memory")):
+        values = memory if column is None else {name: row[column] for name, row in rows.items()}
+        shares = [values[name] / values[base] for name, base in zip(names, bases, strict=True)]
+        bars = panel.barh(names, shares, color="#2b4570" if column else "#8d99ae")
+        panel.bar_label(bars, fmt="%.2f", label_type="center", color="white", fontsize=8)
+        panel.set_title(title, fontsize=10)
+    floors = [rows[name]["flops"] / rows[base]["flops"] for name, base in zip(names, bases, strict=True)]
     left.scatter(floors, names, color="#c8553d", zorder=3, marker="|", s=160, label="FLOPs")
-    left.legend()
-    left.set_xlabel(f"relative to {base}")
-    right.barh(names, [result["peak_memory_mib"][name] / 1024 for name in names], color="#8d99ae")
-    right.set_xlabel("peak memory, GiB")
+    left.legend(loc="lower right")
     left.invert_yaxis()
     arguments = result["arguments"]
+    figure.supxlabel(f"relative to {' or '.join(dict.fromkeys(bases))}", fontsize=10)
     figure.suptitle(
-        f"a training step on {result['machine']['device']}: width {arguments['hidden_size']}, "
-        f"L = {arguments['length']}, batch {arguments['batch_size']}, vocabulary {arguments['vocab_size']:,}",
+        f"a training step on {result['machine']['device']}: batch {arguments['batch_size']}; text of width "
+        f"{arguments['hidden_size']}, L = {arguments['length']}, vocabulary {arguments['vocab_size']:,}; "
+        f"images of width {arguments['image_hidden_size']}",
         fontsize=10,
     )
     figure.savefig(path, dpi=140)
+
+
+def kind_of(name: str) -> str:
+    """What a step's ratios are of: `"text"` or `"image"`."""
+    return "image" if STEPS[name][1] == "image" else "text"
 
 
 def main() -> None:
