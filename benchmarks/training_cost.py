@@ -11,8 +11,8 @@ iterations that SJFB draws: 2 without gradient, and 4 or 5 with it in turn. *che
 iteration, a second time in the backward pass.
 
 The floor beside a time ratio is the ratio of the two steps' FLOPs, as PyTorch counts them. Utilisation is a step's
-FLOPs per second over those of a large matrix product, measured in the same run. Peak memory is that of a process that
-makes two whole steps with AdamW, everything included.
+FLOPs per second over those of a large matrix product, measured in the same run. Peak memory is what PyTorch's
+allocator gives a process that makes two whole steps with AdamW, weights and optimizer included.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from fpmgm import (
     FPMDLMForMaskedDiffusion,
     convert_to_fixed_point,
 )
-from fpmgm.analysis.flops import counted_flops
+from fpmgm.analysis.measured import counted_flops
 from fpmgm.models.noise import arccos_ratio, loss_weight, mask_tokens, masked_probability
 from fpmgm.trainers import (
     ConsistencyConfig,
@@ -244,36 +244,39 @@ def optimizer_seconds(model, device: str) -> float:
 
 
 PEAK_SCRIPT = """
-import json, re, sys
+import json, sys
 from argparse import Namespace
 sys.path.insert(0, "benchmarks")
-from training_cost import ITERATIONS, make_trainer, step
+from training_cost import two_steps
+from fpmgm.analysis.measured import allocated_peak
 import torch
 name, args = sys.argv[1], Namespace(**json.loads(sys.argv[2]))
-def memory(name):
-    if args.device == "cuda":
-        return torch.cuda.max_memory_allocated() // 1024
-    return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
-before = 0 if args.device == "cuda" else memory("VmRSS")
-trainer = make_trainer(name, args)
-optimizer = torch.optim.AdamW(trainer.model.parameters(), fused=True)
-trainer.model.zero_grad = lambda: None
-for seed in range(2):
-    step(trainer, args, seed, ITERATIONS[1])
-    optimizer.step()
-    optimizer.zero_grad()
-print(before, memory("VmHWM"))
+if args.device == "cpu":
+    print(allocated_peak(lambda: two_steps(name, args)))
+else:
+    two_steps(name, args)
+    print(torch.cuda.max_memory_allocated())
 """
 
 
+def two_steps(name: str, args: argparse.Namespace) -> None:
+    """A model, and two steps of its trainer with AdamW."""
+    trainer = make_trainer(name, args)
+    optimizer = torch.optim.AdamW(trainer.model.parameters(), fused=True)
+    trainer.model.zero_grad = lambda: None
+    for seed in range(2):
+        step(trainer, args, seed, ITERATIONS[1])
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def peak_memory(args: argparse.Namespace) -> dict[str, float]:
-    """MiB of a process that makes two whole steps, above its state before the model is made."""
+    """MiB that the allocator of a process gives at most, while it makes a model and two steps."""
     found = {}
     for name in tqdm(args.steps, desc="peak memory"):
         command = [sys.executable, "-c", PEAK_SCRIPT, name, json.dumps(vars(args))]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        before, peak = map(int, done.stdout.split()[-2:])
-        found[name] = round((peak - before) / 1024, 1)
+        found[name] = round(int(done.stdout.split()[-1]) / 2**20, 1)
     return found
 
 

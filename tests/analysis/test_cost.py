@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion
 from fpmgm.analysis.cost import count_parameters, denoiser_work, training_work
-from fpmgm.analysis.flops import counted_flops
+from fpmgm.analysis.measured import counted_flops
 from fpmgm.analysis.planning import (
     SamplingStep,
     largest_masked_share,

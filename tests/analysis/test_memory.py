@@ -3,10 +3,10 @@
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion
 from fpmgm.analysis.cost import count_parameters
+from fpmgm.analysis.measured import allocated_peak
 from fpmgm.analysis.memory import ENGINES, training_memory
 
 
@@ -46,19 +46,6 @@ def train(config: FPMDLMConfig, checkpointing: bool, dtype: str, masked: torch.T
         del loss
 
 
-def measured_peak(run) -> int:
-    """The most bytes allocated at once while `run` runs."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-        run()
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    held = peak = 0
-    for _, change in changes:
-        held += change
-        peak = max(peak, held)
-    return peak
-
-
 # Settings whose peaks are in the head, in the backward pass and in the optimizer.
 SETTINGS = {
     "mdlm": (MDLM, False, "float32"),
@@ -75,7 +62,7 @@ def test_the_peak_is_within_a_tenth_of_the_allocators(name):
     overrides, checkpointing, dtype = SETTINGS[name]
     config = small_config(**overrides)
     masked = torch.rand(BATCH, LENGTH, generator=torch.Generator().manual_seed(0)) < 0.5
-    measured = measured_peak(lambda: train(config, checkpointing, dtype, masked))
+    measured = allocated_peak(lambda: train(config, checkpointing, dtype, masked))
     computed = training_memory(
         config, BATCH, LENGTH, iterations=3, positions=int(masked.sum()), queries=int(masked.sum(1).max()),
         checkpointing=checkpointing, dtype=dtype, device="cpu",

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FLOPs of a call as PyTorch counts them, with the operators that its counter does not know."""
+"""FLOPs and peak memory of a call, as PyTorch's own counters see them."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils import flop_counter
 
 
 aten = torch.ops.aten
 
-# Attention on a CPU, and the head's weight gradient, which is added in place in float32.
+# What the counter does not know: attention on a CPU, and the head's weight gradient, added in place in float32.
 FORMULAS = {
     aten.addmm_: lambda total, a, b, out_shape=None, **kwargs: flop_counter.mm_flop(a, b),
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, out_shape=None, **kwargs: (
@@ -42,3 +44,22 @@ def counted_flops(run: Callable[[], Any], formulas: dict = FORMULAS) -> int:
     with flop_counter.FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         run()
     return counter.get_total_flops()
+
+
+def allocated_peak(run: Callable[[], Any]) -> int:
+    """The most bytes that tensors on the CPU hold at once while `run()` runs, beside those that were there before.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> allocated_peak(lambda: torch.ones(1000) + 1) >= 2 * 4 * 1000
+    True
+
+    ```
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate((change for _, change in changes), initial=0))
