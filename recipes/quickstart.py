@@ -49,7 +49,7 @@ class QuickstartArguments:
     hidden_size: int = field(default=64, metadata={"help": "Width of both models."})
     max_steps: int = field(default=1800, metadata={"help": "Optimizer steps of each model."})
     batch_size: int = field(default=16, metadata={"help": "Texts per step."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of both models."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of both models."})
     budgets: list[int] = field(default_factory=lambda: [24, 48, 96, 192], metadata={"help": "Block evaluations."})
     num_samples: int = field(default=256, metadata={"help": "Texts per row of the table."})
     eval_blocks: int = field(default=400, metadata={"help": "Blocks of held-out text."})
