@@ -9,6 +9,7 @@ the dense computation's three.
 Shapes: P positions, R positions of a chunk, D hidden size, V vocabulary.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -25,9 +26,10 @@ FORBIDDEN = -1e6  # logit of an id that gets no probability: finite, so that dif
 LogitsLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
 
 
-def fused_cross_entropy(device: torch.device) -> Callable | None:
+@functools.cache
+def fused_cross_entropy(device_type: str) -> Callable | None:
     """Liger's cross-entropy kernel where it is installed and at home: on a GPU."""
-    if device.type != "cuda":
+    if device_type != "cuda":
         return None
     try:
         from liger_kernel.transformers.functional import liger_cross_entropy
@@ -57,7 +59,7 @@ def cross_entropy(
 
     ```
     """
-    fused = fused_cross_entropy(logits.device) if overwrite and logits.dtype != torch.float64 else None
+    fused = fused_cross_entropy(logits.device.type) if overwrite and logits.dtype != torch.float64 else None
     if fused is None:
         return F.cross_entropy(logits, labels, reduction="none"), logits.detach().argmax(dim=-1)
     output = fused(logits, labels, reduction="none", return_predicted_tokens=True)

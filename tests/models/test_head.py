@@ -165,7 +165,7 @@ def liger(monkeypatch):
         calls.append(len(logits))
         return functional.liger_cross_entropy(logits, *args, **kwargs)
 
-    monkeypatch.setattr(head, "fused_cross_entropy", lambda device: counted)
+    monkeypatch.setattr(head, "fused_cross_entropy", lambda device_type: counted)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu"), calls
 
 
