@@ -40,8 +40,7 @@ def mean_over_sequences(masked: torch.Tensor, share_of_a_sequence: float, device
 
 
 class _Divergence(torch.autograd.Function):
-    """See [`divergence`]: the slope is made in the forward pass, in three (R, V) tensors where autograd would hold
-    eight."""
+    """See [`divergence`]: the slope is made in the forward pass, in three (R, V) tensors where autograd takes five."""
 
     @staticmethod
     def forward(ctx, student, target, temperature, kind):
