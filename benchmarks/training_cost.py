@@ -10,16 +10,16 @@ uncorrupted batch to the gradients; the optimizer's step is timed on its own. A 
 iterations that SJFB draws: 2 without gradient, and 4 or 5 with it in turn. *checkpointed* runs each block, and each
 iteration, a second time in the backward pass.
 
-The floor beside a time ratio is the ratio of the two steps' FLOPs, as PyTorch counts them. Utilisation is a step's
+The floor beside a time ratio is the ratio of the two steps' FLOPs, as PyTorch counts them: a floor where both use the
+machine equally well. Utilisation is a step's
 FLOPs per second over those of a large matrix product, measured in the same run. Peak memory is what PyTorch's
 allocator gives a process that makes two whole steps with AdamW, weights and optimizer included.
 """
 
 import argparse
 import json
+import multiprocessing
 import statistics
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from fpmgm import (
     FPMDLMForMaskedDiffusion,
     convert_to_fixed_point,
 )
-from fpmgm.analysis.measured import counted_flops
+from fpmgm.analysis.measured import allocated_peak, counted_flops
 from fpmgm.models.noise import arccos_ratio, loss_weight, mask_tokens, masked_probability
 from fpmgm.trainers import (
     ConsistencyConfig,
@@ -204,8 +204,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
     flops = {name: [] for name in trainers}
     for name, trainer in trainers.items():
         for iterations in ITERATIONS:
-            first = partial(step, trainer, args, 0, iterations)  # which is not timed
-            flops[name].append(counted_flops(first))
+            flops[name].append(counted_flops(partial(step, trainer, args, 0, iterations)))  # which is not timed
     for repetition in tqdm(range(args.repetitions), desc="repetitions"):
         for name, trainer in trainers.items():
             for iterations in ITERATIONS:
@@ -243,20 +242,12 @@ def optimizer_seconds(model, device: str) -> float:
     return statistics.median(times)
 
 
-PEAK_SCRIPT = """
-import json, sys
-from argparse import Namespace
-sys.path.insert(0, "benchmarks")
-from training_cost import two_steps
-from fpmgm.analysis.measured import allocated_peak
-import torch
-name, args = sys.argv[1], Namespace(**json.loads(sys.argv[2]))
-if args.device == "cpu":
-    print(allocated_peak(lambda: two_steps(name, args)))
-else:
+def peak_bytes(name: str, args: argparse.Namespace) -> int:
+    """What the allocator gives at most for a model and two steps of its trainer with AdamW."""
+    if args.device == "cpu":
+        return allocated_peak(partial(two_steps, name, args))
     two_steps(name, args)
-    print(torch.cuda.max_memory_allocated())
-"""
+    return torch.cuda.max_memory_allocated()
 
 
 def two_steps(name: str, args: argparse.Namespace) -> None:
@@ -271,13 +262,10 @@ def two_steps(name: str, args: argparse.Namespace) -> None:
 
 
 def peak_memory(args: argparse.Namespace) -> dict[str, float]:
-    """MiB that the allocator of a process gives at most, while it makes a model and two steps."""
-    found = {}
-    for name in tqdm(args.steps, desc="peak memory"):
-        command = [sys.executable, "-c", PEAK_SCRIPT, name, json.dumps(vars(args))]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found[name] = round(int(done.stdout.split()[-1]) / 2**20, 1)
-    return found
+    """MiB of each step, in a process of its own, where no other model is freed meanwhile."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        peaks = pool.imap(partial(peak_bytes, args=args), args.steps)
+        return {name: round(next(peaks) / 2**20, 1) for name in tqdm(args.steps, desc="peak memory")}
 
 
 # --- the report ---------------------------------------------------------------------------------------------------
@@ -286,60 +274,52 @@ def peak_memory(args: argparse.Namespace) -> dict[str, float]:
 def ratios(result: dict) -> list[dict]:
     """What is asked of the library, beside the FLOPs of it."""
     rows, memory = result["rows"], result["peak_memory_mib"]
-    found = []
-    for ours, other in RATIOS:
-        if ours not in memory or other not in memory:
-            continue
-        ratio = {"step": f"{ours} / {other}", "peak memory": memory[ours] / memory[other]}
-        if rows:
-            ratio["time"] = rows[ours]["seconds"] / rows[other]["seconds"]
-            ratio["FLOPs"] = rows[ours]["flops"] / rows[other]["flops"]
-        found.append(ratio)
-    return found
+    return [
+        {
+            "step": f"{ours} / {other}",
+            "time": rows[ours]["seconds"] / rows[other]["seconds"],
+            "FLOPs": rows[ours]["flops"] / rows[other]["flops"],
+            "peak memory": memory[ours] / memory[other],
+        }
+        for ours, other in RATIOS
+        if ours in rows and other in rows
+    ]
 
 
 def markdown(result: dict) -> str:
-    """Both tables; without times where none were taken."""
-    memory, lines = result["peak_memory_mib"], []
-    if result["rows"]:
-        lines.append("| step | seconds | tokens/s | TFLOPs | utilisation | optimizer, seconds | peak memory, MiB |")
-        lines.append("|---|---|---|---|---|---|---|")
-        for name, row in result["rows"].items():
-            lines.append(
-                f"| {name} | {row['seconds']:.3g} | {row['tokens_per_second']:.0f} | {row['flops'] / 1e12:.3g} | "
-                f"{row['utilisation']:.2f} | {row['optimizer_seconds']:.2g} | {memory[name]:.0f} |"
-            )
-        lines += ["", "| ratio | time | FLOPs (floor) | peak memory |", "|---|---|---|---|"]
-        for row in result["ratios"]:
-            lines.append(f"| {row['step']} | {row['time']:.2f} | {row['FLOPs']:.2f} | {row['peak memory']:.2f} |")
-    else:
-        lines += [
-            "| step | peak memory, MiB |",
-            "|---|---|",
-            *(f"| {name} | {mib:.0f} |" for name, mib in memory.items()),
-        ]
-        lines += ["", "| ratio | peak memory |", "|---|---|"]
-        lines += [f"| {row['step']} | {row['peak memory']:.2f} |" for row in result["ratios"]]
+    """Both tables."""
+    lines = ["| step | seconds | tokens/s | TFLOPs | utilisation | optimizer, seconds | peak memory, MiB |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for name, row in result["rows"].items():
+        lines.append(
+            f"| {name} | {row['seconds']:.3g} | {row['tokens_per_second']:.0f} | {row['flops'] / 1e12:.3g} | "
+            f"{row['utilisation']:.2f} | {row['optimizer_seconds']:.2g} | {result['peak_memory_mib'][name]:.0f} |"
+        )
+    lines += ["", "| ratio | time | FLOPs (floor) | peak memory |", "|---|---|---|---|"]
+    for row in result["ratios"]:
+        lines.append(f"| {row['step']} | {row['time']:.2f} | {row['FLOPs']:.2f} | {row['peak memory']:.2f} |")
     return "\n".join(lines)
 
 
 def draw(result: dict, path: Path) -> None:
-    """Time, FLOPs and memory of each step relative to those of the plain step of its kind."""
+    """Time, FLOPs and memory of each step relative to those of the first step of its kind."""
     from matplotlib.figure import Figure
 
-    names, rows, memory = list(result["rows"]), result["rows"], result["peak_memory_mib"]
-    first = {kind: next(name for name in names if kind_of(name) == kind) for kind in {kind_of(name) for name in names}}
-    bases = [first[kind_of(name)] for name in names]
+    rows, names = result["rows"], list(result["rows"])
+    bases = [next(other for other in names if is_image(other) == is_image(name)) for name in names]
+
+    def relative(values: dict[str, float]) -> list[float]:
+        return [values[name] / values[base] for name, base in zip(names, bases, strict=True)]
+
+    seconds, flops = ({name: row[column] for name, row in rows.items()} for column in ("seconds", "flops"))
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for panel, column, title in ((left, "seconds", "time"), (right, None, "peak memory")):
-        values = memory if column is None else {name: row[column] for name, row in rows.items()}
-        shares = [values[name] / values[base] for name, base in zip(names, bases, strict=True)]
-        bars = panel.barh(names, shares, color="#2b4570" if column else "#8d99ae")
+    panels = ((left, "time", seconds, "#2b4570"), (right, "peak memory", result["peak_memory_mib"], "#8d99ae"))
+    for panel, title, values, color in panels:
+        bars = panel.barh(names, relative(values), color=color)
         panel.bar_label(bars, fmt="%.2f", label_type="center", color="white", fontsize=8)
         panel.set_title(title, fontsize=10)
-    floors = [rows[name]["flops"] / rows[base]["flops"] for name, base in zip(names, bases, strict=True)]
-    left.scatter(floors, names, color="#c8553d", zorder=3, marker="|", s=160, label="FLOPs")
+    left.scatter(relative(flops), names, color="#c8553d", zorder=3, marker="|", s=160, label="FLOPs")
     left.legend(loc="lower right")
     left.invert_yaxis()
     arguments = result["arguments"]
@@ -353,9 +333,9 @@ def draw(result: dict, path: Path) -> None:
     figure.savefig(path, dpi=140)
 
 
-def kind_of(name: str) -> str:
-    """What a step's ratios are of: `"text"` or `"image"`."""
-    return "image" if STEPS[name][1] == "image" else "text"
+def is_image(name: str) -> bool:
+    """Whether a step is one of an image model."""
+    return STEPS[name][1] == "image"
 
 
 def main() -> None:
@@ -368,21 +348,18 @@ def main() -> None:
     parser.add_argument("--hidden_size", type=int, default=768, help="768 is MDLM-small.")
     parser.add_argument("--vocab_size", type=int, default=50258)
     parser.add_argument("--image_hidden_size", type=int, default=512, help="1024 is MaskGIT-Large; 256 tokens each.")
-    parser.add_argument("--repetitions", type=int, default=5, help="Turns of each step; 0: peak memory only.")
+    parser.add_argument("--repetitions", type=int, default=5, help="Turns of each step.")
     parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=list(STEPS))
     parser.add_argument("--output", default=None, help="JSON to write. Default: benchmarks/results/training_cost_*.")
     args = parser.parse_args()
-    result = {"machine": machine(args.device), "arguments": vars(args), "rows": {}}
-    if args.repetitions:
-        result |= measure(args)
+    result = {"machine": machine(args.device), "arguments": vars(args), **measure(args)}
     result["peak_memory_mib"] = peak_memory(args)
     result["ratios"] = ratios(result)
     path = Path(args.output or f"benchmarks/results/training_cost_{args.device}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(result) + "\n")
-    if args.repetitions:
-        draw(result, path.with_suffix(".png"))
+    draw(result, path.with_suffix(".png"))
     print(markdown(result))
 
 

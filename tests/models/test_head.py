@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses in chunks against the dense computation."""
 
+import importlib.util
 import os
 
 import pytest
@@ -195,3 +196,13 @@ def test_ligers_kernel_takes_the_same_step(liger, rows_of_a_chunk):
     torch.testing.assert_close(fused, step(logits_loss=lambda logits, rows: 0 * logits.sum()), rtol=1e-4, atol=1e-6)
     model.double()(**batch)
     assert not calls
+
+
+def test_ligers_kernel_is_taken_on_a_gpu_where_it_is_installed():
+    head.fused_cross_entropy.cache_clear()
+    assert head.fused_cross_entropy("cpu") is None
+    if importlib.util.find_spec("liger_kernel") is None:
+        assert head.fused_cross_entropy("cuda") is None
+    else:
+        functional = importlib.import_module("liger_kernel.transformers.functional")
+        assert head.fused_cross_entropy("cuda") is functional.liger_cross_entropy
