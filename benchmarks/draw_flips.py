@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
+from fpmgm.evaluation import provenance
 from fpmgm.models.sampling import draw_tokens
-from provenance import commit
 
 
 def rounding_noise(hidden_size: int, vocab_size: int) -> float:
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--output", default="benchmarks/results/draw_flips.json")
     args = parser.parse_args()
     noise = rounding_noise(args.hidden_size, args.vocab_size)
-    result = {"arguments": vars(args), "commit": commit(), "torch": torch.__version__, "rounding_std": noise}
+    result = {"provenance": provenance(), "arguments": vars(args), "rounding_std": noise}
     rows = []
     for scale in (1.0, 3.0):  # near-uniform and peaked predictions
         flips, seconds = {"inverse CDF": 0, "Gumbel-max": 0}, {"inverse CDF": 0.0, "Gumbel-max": 0.0}

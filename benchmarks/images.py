@@ -25,7 +25,15 @@ from transformers import AutoModel
 from fpmgm.conversion import load_image_tokenizer
 from fpmgm.data import load_codes, load_images, make_image_processor
 from fpmgm.data.images import centre_crop, read_image
-from fpmgm.evaluation import EfficientNetLiteExtractor, evaluate_images, extract_features, image_statistics, to_uint8
+from fpmgm.evaluation import (
+    EfficientNetLiteExtractor,
+    evaluate_images,
+    extract_features,
+    image_statistics,
+    provenance,
+    to_uint8,
+)
+from fpmgm.evaluation.provenance import commit
 from fpmgm.models.noise import arccos_ratio, mask_tokens, mask_uniforms, sequential_times
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
 
@@ -36,7 +44,6 @@ import posttrain_consistency
 import prepare_images
 import train_imagenette
 import train_vq
-from provenance import commit, machine
 from training_cost import ITERATIONS, QUIET, step
 
 
@@ -345,7 +352,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     names = {"image_dir": "PICTURES", "work_dir": "WORK", "output": Path(args.output).name}
     names["weights"] = args.weights and Path(args.weights).name
-    result = {"machine": machine(), "arguments": {**vars(args), **names}, "tokenizer": make_codes(args)}
+    result = {"provenance": provenance(), "arguments": {**vars(args), **names}, "tokenizer": make_codes(args)}
     result["runs"] = {name: train(name, args) for name in RUNS}
     result["step_costs"] = step_costs(list(RUNS)[:2], args)
     found, sets = evaluate(args)

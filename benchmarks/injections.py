@@ -3,10 +3,10 @@
 
     python benchmarks/injections.py --text_files my_text.txt
 
-Each pair of injection and learning rate trains a small FP-MDLM 1/1/1 of one width from one seed. Reported are
-validation perplexity at equal steps, and at equal time by the median seconds of a training step, for which the
-injections take turns before the runs; the residual of the last iteration; and whether the run ended before its time
-because its loss or gradient was not finite. Runs that `--output` holds already are not made again.
+Each injection trains a small FP-MDLM 1/1/1 of one width at each learning rate from each seed. Reported are validation
+perplexity at equal steps, and at equal time by the median seconds of a training step, for which the injections take
+turns before the runs; the residual of the last iteration; and which runs ended before their time because a loss or
+gradient was not finite. Runs that `--output` holds already are not made again.
 """
 
 import argparse
@@ -26,8 +26,9 @@ from datasets import Dataset
 
 from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion
 from fpmgm.data import load_text, pack, train_tokenizer
+from fpmgm.evaluation import provenance
+from fpmgm.evaluation.provenance import commit
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
-from provenance import commit, machine
 
 
 INJECTIONS = ("mlp", "linear", "diagonal")
@@ -44,10 +45,12 @@ def prepare(args: argparse.Namespace):
     return tokenizer, blocks.select(range(split)), blocks.select(range(split, len(blocks)))
 
 
-def make_trainer(injection: str, learning_rate: float, args: argparse.Namespace, data, folder: str) -> MGMTrainer:
+def make_trainer(
+    injection: str, learning_rate: float, seed: int, args: argparse.Namespace, data, folder: str
+) -> MGMTrainer:
     """One run's trainer."""
     tokenizer, train_blocks, eval_blocks = data
-    torch.manual_seed(args.seed)
+    torch.manual_seed(seed)
     config = FPMDLMConfig(
         vocab_size=len(tokenizer), mask_token_id=tokenizer.mask_token_id,
         hidden_size=args.hidden_size, intermediate_size=4 * args.hidden_size, num_attention_heads=4,
@@ -56,7 +59,7 @@ def make_trainer(injection: str, learning_rate: float, args: argparse.Namespace,
     )  # fmt: skip
     training = MGMTrainingConfig(
         output_dir=folder, max_steps=args.max_steps, learning_rate=learning_rate, lr_scheduler_type="cosine",
-        warmup_steps=50, adam_beta2=0.95, loss_weighting="uniform", ema_decay=0.99, seed=args.seed,
+        warmup_steps=50, adam_beta2=0.95, loss_weighting="uniform", ema_decay=0.99, seed=seed,
         per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=50,
         eval_strategy="steps", eval_steps=args.eval_steps, logging_steps=args.eval_steps, save_strategy="no",
         report_to="none", disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
@@ -77,7 +80,7 @@ def earlier(path: Path, arguments: dict) -> dict | None:
 
 def step_seconds(args: argparse.Namespace, data, folder: str) -> dict[str, float]:
     """Median seconds of a training step of each injection; they take turns."""
-    trainers = {name: make_trainer(name, 1e-3, args, data, folder) for name in INJECTIONS}
+    trainers = {name: make_trainer(name, 1e-3, 0, args, data, folder) for name in INJECTIONS}
     times = {name: [] for name in INJECTIONS}
     for trainer in trainers.values():
         trainer.args.eval_strategy, trainer.args.max_steps = "no", 10
@@ -89,9 +92,14 @@ def step_seconds(args: argparse.Namespace, data, folder: str) -> dict[str, float
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def run(injection: str, learning_rate: float, args: argparse.Namespace, data, folder: str) -> dict:
+def order(row: dict) -> tuple:
+    """By injection, learning rate, seed: no two runs of a result are alike in these."""
+    return INJECTIONS.index(row["injection"]), row["learning_rate"], row["seed"]
+
+
+def run(injection: str, learning_rate: float, seed: int, args: argparse.Namespace, data, folder: str) -> dict:
     """Train; the validation perplexities and the last residual."""
-    trainer = make_trainer(injection, learning_rate, args, data, folder)
+    trainer = make_trainer(injection, learning_rate, seed, args, data, folder)
     with contextlib.suppress(FloatingPointError):
         trainer.train()
     history = trainer.state.log_history
@@ -100,60 +108,87 @@ def run(injection: str, learning_rate: float, args: argparse.Namespace, data, fo
     row = {
         "injection": injection,
         "learning_rate": learning_rate,
+        "seed": seed,
         "parameters": trainer.model.num_parameters(),
         "steps": [line["step"] for line in evaluations],
         "perplexities": [line["eval_perplexity"] for line in evaluations],
-        "residual": logs[-1]["residual"] if logs else None,
+        "residual": logs[-1]["residual"] if logs else float("inf"),
         "finished": trainer.state.global_step == args.max_steps,
         "commit": commit(),
     }
-    print(f"{injection:8} {learning_rate:g}: {[round(p, 1) for p in row['perplexities']]}, residual {row['residual']}")
+    perplexities = " ".join(f"{perplexity:.1f}" for perplexity in row["perplexities"])
+    print(f"{injection} {learning_rate:g}, seed {seed}: {perplexities}; residual {row['residual']}")
     return row
 
 
+def at_equal_time(row: dict, seconds: dict[str, float], last: int) -> float:
+    """A run's perplexity when the fastest injection has taken its last step; infinite for one that had stopped."""
+    if not row["finished"]:
+        return float("inf")
+    times = [step * seconds[row["injection"]] for step in row["steps"]]
+    return float(np.interp(last * min(seconds.values()), times, row["perplexities"]))
+
+
+def spread(values: list[float], digits: str) -> str:
+    """Median and range of what the seeds gave."""
+    middle, least, most = statistics.median(values), min(values), max(values)
+    return f"{middle:{digits}} ({least:{digits}}–{most:{digits}})" if len(values) > 1 else f"{middle:{digits}}"
+
+
 def markdown(result: dict) -> str:
-    """Perplexity at equal steps and at equal time."""
-    seconds, rows = result["step_seconds"], result["rows"]
-    last = result["arguments"]["max_steps"]
-    shared_time = last * min(seconds.values())
+    """Perplexity at equal steps and at equal time: median and range over the seeds."""
+    seconds, last = result["step_seconds"], result["arguments"]["max_steps"]
+    seeds = len({row["seed"] for row in result["rows"]})
     lines = [
-        "| injection | learning rate | perplexity at equal steps | at equal time | residual | seconds per step |",
-        "|---|---|---|---|---|---|",
+        f"Validation perplexity after {last:,} steps: medians of {seeds} seed(s), in brackets their range.",
+        "",
+        "| injection | learning rate | perplexity | at equal time | residual | stopped | seconds per step |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        times = [step * seconds[row["injection"]] for step in row["steps"]]
-        at_time = float(np.interp(shared_time, times, row["perplexities"])) if times else float("nan")
-        end = f"{row['perplexities'][-1]:.1f}" if row["finished"] else "stopped"
+    for (injection, rate), rows in grouped(result).items():
+        ends = spread([row["perplexities"][-1] if row["finished"] else float("inf") for row in rows], ".1f")
+        at_time = spread([at_equal_time(row, seconds, last) for row in rows], ".1f")
+        residual = spread([row["residual"] for row in rows], ".2g")
+        stopped = sum(not row["finished"] for row in rows)
         lines.append(
-            f"| {row['injection']} | {row['learning_rate']:g} | {end} | {at_time:.1f} | {row['residual']:.2g} | "
-            f"{seconds[row['injection']]:.3g} |"
+            f"| {injection} | {rate:g} | {ends} | {at_time} | {residual} | {stopped} | {seconds[injection]:.3g} |"
         )
     return "\n".join(lines)
 
 
+def grouped(result: dict) -> dict[tuple[str, float], list[dict]]:
+    """The runs that differ by their seed alone, of each injection and learning rate."""
+    groups = itertools.groupby(result["rows"], lambda row: (row["injection"], row["learning_rate"]))
+    return {key: list(rows) for key, rows in groups}
+
+
 def draw(result: dict, path: Path) -> None:
-    """The last perplexity against the learning rate, and each injection's best run against time."""
+    """The last perplexity against the learning rate, and the runs at each injection's best rate against time."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for injection in INJECTIONS:
-        rows = [row for row in result["rows"] if row["injection"] == injection and row["perplexities"]]
-        ends, rates = [row["perplexities"][-1] for row in rows], [row["learning_rate"] for row in rows]
-        left.plot(rates, ends, color=COLORS[injection], marker=".", label=injection)
-        best = rows[int(np.argmin(ends))]
-        times = [step * result["step_seconds"][injection] for step in best["steps"]]
-        label = f"{injection}, {best['learning_rate']:g}"
-        right.plot(times, best["perplexities"], color=COLORS[injection], marker=".", label=label)
-    steps = result["arguments"]["max_steps"]
+        groups = {rate: rows for (name, rate), rows in grouped(result).items() if name == injection}
+        ends = {rate: [row["perplexities"][-1] for row in rows if row["finished"]] for rate, rows in groups.items()}
+        medians = {rate: statistics.median(values) for rate, values in ends.items() if values}
+        color = COLORS[injection]
+        left.plot(medians.keys(), medians.values(), color=color, label=injection)
+        for rate, values in ends.items():
+            left.plot([rate] * len(values), values, ".", color=color, alpha=0.6)
+        best = min(medians, key=medians.get)
+        for row in groups[best]:
+            times = [step * result["step_seconds"][injection] for step in row["steps"]]
+            label = f"{injection}, {best:g}" if row is groups[best][0] else None
+            right.plot(times, row["perplexities"], color=color, alpha=0.8, label=label)
     left.set(xlabel="learning rate", ylabel="validation perplexity", xscale="log", yscale="log")
     rates = sorted({row["learning_rate"] for row in result["rows"]})
     left.set_xticks(rates, [f"{rate:g}" for rate in rates])
     left.minorticks_off()
-    left.set_title(f"after {steps:,} steps", fontsize=10)
+    left.set_title(f"after {result['arguments']['max_steps']:,} steps: each seed, and their median", fontsize=10)
     right.set_xlabel("seconds of training")
-    right.set_title("the best learning rate of each", fontsize=10)
+    right.set_title("each seed at the learning rate of the best median", fontsize=10)
     for axes in (left, right):
         axes.yaxis.set_major_locator(LogLocator(subs=range(1, 10)))
         axes.yaxis.set_major_formatter("{x:.0f}")
@@ -166,7 +201,7 @@ def main() -> None:
     """Run everything; write JSON, table and picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text_files", nargs="+", required=True)
-    parser.add_argument("--learning_rates", type=float, nargs="+", default=[5e-4, 2e-3, 5e-3])
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3, 5e-3])
     parser.add_argument("--max_steps", type=int, default=1500)
     parser.add_argument("--eval_steps", type=int, default=150)
     parser.add_argument("--eval_blocks", type=int, default=400)
@@ -175,25 +210,25 @@ def main() -> None:
     parser.add_argument("--hidden_size", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--repetitions", type=int, default=5, help="Turns of each injection when steps are timed.")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", default="benchmarks/results/injections_cpu.json")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     data, path = prepare(args), Path(args.output)
     arguments = {**vars(args), "text_files": [Path(file).name for file in args.text_files]}
-    arguments = {name: value for name, value in arguments.items() if name not in ("learning_rates", "output")}
+    arguments = {name: value for name, value in arguments.items() if name not in ("learning_rates", "seeds", "output")}
     with tempfile.TemporaryDirectory() as folder:
         result = earlier(path, arguments) or {
-            "machine": machine("cuda" if torch.cuda.is_available() else "cpu"),
+            "provenance": provenance("cuda" if torch.cuda.is_available() else "cpu"),
             "arguments": arguments,
             "step_seconds": step_seconds(args, data, folder),
             "rows": [],
         }
-        done = {(row["injection"], row["learning_rate"]) for row in result["rows"]}
-        for injection, rate in itertools.product(INJECTIONS, args.learning_rates):
-            if (injection, rate) not in done:
-                result["rows"].append(run(injection, rate, args, data, folder))
-                result["rows"].sort(key=lambda row: (INJECTIONS.index(row["injection"]), row["learning_rate"]))
+        done = {order(row) for row in result["rows"]}
+        for seed, injection, rate in itertools.product(args.seeds, INJECTIONS, args.learning_rates):
+            if (INJECTIONS.index(injection), rate, seed) not in done:
+                result["rows"].append(run(injection, rate, seed, args, data, folder))
+                result["rows"].sort(key=order)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(result) + "\n")

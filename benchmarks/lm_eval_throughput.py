@@ -27,10 +27,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from fpmgm.evaluation import provenance
 from fpmgm.evaluation.lm_eval import MGMLM, PROTOCOLS
 from fpmgm.evaluation.lm_eval.protocols import Draws, thinned
 from fpmgm.models.noise import stream_generator
-from provenance import machine
 from sampling_speed import ARCHITECTURES, random_model
 
 
@@ -169,13 +169,13 @@ def markdown(result: dict) -> str:
             f"| {our_seconds:.1f} | {row['ratio']:.1f} "
             f"| {row['copies_of_ours_with_own_mc_num']} / {row['own_mc_num'] * result['arguments']['requests']} |"
         )
-    a, m = result["arguments"], result["machine"]
+    a, p = result["arguments"], result["provenance"]
     return "\n".join([
         *lines,
         "",
         f"{a['requests']} request(s) of {a['prefix']} + {a['target']} tokens, {a['architecture']} at width "
         f"{a['hidden_size']}, vocabulary {a['vocab_size']:,}, random weights, batches of {a['batch_size']}; "
-        f"{m['device']}, {m['threads']} thread(s), torch {m['torch']}, commit {m['commit']}. "
+        f"{p['device']}; torch {p['versions']['torch']}, commit {p['commit']}. "
         f"Medians of {a['repetitions']} turns, the ratio that of the turns' ratios; on a CPU its own time.",
     ])  # fmt: skip
 
@@ -207,7 +207,7 @@ def main() -> None:
         **ARCHITECTURES[args.architecture],
     ).to(args.device)
     result = {
-        "machine": {**machine(args.device), "load_average": os.getloadavg()},
+        "provenance": {**provenance(args.device), "load_average": os.getloadavg()},
         "arguments": vars(args),
         "rows": [measure(args, model, protocol) for protocol in tqdm(args.protocols)],
     }

@@ -16,7 +16,8 @@ import torch
 import transformers
 
 from fpmgm.data import load_text, pack
-from fpmgm.evaluation import evaluate_budgets, load_judge, measure_samples
+from fpmgm.evaluation import evaluate_budgets, load_judge, measure_samples, provenance
+from fpmgm.evaluation.provenance import commit
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "recipes"))
@@ -25,7 +26,6 @@ import convert_mdlm
 import distill_sdtt
 import posttrain_consistency
 import train_owt
-from provenance import commit, machine
 
 
 CONFIGS = Path(__file__).resolve().parents[1] / "recipes/configs"
@@ -166,7 +166,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     names = {key: [Path(file).name for file in getattr(args, key)] for key in ("text_files", "eval_text_files")}
     result = {
-        "machine": machine("cuda" if torch.cuda.is_available() else "cpu"),
+        "provenance": provenance("cuda" if torch.cuda.is_available() else "cpu"),
         "arguments": {**vars(args), **names, "judge": Path(args.judge).name, "work_dir": "WORK"},
         "runs": {name: train(name, args) for name in RUNS},
     }

@@ -12,14 +12,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import fpmgm  # noqa: F401  (registers the models)
-from fpmgm.evaluation import sweep
+from fpmgm.evaluation import provenance, sweep
 from fpmgm.trainers.arguments import parse_arguments
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "recipes"))
 
 from judged_samples import JudgedSamplesArguments, device_of, open_judge, open_model
-from provenance import machine
 
 
 SAMPLERS = {
@@ -84,7 +83,7 @@ def main() -> None:
     rows = [{"sampler": name} | {key: row[key] for key in kept} for (name, _), row in zip(chosen, rows, strict=True)]
     paths = {"model", "output", "output_dir", "judge", "judge_text_files"}
     arguments = {name: value for name, value in asdict(args).items() if name not in paths}
-    result = {"machine": machine(device), "arguments": arguments, "model": Path(args.model).name, "rows": rows}
+    result = {"provenance": provenance(device), "arguments": arguments, "model": Path(args.model).name, "rows": rows}
     path = Path(args.output)
     path.write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(table(rows, args.budgets) + "\n")

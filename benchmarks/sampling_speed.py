@@ -30,10 +30,10 @@ import torch
 from tqdm.auto import tqdm
 
 from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion, plan_budget
+from fpmgm.evaluation import provenance
 from fpmgm.models.noise import masked_probability
 from fpmgm.models.reuse import reuse_states, reuse_weights, visible_fraction
 from fpmgm.models.sampling import draw_uniforms, time_grid
-from provenance import machine
 
 
 ARCHITECTURES = {
@@ -388,10 +388,14 @@ def draw(result: dict, path: Path) -> None:
     budgets = sorted({r["budget"] for r in result["rows"]})
     axes.set_xticks(budgets, [str(b) for b in budgets])
     axes.minorticks_off()
-    machine, arguments = result["machine"], result["arguments"]
+    arguments = result["arguments"]
     axes.set_xlabel("budget (block evaluations per sequence)")
     axes.set_ylabel("seconds per sequence")
-    axes.set_title(f"{machine['device']}, L = {arguments['length']}, batch {first}, vocabulary 50,258", fontsize=10)
+    axes.set_title(
+        f"{result['provenance']['device']}; L = {arguments['length']}, batch {first}, vocabulary "
+        f"{arguments['vocab_size']:,}",
+        fontsize=10,
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=160)
@@ -419,7 +423,7 @@ def main() -> None:
         "vocab_size": args.vocab_size, "mask_token_id": args.vocab_size - 1,
     }  # fmt: skip
     result = {
-        "machine": machine(args.device),
+        "provenance": provenance(args.device),
         "arguments": arguments,
         "tokens_equal_to_plain": check_same_tokens(),
         "chi_square_8_degrees": check_same_distribution(),

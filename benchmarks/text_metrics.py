@@ -32,7 +32,6 @@ from fpmgm.evaluation import (
     unigram_entropy,
 )
 from fpmgm.evaluation.judge import decode_for
-from provenance import commit
 
 
 MEASURES = {
@@ -121,7 +120,8 @@ def table(result: dict) -> str:
         f"\n{mauve['num_samples']} texts of {result['length']} tokens of the model on every line, of which the judge "
         f"{protocol['judge']} reads {protocol['num_samples']}. MAUVE against as many other human blocks (the usual "
         f"number is 5,000), features: {mauve['featurizer']}. Model's PPL: ELBO, "
-        f"{result['arguments']['num_draws']} draws. {result['provenance']['device']}; commit {result['commit']}."
+        f"{result['arguments']['num_draws']} draws. {result['provenance']['device']}; "
+        f"commit {result['provenance']['commit']}."
     )
     return "\n".join(lines) + "\n"
 
@@ -169,7 +169,6 @@ def main() -> None:
     result = {
         "arguments": vars(args) | names,
         "length": length,
-        "commit": commit(),
         "provenance": provenance(judge.model.device),
         "rows": rows,
         "broken": broken(rows),

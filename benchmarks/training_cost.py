@@ -2,7 +2,7 @@
 """What a training step costs: a plain procedure and this library's trainers, in one run, taking turns.
 
     python benchmarks/training_cost.py
-    python benchmarks/training_cost.py --device cuda --dtype bfloat16 --length 1024 --batch_size 64
+    python benchmarks/training_cost.py --device cuda  # at the paper's sizes, in bfloat16
 
 *plain* is an MDLM step from its public description, on this library's blocks: the head at every position, a dense
 log-softmax over all logits, the loss picked from it. *ours* are the trainers' own steps. Both are timed from the
@@ -11,9 +11,9 @@ iterations that SJFB draws: 2 without gradient, and 4 or 5 with it in turn. *che
 iteration, a second time in the backward pass.
 
 The floor beside a time ratio is the ratio of the two steps' FLOPs, as PyTorch counts them: a floor where both use the
-machine equally well. Utilisation is a step's
-FLOPs per second over those of a large matrix product, measured in the same run. Peak memory is what PyTorch's
-allocator gives a process that makes two whole steps with AdamW, weights and optimizer included.
+machine equally well. Utilisation is a step's FLOPs per second over those of a large matrix product, measured in the
+same run. Peak memory is what PyTorch's allocator gives a process that makes two whole steps with AdamW, weights and
+optimizer included.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from fpmgm import (
     convert_to_fixed_point,
 )
 from fpmgm.analysis.measured import allocated_peak, counted_flops
+from fpmgm.evaluation import provenance
 from fpmgm.models.noise import arccos_ratio, loss_weight, mask_tokens, masked_probability
 from fpmgm.trainers import (
     ConsistencyConfig,
@@ -46,7 +47,6 @@ from fpmgm.trainers import (
     MGMTrainingConfig,
 )
 from fpmgm.trainers.batch import MicroBatch
-from provenance import machine
 
 
 MDLM = {"num_pre_layers": 12, "num_fixed_point_layers": 0, "num_post_layers": 0}
@@ -69,6 +69,10 @@ STEPS = {
     "MaskGIT-12": (MDLM, "image", None),
     "FP-MaskGIT mlp": (IMAGE, "image", "mlp"),
     "FP-MaskGIT diagonal": (IMAGE, "image", "diagonal"),
+}
+SIZES = {  # what is not given; the sizes of `cuda` are the paper's
+    "cpu": {"dtype": "float32", "length": 256, "batch_size": 4, "image_hidden_size": 512},
+    "cuda": {"dtype": "bfloat16", "length": 1024, "batch_size": 64, "image_hidden_size": 1024},
 }
 RATIOS = [
     ("FP-MDLM mlp", "plain MDLM"),
@@ -174,6 +178,13 @@ def step(trainer, args: argparse.Namespace, seed: int, iterations: tuple[int, in
     trainer.model.zero_grad()
 
 
+def prepare(trainer, args: argparse.Namespace) -> None:
+    """Compile what the trainers compile under `--torch_compile`, if that is asked for."""
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # the models of all steps share their code, and its limit of 8
+        trainer.model.compile_blocks()
+
+
 # --- measurements -------------------------------------------------------------------------------------------------
 
 
@@ -204,7 +215,10 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
     flops = {name: [] for name in trainers}
     for name, trainer in trainers.items():
         for iterations in ITERATIONS:
-            flops[name].append(counted_flops(partial(step, trainer, args, 0, iterations)))  # which is not timed
+            flops[name].append(counted_flops(partial(step, trainer, args, 0, iterations)))
+        prepare(trainer, args)
+        for iterations in ITERATIONS:
+            step(trainer, args, 0, iterations)  # kernels are chosen or compiled
     for repetition in tqdm(range(args.repetitions), desc="repetitions"):
         for name, trainer in trainers.items():
             for iterations in ITERATIONS:
@@ -253,6 +267,7 @@ def peak_bytes(name: str, args: argparse.Namespace) -> int:
 def two_steps(name: str, args: argparse.Namespace) -> None:
     """A model, and two steps of its trainer with AdamW."""
     trainer = make_trainer(name, args)
+    prepare(trainer, args)
     optimizer = torch.optim.AdamW(trainer.model.parameters(), fused=True)
     trainer.model.zero_grad = lambda: None
     for seed in range(2):
@@ -325,7 +340,7 @@ def draw(result: dict, path: Path) -> None:
     arguments = result["arguments"]
     figure.supxlabel(f"relative to {' or '.join(dict.fromkeys(bases))}", fontsize=10)
     figure.suptitle(
-        f"a training step on {result['machine']['device']}: batch {arguments['batch_size']}; text of width "
+        f"{result['provenance']['device']}; {arguments['dtype']}, batch {arguments['batch_size']}; text of width "
         f"{arguments['hidden_size']}, L = {arguments['length']}, vocabulary {arguments['vocab_size']:,}; "
         f"images of width {arguments['image_hidden_size']}",
         fontsize=10,
@@ -342,18 +357,26 @@ def main() -> None:
     """Measure, write JSON, table and picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16: autocast.")
-    parser.add_argument("--length", type=int, default=256, help="Tokens of a sequence.")
-    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="bfloat16: autocast. Default: by device.")
+    parser.add_argument("--length", type=int, help="Tokens of a sequence. Default: 256, with cuda 1024.")
+    parser.add_argument("--batch_size", type=int, help="Default: 4, with cuda 64.")
     parser.add_argument("--hidden_size", type=int, default=768, help="768 is MDLM-small.")
     parser.add_argument("--vocab_size", type=int, default=50258)
-    parser.add_argument("--image_hidden_size", type=int, default=512, help="1024 is MaskGIT-Large; 256 tokens each.")
+    parser.add_argument(
+        "--image_hidden_size", type=int, help="Default: 512, with cuda 1024, MaskGIT-Large; 256 tokens."
+    )
+    parser.add_argument("--compile", action="store_true", help="Compile the blocks of all models.")
     parser.add_argument("--repetitions", type=int, default=5, help="Turns of each step.")
     parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=list(STEPS))
     parser.add_argument("--output", default=None, help="JSON to write. Default: benchmarks/results/training_cost_*.")
     args = parser.parse_args()
-    result = {"machine": machine(args.device), "arguments": vars(args), **measure(args)}
-    result["peak_memory_mib"] = peak_memory(args)
+    for name, value in SIZES[args.device].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    # Memory first: the processes that measure it need the GPU's to themselves.
+    peaks = peak_memory(args)
+    result = {"provenance": provenance(args.device), "arguments": vars(args), "peak_memory_mib": peaks}
+    result |= measure(args)
     result["ratios"] = ratios(result)
     path = Path(args.output or f"benchmarks/results/training_cost_{args.device}.json")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ import torch
 from .store import world_size
 
 
-PACKAGES = ("fpmgm", "torch", "transformers", "numpy", "scikit-learn", "mauve-text", "gguf")
+PACKAGES = ("fpmgm", "torch", "transformers", "liger-kernel", "numpy", "scikit-learn", "mauve-text", "gguf")
 CHECKOUT = Path(__file__).parents[2]
 
 
