@@ -320,8 +320,8 @@ class MGMPreTrainedModel(PreTrainedModel):
         The solver's loop stays in Python. Compilation takes tens of seconds at the first call of a shape.
 
         Args:
-            options: Passed to `torch.compile`. Sample without the modes that take CUDA graphs (`"reduce-overhead"`,
-                `"max-autotune"`): where no gradient is due, a graph's output is freed by the next call, which reads it.
+            options: Passed to `torch.compile`. To sample, leave out the modes with CUDA graphs (`"reduce-overhead"`,
+                `"max-autotune"`): without a gradient a graph's output is freed by the next call, which reads it.
         """
         explicit = [*self.pre_layers, *self.post_layers]
         for layer in explicit[:-1]:
