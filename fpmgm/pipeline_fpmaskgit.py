@@ -267,7 +267,8 @@ class FPMaskGITPipeline:
         commit_message: str = "Upload FPMaskGITPipeline",
         create_pr: bool = False,
     ) -> str:
-        """Upload everything in one commit.
+        """Upload everything in one commit, which takes away what an earlier one left in the parts' folders. A card that
+        the repository has is kept.
 
         Args:
             repo_id (`str`): Repository; it is made where it does not exist.
@@ -281,10 +282,18 @@ class FPMaskGITPipeline:
         """
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        has_card = api.file_exists(repo_id, "README.md")
         with TemporaryDirectory() as folder:
             self._write(Path(folder), name=repo_id)
-            options = {"commit_message": commit_message, "create_pr": create_pr}
-            return api.upload_folder(repo_id=repo_id, folder_path=folder, **options).commit_url
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                create_pr=create_pr,
+                ignore_patterns=["README.md"] if has_card else None,
+                delete_patterns=[f"{part}/*" for part in PARTS],  # old shards would be loaded instead of new weights
+            )
+        return commit.commit_url
 
     def _write(self, folder: Path, name: str) -> None:
         parts = {part: getattr(self, attribute) for part, attribute in PARTS.items()}

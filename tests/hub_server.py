@@ -56,6 +56,8 @@ class _Handler(BaseHTTPRequestHandler):
             for line in map(json.loads, body.decode().splitlines()):
                 if line["key"] == "file":
                     repository[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "deletedFile":
+                    del repository[line["value"]["path"]]
             oid = self._commit(repository)
             self._json({"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{found[1]}/commit/{oid}"})
         else:
@@ -83,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _tree(self, repository: dict[str, bytes], folder: str) -> None:
         """All files below a folder, which is what is asked for."""
         below = {name: data for name, data in repository.items() if not folder or name.startswith(f"{folder}/")}
-        if not below:
+        if folder and not below:
             return self._error(404, "EntryNotFound")
         oids = {name: hashlib.sha1(data).hexdigest() for name, data in below.items()}
         self._json([{"type": "file", "path": n, "size": len(d), "oid": oids[n]} for n, d in below.items()])

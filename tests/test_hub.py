@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from huggingface_hub import HfApi
 from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer, JanusVQVAEConfig
@@ -50,6 +51,10 @@ vqgan = VQGANModel(JanusVQVAEConfig(
 FPMaskGITPipeline(image_model, vqgan).save_pretrained(folder / "pipeline")
 pipeline = FPMaskGITPipeline(image_model, tiny_image_tokenizer())
 pipeline.save_pretrained(folder / "pushed", push_to_hub=True, repo_id="tester/pipeline", private=True)
+pipeline.push_to_hub("tester/again")
+for name in ("model/model-00001-of-00002.safetensors", "README.md", "examples/model.png"):
+    HfApi().upload_file(path_or_fileobj=b"by hand", path_in_repo=name, repo_id="tester/again")
+pipeline.push_to_hub("tester/again")
 loaded = {
     "made": pipeline,
     "hub": FPMaskGITPipeline.from_pretrained("tester/pipeline", revision="main", token="dummy"),
@@ -227,6 +232,13 @@ def test_a_pushed_pipeline_draws_the_same(hub):
     assert card.data.library_name == "fpmgm"
     files = hub[0].repositories["tester/pipeline"]
     assert files["modeling_xqgan.py"] == files["vq/modeling_xqgan.py"]  # the code is found from both places
+
+
+def test_a_pipeline_pushed_again_replaces_its_parts_and_keeps_what_was_written_by_hand(hub):
+    first, again = (dict(hub[0].repositories[f"tester/{name}"]) for name in ("pipeline", "again"))
+    assert again.pop("README.md") == again.pop("examples/model.png") == b"by hand"
+    first.pop("README.md")
+    assert again == first
 
 
 @pytest.mark.parametrize("source", ["hub", "local"])
