@@ -267,8 +267,9 @@ class FPMaskGITPipeline:
         commit_message: str = "Upload FPMaskGITPipeline",
         create_pr: bool = False,
     ) -> str:
-        """Upload everything in one commit, which takes away what an earlier one left in the parts' folders. A card that
-        the repository has is kept.
+        """Upload everything in one commit, which takes away what an earlier one left in the parts' folders.
+
+        A card that the repository has is kept.
 
         Args:
             repo_id (`str`): Repository; it is made where it does not exist.

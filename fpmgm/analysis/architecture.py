@@ -138,7 +138,7 @@ def _fpmdlm(config) -> Architecture:
         # Attention's output in rows, both branches after dropout, the norm, the MLP before GELU.
         kept_at_selected=Values(wide=size + 2 + modulated, narrow=4 * size + inner, masks=2 * size),
         widest=inner,
-        passes=(32 * size + 2 * inner, 62 * size + 5 * inner),
+        passes=(26 * size + 2 * inner, 50 * size + 5 * inner),
     )
     return Architecture(
         block=block,

@@ -13,30 +13,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_fpmdlm import FPMDLMConfig
 from .layers import Modulation, draw_kept, eager_attention_forward, gated_residual, gelu, linear_of, modulate, wide
+from .rotary import rotated
 from .selection import Selection
 
 
 TIMESTEP_FREQUENCIES = 256
-
-
-# --- pure functions ---------------------------------------------------------------------------------------------
-
-
-def rotary_embedding(
-    length: int, head_size: int, theta: float, device: torch.device, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of position × frequency, each (L, K/2)."""
-    frequencies = theta ** -(torch.arange(0, head_size, 2, device=device, dtype=wide(dtype)) / head_size)
-    angles = torch.arange(length, device=device, dtype=wide(dtype))[:, None] * frequencies  # (L, K/2)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotary position embedding of queries or keys `x` (B, H, L, K): channel i is turned with channel i + K/2."""
-    cos, sin = rotary
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
-    return torch.cat(turned, dim=-1)
 
 
 # --- layers -----------------------------------------------------------------------------------------------------
@@ -97,16 +78,12 @@ class FPMDLMAttention(nn.Module):
     ) -> torch.Tensor:
         """(B, L, D), or (P, D) with queries at the selected positions only (keys and values are everywhere)."""
         qkv = self.qkv_proj(x).unflatten(-1, (3, -1, self.head_size))  # (B, L, 3, H, K)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, H, L, K)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        value = value.contiguous()  # a view would keep all of qkv for the backward pass
-        key, query_rotary = rotate(key, rotary), rotary
+        query, key, value = rotated(qkv, rotary)  # (B, H, L, K)
         if selection is not None:
             batch = torch.arange(len(x), device=x.device)[:, None]
             query = query.transpose(1, 2)[batch, selection.queries].transpose(1, 2)  # (B, H, Q, K)
-            query_rotary = tuple(table[selection.queries][:, None] for table in rotary)  # (B, 1, Q, K)
             attention_mask = None if attention_mask is None else attention_mask[:, :, :1]  # the same for every query
-        query = rotate(query, query_rotary)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         out, _ = attend(self, query, key, value, attention_mask, scaling=self.head_size**-0.5, dropout=0.0)
         out = out.flatten(2)  # (B, L or Q, D)
         return self.o_proj(out if selection is None else out.flatten(0, 1)[selection.slots])  # (B, L, D)

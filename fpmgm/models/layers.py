@@ -22,7 +22,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """x(1 + scale) + shift."""
-    return x * (1 + scale) + shift
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 def draw_kept(x: torch.Tensor, size: int, p: float) -> torch.Tensor:

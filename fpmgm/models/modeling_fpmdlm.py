@@ -15,12 +15,13 @@ from transformers import initialization as init
 from transformers.processing_utils import Unpack
 from transformers.utils.generic import can_return_tuple
 
-from .block_fpmdlm import FPMDLMBlock, LayerNorm, TimestepEmbedding, rotary_embedding
+from .block_fpmdlm import FPMDLMBlock, LayerNorm, TimestepEmbedding
 from .configuration_fpmdlm import FPMDLMConfig
 from .generation_mgm import MGMGenerationMixin
 from .modeling_mgm import DenoiserOptions, MGMOutput, MGMPreTrainedModel
 from .noise import sigma
 from .reveal import TEXT_ORDERS
+from .rotary import rotary_embedding
 
 
 class FPMDLMForMaskedDiffusion(MGMGenerationMixin, MGMPreTrainedModel):
