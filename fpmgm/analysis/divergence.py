@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from ..models.head import FORBIDDEN, chunk_rows, wide
+from ..models.head import chunk_rows, forbid, wide
 from .axes import finish
 from .solver import denoiser_call
 from .trajectory import Trajectory
@@ -67,10 +67,8 @@ def divergence(noisier: torch.Tensor, cleaner: torch.Tensor, mask_token_id: int)
     >>> divergence(torch.tensor([[0.0, 0.0, 9.0]]), torch.tensor([[50.0, 0.0, 0.0]]), mask_token_id=2)
     tensor([0.6931])
     """
-    noisier, cleaner = (logits.to(wide(logits.dtype), copy=True) for logits in (noisier, cleaner))
-    for logits in (noisier, cleaner):
-        logits[:, mask_token_id] = FORBIDDEN
-    log_probabilities = (logits.log_softmax(dim=-1) for logits in (noisier, cleaner))
+    both = (forbid(logits.to(wide(logits.dtype), copy=True), mask_token_id) for logits in (noisier, cleaner))
+    log_probabilities = (logits.log_softmax(dim=-1) for logits in both)
     return F.kl_div(*log_probabilities, reduction="none", log_target=True).sum(dim=-1)
 
 

@@ -21,8 +21,6 @@ from transformers import initialization as init
 from .layers import wide
 
 
-FORBIDDEN = -1e6  # logit of an id that gets no probability: finite, so that differences of log-probabilities exist
-
 LogitsLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -41,13 +39,14 @@ def fused_cross_entropy(device_type: str) -> Callable | None:
 def cross_entropy(
     logits: torch.Tensor, labels: torch.LongTensor, overwrite: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """−log softmax(logits)[label] of each row, (R,), and its most likely id, (R,) without gradient.
+    """−log softmax(logits)[label] of each row, (R,) in float32 or better, and its most likely id, (R,) without
+    gradient.
 
     Args:
-        logits (`torch.Tensor`): (R, V).
+        logits (`torch.Tensor`): (R, V) of any type.
         labels (`torch.LongTensor`): (R,).
         overwrite (`bool`, defaults to `False`): Nothing else reads the logits, so that a fused kernel, where there is
-            one, may write their gradient in their place.
+            one and a gradient is due, may write it in their place. Its losses are rounded to the logits' type.
 
     Example:
 
@@ -59,11 +58,22 @@ def cross_entropy(
 
     ```
     """
-    fused = fused_cross_entropy(logits.device.type) if overwrite and logits.dtype != torch.float64 else None
+    fusible = overwrite and logits.requires_grad and logits.dtype != torch.float64
+    fused = fused_cross_entropy(logits.device.type) if fusible else None
+    precise = wide(logits.dtype)
     if fused is None:
-        return F.cross_entropy(logits, labels, reduction="none"), logits.detach().argmax(dim=-1)
+        return F.cross_entropy(logits.to(precise), labels, reduction="none"), logits.detach().argmax(dim=-1)
     output = fused(logits, labels, reduction="none", return_predicted_tokens=True)
-    return output.loss, output.predicted_tokens
+    return output.loss.to(precise), output.predicted_tokens
+
+
+def forbid(logits: torch.Tensor, token_id: int) -> torch.Tensor:
+    """`logits` (R, V) with no probability for an id, in place: its logit is −10⁶, or the type's least number.
+
+    Finite, so that differences of log-probabilities exist.
+    """
+    logits[:, token_id] = max(-1e6, torch.finfo(logits.dtype).min)
+    return logits
 
 
 def chunk_rows(vocab_size: int, device: torch.device) -> int:
@@ -106,9 +116,9 @@ def chunked_loss(
     Args:
         h (`torch.Tensor`): (P, D) the head's input.
         weight, bias (`torch.Tensor`): (V, D) and (V,).
-        mask_token_id (`int`): Its logit is replaced by −10⁶.
-        loss (`Callable`): Maps (R, V) logits, float32 or better, and the slice of their rows to a scalar and (R,)
-            numbers that need no gradient.
+        mask_token_id (`int`): Its logit is replaced: see [`forbid`].
+        loss (`Callable`): Maps (R, V) logits, of the products' type, and the slice of their rows to a scalar in
+            float32 or better and (R,) numbers that need no gradient.
 
     Example:
 
@@ -137,8 +147,7 @@ class _ChunkedLoss(torch.autograd.Function):
         with torch.autocast(h.device.type, enabled=False):
             for start in range(0, max(1, len(h)), size):  # without any position the loss is 0, and so are gradients
                 rows = slice(start, start + size)
-                logits = F.linear(h[rows], weight_, bias_).to(wide(dtype))  # (R, V)
-                logits[:, mask_token_id] = FORBIDDEN
+                logits = forbid(F.linear(h[rows], weight_, bias_), mask_token_id)  # (R, V)
                 with torch.enable_grad():
                     part, statistic = loss(logits.requires_grad_(any(needed)), rows)
                 total += part.detach()
@@ -146,7 +155,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 if any(needed):
                     (slope,) = torch.autograd.grad(part, logits)  # (R, V)
                     slope[:, mask_token_id] = 0
-                    _accumulate(grads, slope.to(dtype), h[rows], weight_, rows)
+                    _accumulate(grads, slope, h[rows], weight_, rows)
         ctx.save_for_backward(*grads)
         statistics = torch.cat(statistics)
         ctx.mark_non_differentiable(statistics)

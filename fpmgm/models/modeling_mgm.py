@@ -21,7 +21,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import ModelOutput
 
 from .fixed_point import SOLVERS, FixedPointSolution, solve_adaptively, solve_fixed_point
-from .head import FORBIDDEN, LMHead, LogitsLoss, cross_entropy
+from .head import LMHead, LogitsLoss, cross_entropy, forbid
 from .injection import INJECTION_STARTS, INJECTIONS
 from .layers import IdentityLinear, Modulation, modulate, wide
 from .noise import IGNORE_INDEX
@@ -286,6 +286,8 @@ class MGMPreTrainedModel(PreTrainedModel):
         further = []
 
         def loss(logits: torch.Tensor, chunk: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            if logits_loss is not None:
+                logits = logits.to(wide(logits.dtype))
             losses, likeliest = cross_entropy(logits, labels[chunk], overwrite=logits_loss is None)  # (R,)
             total = (losses if weights is None else losses * weights[chunk]).sum() / real
             if logits_loss is not None:
@@ -300,10 +302,8 @@ class MGMPreTrainedModel(PreTrainedModel):
     def _head_loss(self, normed: torch.Tensor, loss: LogitsLoss) -> tuple[torch.Tensor, torch.Tensor]:
         if isinstance(self.lm_head, LMHead):
             return self.lm_head(normed, loss)
-        logits = self.lm_head(normed)  # a head that an adapter wraps: all at once
-        logits = logits.to(wide(logits.dtype)).clone()
-        logits[:, self.config.mask_token_id] = FORBIDDEN
-        return loss(logits, slice(None))
+        logits = self.lm_head(normed).clone()  # a head that an adapter wraps: all at once
+        return loss(forbid(logits, self.config.mask_token_id), slice(None))
 
     def _check_options(self, num_iterations, num_no_grad_iterations, solver) -> None:
         least = 1 if self.fixed_point is not None else 0

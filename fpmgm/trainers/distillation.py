@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-from ..models.head import FORBIDDEN, wide
+from ..models.head import forbid, wide
 
 
 DIVERGENCES = ("forward_kl", "reverse_kl")
@@ -100,8 +100,8 @@ def divergence_from(
     def loss(logits: torch.Tensor, rows: slice) -> torch.Tensor:
         with torch.no_grad():
             part = hidden[rows]
-            target = F.linear(part, head_weight.to(part.dtype), head_bias.to(part.dtype)).to(wide(part.dtype))
-            target[:, mask_token_id] = FORBIDDEN
+            target = F.linear(part, head_weight.to(part.dtype), head_bias.to(part.dtype))
+            target = forbid(target.to(wide(part.dtype)), mask_token_id)
         return (divergence(logits, target, temperature, kind) * weights[rows]).sum()
 
     return loss

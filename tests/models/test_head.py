@@ -49,7 +49,7 @@ def reverse_and_forward_divergence(teacher):
 def test_chunks_equal_the_dense_computation(kind, rows_of_a_chunk):
     inputs = problem()
     teacher = torch.randn(POSITIONS, VOCABULARY, dtype=torch.float64)
-    teacher[:, MASK] = head.FORBIDDEN
+    head.forbid(teacher, MASK)
     if kind == "cross_entropy":
         loss = cross_entropy(torch.randint(MASK, (POSITIONS,)), torch.rand(POSITIONS, dtype=torch.float64))
     else:
@@ -65,7 +65,7 @@ def test_chunks_equal_the_dense_computation(kind, rows_of_a_chunk):
 
     h, weight, bias = inputs
     column = torch.arange(VOCABULARY) == MASK
-    dense, expected_statistics = loss((h @ weight.T + bias).masked_fill(column, head.FORBIDDEN), slice(None))
+    dense, expected_statistics = loss((h @ weight.T + bias).masked_fill(column, -1e6), slice(None))
     expected = torch.autograd.grad(3 * dense, inputs)
     torch.testing.assert_close(total, dense, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(statistics, expected_statistics)
@@ -170,6 +170,13 @@ def liger(monkeypatch):
     return torch.device("cuda" if torch.cuda.is_available() else "cpu"), calls
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_forbidden_id_has_no_probability_and_a_finite_logit(dtype):
+    logits = head.forbid(torch.zeros(2, 3, dtype=dtype), 1)
+    assert logits.isfinite().all()
+    assert torch.equal(logits.softmax(dim=-1), torch.tensor([[0.5, 0.0, 0.5]] * 2, dtype=dtype))
+
+
 def test_ligers_kernel_takes_the_same_step(liger, rows_of_a_chunk):
     device, calls = liger
     model = tiny_model().train().to(device)
@@ -189,13 +196,40 @@ def test_ligers_kernel_takes_the_same_step(liger, rows_of_a_chunk):
 
     fused = step()
     assert sum(calls) == masked.sum()
-    with torch.no_grad():
-        assert torch.equal(model(**batch).loss, fused["loss"])  # without the gradient it would write
     calls.clear()
-    # A further loss reads the logits, float64 is more than the kernel computes in: neither may meet it.
+    # Without a gradient to write there is none of the kernel's rounding, a further loss reads the logits, and float64
+    # is more than the kernel computes in: none of these may meet it.
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).loss, fused["loss"], rtol=1e-6, atol=0)
     torch.testing.assert_close(fused, step(logits_loss=lambda logits, rows: 0 * logits.sum()), rtol=1e-4, atol=1e-6)
     model.double()(**batch)
     assert not calls
+
+
+def test_ligers_kernel_reads_bfloat16_and_its_gradients_are_no_further_from_exact_ones(liger):
+    device, calls = liger
+    generator = torch.Generator().manual_seed(0)
+    h, weight = (torch.randn(n, 16, generator=generator).to(device) for n in (40, VOCABULARY))
+    inputs = [x.requires_grad_() for x in (h, weight, torch.zeros(VOCABULARY, device=device))]
+    labels, weights = torch.arange(40, device=device) % MASK, torch.rand(40, generator=generator).to(device)
+
+    def gradients(overwrite):
+        def loss(logits, rows):
+            losses, likeliest = head.cross_entropy(logits, labels[rows], overwrite)
+            assert losses.dtype == torch.float32
+            return (losses * weights[rows]).sum(), likeliest
+
+        total, _ = chunked_loss(*inputs, MASK, loss)
+        return total, *torch.autograd.grad(total, inputs)
+
+    exact = gradients(overwrite=False)
+    with torch.autocast(device.type, torch.bfloat16):
+        plain, fused = gradients(overwrite=False), gradients(overwrite=True)
+    assert calls == [40]
+    torch.testing.assert_close(fused[0], exact[0], rtol=2**-8, atol=0)
+    for a, b, reference in zip(plain[1:], fused[1:], exact[1:], strict=True):
+        error, fused_error = ((x - reference).norm() / reference.norm() for x in (a, b))
+        assert 1e-4 < fused_error < 1.5 * error
 
 
 def test_ligers_kernel_is_taken_on_a_gpu_where_it_is_installed():
