@@ -42,7 +42,8 @@ def rotated(qkv: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> tup
         return _Rotated.apply(qkv, *rotary)
     cos, sin = (table[:, None, None] for table in rotary)
     first, second = qkv[:, :, :2].chunk(2, dim=-1)
-    query_key = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    query_key = torch.cat(turned, dim=-1)
     return *query_key.permute(2, 0, 3, 1, 4), qkv[:, :, 2].transpose(1, 2)
 
 

@@ -73,4 +73,4 @@ def test_compiled_blocks_under_a_loop_of_any_length_train_alike(tmp_path):
     assert torch._dynamo.utils.counters["frames"]["ok"] > before
     assert len({line["iterations"] for line in trainer.state.log_history if "loss" in line}) > 2
     for name, tensor in weights(plain).items():
-        torch.testing.assert_close(compiled.get_parameter(name), tensor, atol=1e-6, rtol=0, msg=name)
+        torch.testing.assert_close(compiled.get_parameter(name), tensor, atol=1e-5, rtol=0, msg=name)
