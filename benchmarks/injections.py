@@ -174,7 +174,7 @@ def draw(result: dict, path: Path) -> None:
         ends = {rate: [row["perplexities"][-1] for row in rows if row["finished"]] for rate, rows in groups.items()}
         medians = {rate: statistics.median(values) for rate, values in ends.items() if values}
         color = COLORS[injection]
-        left.plot(medians.keys(), medians.values(), color=color, label=injection)
+        left.plot(medians.keys(), medians.values(), color=color)
         for rate, values in ends.items():
             left.plot([rate] * len(values), values, ".", color=color, alpha=0.6)
         best = min(medians, key=medians.get)
@@ -189,10 +189,10 @@ def draw(result: dict, path: Path) -> None:
     left.set_title(f"after {result['arguments']['max_steps']:,} steps: each seed, and their median", fontsize=10)
     right.set_xlabel("seconds of training")
     right.set_title("each seed at the learning rate of the best median", fontsize=10)
+    right.legend(loc="upper right", fontsize=8)
     for axes in (left, right):
         axes.yaxis.set_major_locator(LogLocator(subs=range(1, 10)))
         axes.yaxis.set_major_formatter("{x:.0f}")
-        axes.legend(title="injection")
         axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=140)
 
