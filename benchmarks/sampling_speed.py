@@ -392,7 +392,7 @@ def draw(result: dict, path: Path) -> None:
     axes.set_xlabel("budget (block evaluations per sequence)")
     axes.set_ylabel("seconds per sequence")
     axes.set_title(
-        f"{result['provenance']['device']}; L = {arguments['length']}, batch {first}, vocabulary "
+        f"{result['provenance']['device']}\nL = {arguments['length']}, batch {first}, vocabulary "
         f"{arguments['vocab_size']:,}",
         fontsize=10,
     )

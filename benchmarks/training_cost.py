@@ -178,11 +178,10 @@ def step(trainer, args: argparse.Namespace, seed: int, iterations: tuple[int, in
     trainer.model.zero_grad()
 
 
-def prepare(trainer, args: argparse.Namespace) -> None:
-    """Compile what the trainers compile under `--torch_compile`, if that is asked for."""
-    if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # the models of all steps share their code, and its limit of 8
-        trainer.model.compile_blocks()
+def compile_blocks(model) -> None:
+    """What the trainers compile under `--torch_compile`."""
+    torch._dynamo.config.recompile_limit = 64  # the models of all steps share their code, and its limit of 8
+    model.compile_blocks()
 
 
 # --- measurements -------------------------------------------------------------------------------------------------
@@ -215,10 +214,11 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
     flops = {name: [] for name in trainers}
     for name, trainer in trainers.items():
         for iterations in ITERATIONS:
-            flops[name].append(counted_flops(partial(step, trainer, args, 0, iterations)))
-        prepare(trainer, args)
-        for iterations in ITERATIONS:
-            step(trainer, args, 0, iterations)  # kernels are chosen or compiled
+            flops[name].append(counted_flops(partial(step, trainer, args, 0, iterations)))  # which is not timed
+        if args.compile:
+            compile_blocks(trainer.model)
+            for iterations in ITERATIONS:
+                step(trainer, args, 0, iterations)  # nor is compilation
     for repetition in tqdm(range(args.repetitions), desc="repetitions"):
         for name, trainer in trainers.items():
             for iterations in ITERATIONS:
@@ -267,7 +267,8 @@ def peak_bytes(name: str, args: argparse.Namespace) -> int:
 def two_steps(name: str, args: argparse.Namespace) -> None:
     """A model, and two steps of its trainer with AdamW."""
     trainer = make_trainer(name, args)
-    prepare(trainer, args)
+    if args.compile:
+        compile_blocks(trainer.model)
     optimizer = torch.optim.AdamW(trainer.model.parameters(), fused=True)
     trainer.model.zero_grad = lambda: None
     for seed in range(2):
@@ -340,7 +341,7 @@ def draw(result: dict, path: Path) -> None:
     arguments = result["arguments"]
     figure.supxlabel(f"relative to {' or '.join(dict.fromkeys(bases))}", fontsize=10)
     figure.suptitle(
-        f"{result['provenance']['device']}; {arguments['dtype']}, batch {arguments['batch_size']}; text of width "
+        f"{result['provenance']['device']}\n{arguments['dtype']}, batch {arguments['batch_size']}; text of width "
         f"{arguments['hidden_size']}, L = {arguments['length']}, vocabulary {arguments['vocab_size']:,}; "
         f"images of width {arguments['image_hidden_size']}",
         fontsize=10,
