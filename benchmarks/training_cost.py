@@ -20,6 +20,7 @@ import argparse
 import json
 import multiprocessing
 import statistics
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -53,7 +54,7 @@ MDLM = {"num_pre_layers": 12, "num_fixed_point_layers": 0, "num_post_layers": 0}
 FP = {"num_pre_layers": 1, "num_fixed_point_layers": 1, "num_post_layers": 1}
 IMAGE = {"num_pre_layers": 4, "num_fixed_point_layers": 1, "num_post_layers": 4}
 ITERATIONS = ((2, 4), (2, 5))  # without and with gradient; their mean is SJFB's
-QUIET = {"output_dir": "unused", "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+QUIET = {"output_dir": tempfile.gettempdir(), "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
 
 STEPS = {
     "plain MDLM": (MDLM, "plain", None),

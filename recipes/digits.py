@@ -33,7 +33,7 @@ GREY_LEVELS, CLASSES, SIDE = 17, 10, 8
 
 @dataclass
 class DigitsArguments:
-    """Sizes that fit a few minutes on two slow cores."""
+    """Sizes that fit ten minutes on two slow cores."""
 
     output_dir: str = field(default="outputs/digits", metadata={"help": "Where everything is written."})
     hidden_size: int = field(default=64, metadata={"help": "Width of the model."})
