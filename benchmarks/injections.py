@@ -121,6 +121,11 @@ def run(injection: str, learning_rate: float, seed: int, args: argparse.Namespac
     return row
 
 
+def at_end(row: dict) -> float:
+    """A run's perplexity after its last step; infinite for one that had stopped."""
+    return row["perplexities"][-1] if row["finished"] else float("inf")
+
+
 def at_equal_time(row: dict, seconds: dict[str, float], last: int) -> float:
     """A run's perplexity when the fastest injection has taken its last step; infinite for one that had stopped."""
     if not row["finished"]:
@@ -146,7 +151,7 @@ def markdown(result: dict) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for (injection, rate), rows in grouped(result).items():
-        ends = spread([row["perplexities"][-1] if row["finished"] else float("inf") for row in rows], ".1f")
+        ends = spread([at_end(row) for row in rows], ".1f")
         at_time = spread([at_equal_time(row, seconds, last) for row in rows], ".1f")
         residual = spread([row["residual"] for row in rows], ".2g")
         stopped = sum(not row["finished"] for row in rows)
@@ -171,8 +176,8 @@ def draw(result: dict, path: Path) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     for injection in INJECTIONS:
         groups = {rate: rows for (name, rate), rows in grouped(result).items() if name == injection}
-        ends = {rate: [row["perplexities"][-1] for row in rows if row["finished"]] for rate, rows in groups.items()}
-        medians = {rate: statistics.median(values) for rate, values in ends.items() if values}
+        ends = {rate: [at_end(row) for row in rows] for rate, rows in groups.items()}
+        medians = {rate: statistics.median(values) for rate, values in ends.items()}
         color = COLORS[injection]
         left.plot(medians.keys(), medians.values(), color=color)
         for rate, values in ends.items():

@@ -64,7 +64,7 @@ def test_float16_skips_bad_steps_whoever_scales_the_loss():
 def test_compiled_blocks_under_a_loop_of_any_length_train_alike(tmp_path):
     # `backend="eager"` captures the graphs without generating code; steps 1 to 5 take 6, 10, 7, 10 and 4 iterations.
     arguments = {"max_steps": 5, "activation_checkpointing": True}
-    plain, compiled = training_model(), training_model()
+    plain, compiled = training_model().double(), training_model().double()  # Adam amplifies float32's rounding
     make_trainer(tmp_path, plain, **arguments).train()
     torch._dynamo.reset()
     before = torch._dynamo.utils.counters["frames"]["ok"]
@@ -73,4 +73,4 @@ def test_compiled_blocks_under_a_loop_of_any_length_train_alike(tmp_path):
     assert torch._dynamo.utils.counters["frames"]["ok"] > before
     assert len({line["iterations"] for line in trainer.state.log_history if "loss" in line}) > 2
     for name, tensor in weights(plain).items():
-        torch.testing.assert_close(compiled.get_parameter(name), tensor, atol=1e-5, rtol=0, msg=name)
+        torch.testing.assert_close(compiled.get_parameter(name), tensor, atol=1e-6, rtol=0, msg=name)
