@@ -39,6 +39,7 @@ from fpmgm import (
 from fpmgm.analysis.measured import allocated_peak, counted_flops
 from fpmgm.evaluation import provenance
 from fpmgm.models.noise import arccos_ratio, loss_weight, mask_tokens, masked_probability
+from fpmgm.models.transfer import to_device
 from fpmgm.trainers import (
     ConsistencyConfig,
     ConsistencyTrainer,
@@ -103,8 +104,8 @@ class PlainTrainer:
 
     def micro_batch_loss(self, model, inputs, micro_batch):
         """The negative ELBO by a dense log-softmax."""
-        input_ids, t, config = inputs["input_ids"], micro_batch.t.to(model.device), model.config
-        masked = micro_batch.uniforms.to(model.device) < masked_probability(t)[:, None]
+        input_ids, t, config = inputs["input_ids"], to_device(micro_batch.t, model.device), model.config
+        masked = to_device(micro_batch.uniforms, model.device) < masked_probability(t)[:, None]
         noisy, _ = mask_tokens(input_ids, masked, config.mask_token_id)
         logits = model(noisy).logits.float()  # (B, L, V)
         logits[:, :, config.mask_token_id] += -1e6
@@ -155,12 +156,12 @@ def step(trainer, args: argparse.Namespace, seed: int, iterations: tuple[int, in
     """From an uncorrupted batch of random tokens to gradients."""
     generator, config = torch.Generator().manual_seed(seed), trainer.model.config
     shape = (args.batch_size, config.max_position_embeddings)
-    inputs = {"input_ids": torch.randint(config.vocab_size - 1, shape, generator=generator).to(args.device)}
+    inputs = {"input_ids": to_device(torch.randint(config.vocab_size - 1, shape, generator=generator), args.device)}
     places = torch.arange(args.batch_size)
     t = (places + 0.5) / args.batch_size
     if config.model_type == "fpmaskgit":
         t = arccos_ratio(t)
-        inputs["class_labels"] = (places % config.num_classes).to(args.device)
+        inputs["class_labels"] = to_device(places % config.num_classes, args.device)
     explicit = config.num_fixed_point_layers == 0
     micro_batch = MicroBatch(
         key=(seed,),

@@ -20,6 +20,7 @@ from .ledger import GenerationStep, Ledger, MGMGenerationOutput
 from .reuse import REUSE_STATES, Solution, reuse_states, reuse_weights, updated_solution, visible_fraction
 from .reveal import TEXT_ORDERS, RevealTask
 from .sampling import time_grid
+from .transfer import to_device
 
 
 logger = logging.get_logger(__name__)
@@ -98,8 +99,8 @@ class MGMGenerationMixin:
         wanted = (tokens == self.config.mask_token_id) & real
         rule = order(RevealTask(wanted, real, plan.num_steps, self.config.mask_token_id, config, seed, generator))
         alike = bool(wanted.all()) and attention_mask is None
-        tokens = tokens.to(self.device)
-        attention_mask = None if attention_mask is None else attention_mask.to(self.device)
+        tokens = to_device(tokens, self.device)
+        attention_mask = None if attention_mask is None else to_device(attention_mask, self.device)
         training = [module for module in self.modules() if module.training]
         self.eval()
         try:
@@ -150,7 +151,7 @@ class MGMGenerationMixin:
                 busy = None
                 if config.skip_idle_steps:  # a sequence that revealed nothing keeps its solution
                     busy = torch.bincount(positions // tokens.shape[1], minlength=batch_size) > 0
-                    busy = busy.repeat(copies).to(tokens.device)
+                    busy = to_device(busy.repeat(copies), tokens.device)
                 solution = updated_solution(solution, Solution(rows, state, busy))
             ledger.add(residuals, logits)
             if callback is not None:
@@ -177,12 +178,12 @@ class MGMGenerationMixin:
             positions = group[positions // length] * length + positions % length
             positions, place = positions.unique(return_inverse=True)
         conditions = {"attention_mask": attention_mask, "class_labels": classes}
-        conditions = {name: x.to(rows.device) for name, x in conditions.items() if x is not None}
+        conditions = {name: to_device(x, rows.device) for name, x in conditions.items() if x is not None}
         timesteps = torch.full((len(rows),), time, device=rows.device)
         output = self(rows, timesteps=timesteps, logits_positions=positions, **conditions, **options)
         logits, state, residuals = output.logits, output.fixed_point_state, output.residuals
         if group is not None:
-            group, place = group.to(rows.device), place.to(rows.device)
+            group, place = (to_device(x, rows.device) for x in (group, place))
             logits = logits[place]
             state = None if state is None else state[group]
             residuals = None if residuals is None else residuals[:, group]

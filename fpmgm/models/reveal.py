@@ -28,6 +28,7 @@ from .sampling import (
     ranked_schedule,
     remasking_schedule,
 )
+from .transfer import to_device
 
 
 class RevealTask(NamedTuple):
@@ -73,19 +74,19 @@ class ScheduledReveal:
         config, device = self.config, tokens.device
         if len(positions) == 0:
             return self._remask(step, tokens), torch.zeros_like(tokens, dtype=torch.bool)
-        uniforms = self.uniforms[min(step, len(self.uniforms) - 1)][positions].to(device, non_blocking=True)
+        uniforms = to_device(self.uniforms[min(step, len(self.uniforms) - 1)][positions], device)
         drawn, _ = draw_tokens(logits, uniforms, self.mask_token_id, config.temperature, config.top_k, config.top_p)
         if config.final == "argmax" and step == len(self.schedule.reveals) - 1:
             likeliest, _ = draw_tokens(logits, uniforms, self.mask_token_id, temperature=0)
-            drawn = torch.where(torch.isin(positions, self.schedule.left_over).to(device), likeliest, drawn)
-        written = tokens.flatten().index_copy(0, positions.to(device, non_blocking=True), drawn)
+            drawn = torch.where(to_device(torch.isin(positions, self.schedule.left_over), device), likeliest, drawn)
+        written = tokens.flatten().index_copy(0, to_device(positions, device), drawn)
         return self._remask(step, written.view_as(tokens)), _mark(positions, tokens)
 
     def _remask(self, step: int, tokens: torch.Tensor) -> torch.Tensor:
         positions = self.schedule.remasks[step]
         if len(positions) == 0:
             return tokens
-        positions = positions.to(tokens.device, non_blocking=True)
+        positions = to_device(positions, tokens.device)
         return tokens.flatten().index_fill(0, positions, self.mask_token_id).view_as(tokens)
 
 
@@ -109,13 +110,13 @@ class ConfidenceReveal:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens after the step, (B, L), and what it revealed, (B, L) bool."""
         config, rows = self.config, positions // tokens.shape[1]
-        uniforms = self.uniforms[step][positions].to(tokens.device)
+        uniforms = to_device(self.uniforms[step][positions], tokens.device)
         drawn, probabilities = draw_tokens(
             logits, uniforms, self.mask_token_id, config.temperature, config.top_k, config.top_p
         )
         kept = most_confident(probabilities.cpu(), rows, self.counts[step])
-        positions, drawn = positions[kept], drawn[kept.to(drawn.device)]
-        written = tokens.flatten().index_copy(0, positions.to(tokens.device), drawn)
+        positions, drawn = positions[kept], drawn[to_device(kept, drawn.device)]
+        written = tokens.flatten().index_copy(0, to_device(positions, tokens.device), drawn)
         return written.view_as(tokens), _mark(positions, tokens)
 
 
@@ -166,4 +167,4 @@ IMAGE_ORDERS = {"halton": halton, "random": random, "confidence": partial(confid
 def _mark(positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     marks = torch.zeros(tokens.numel(), dtype=torch.bool)
     marks[positions] = True
-    return marks.view(tokens.shape).to(tokens.device, non_blocking=True)
+    return to_device(marks.view(tokens.shape), tokens.device)

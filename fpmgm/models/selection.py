@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from .transfer import to_device
+
 
 class Selection(NamedTuple):
     """P positions of a batch: `rows` and `columns` (P,); padded per row, `queries` (B, Q) columns and `slots` (P,)
@@ -36,4 +38,4 @@ def select(positions: torch.Tensor, batch_size: int, length: int, device: torch.
     queries = torch.zeros(batch_size, max(1, int(counts.max())), dtype=torch.long)
     queries[rows, slots] = columns
     slots = rows * queries.shape[1] + slots
-    return Selection(*(x.to(device, non_blocking=True) for x in (rows, columns, queries, slots)))
+    return Selection(*(to_device(x, device) for x in (rows, columns, queries, slots)))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..models.noise import arccos_ratio, diffusion_time, loss_weight, masked_probability, stream_generator
+from ..models.transfer import to_device
 from .batch import MicroBatch
 from .mgm_config import MGMTrainingConfig
 
@@ -72,5 +73,5 @@ def drop_classes(inputs: dict[str, torch.Tensor], micro_batch: MicroBatch, confi
     streams = (stream_generator(*micro_batch.key, j, "class") for j in micro_batch.places.tolist())
     uniforms = torch.stack([torch.rand((), generator=stream) for stream in streams])  # (B,)
     classes = inputs["class_labels"]
-    dropped = (uniforms < config.class_dropout).to(classes.device)
+    dropped = to_device(uniforms < config.class_dropout, classes.device)
     return {**inputs, "class_labels": classes.masked_fill(dropped, config.num_classes)}

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from ..models.head import forbid, wide
+from ..models.transfer import to_device
 
 
 DIVERGENCES = ("forward_kl", "reverse_kl")
@@ -36,7 +37,7 @@ def mean_over_sequences(masked: torch.Tensor, share_of_a_sequence: float, device
     A sequence with nothing masked has no part in it.
     """
     counts = masked.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
-    return (share_of_a_sequence / counts).expand(masked.shape)[masked].to(device, torch.float32, non_blocking=True)
+    return to_device((share_of_a_sequence / counts).expand(masked.shape)[masked].float(), device)
 
 
 class _Divergence(torch.autograd.Function):

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from transformers.utils import ModelOutput, logging
 
 from ..models.noise import antithetic_times, mask_tokens, mask_uniforms, sequential_times, stream_generator
+from ..models.transfer import to_device
 from .batch import GlobalBatch, MicroBatch, count_positions, place
 from .checkpoints import AtomicCheckpointTrainer
 from .collator import stack_and_pad
@@ -161,7 +162,7 @@ class MGMTrainer(AtomicCheckpointTrainer):
 
     def training_inputs(self, inputs: dict[str, torch.Tensor], masked: torch.Tensor, t: torch.Tensor) -> dict:
         """As `masked_inputs`, with the weights of the training loss."""
-        weights = self.corruption.weight(self.args.loss_weighting)(t).to(inputs["input_ids"].device)
+        weights = to_device(self.corruption.weight(self.args.loss_weighting)(t), inputs["input_ids"].device)
         return {**self.masked_inputs(inputs, masked, t), "loss_weights": weights}
 
     def masked_inputs(self, inputs: dict[str, torch.Tensor], masked: torch.Tensor, t: torch.Tensor) -> dict:
@@ -171,7 +172,7 @@ class MGMTrainer(AtomicCheckpointTrainer):
             masked = masked & inputs["attention_mask"].bool().to(masked.device)
         # Known on the CPU, the positions cost the device no wait.
         positions = masked.flatten().nonzero().squeeze(1)
-        masked, t = masked.to(input_ids.device), t.to(input_ids.device)
+        masked, t = (to_device(x, input_ids.device) for x in (masked, t))
         noisy, labels = mask_tokens(input_ids, masked, self.model.config.mask_token_id)
         return {
             **inputs, "input_ids": noisy, "labels": labels, "timesteps": t,
@@ -274,7 +275,7 @@ class MGMTrainer(AtomicCheckpointTrainer):
         residuals = output.residuals.mean(dim=1)  # (N,)
         self._metrics["residual"].append(residuals[-1])
         self._metrics["residual_ratio"].append(residuals[-1] / residuals[max(len(residuals) - 2, 0)].clamp(min=1e-12))
-        self._metrics["iterations"].append(residuals.new_tensor(float(len(residuals))))
+        self._metrics["iterations"].append(residuals.new_full((), len(residuals)))
         self._metrics["state_norm"].append(output.fixed_point_state.float().square().mean().sqrt())
 
     def _warn_if_growing(self, logs: dict[str, float]) -> None:

@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 
 from ..models.noise import stream_generator
 from ..models.sampling import draw_tokens
+from ..models.transfer import to_device
 from .batch import MicroBatch
 from .distillation import check_head, check_teacher, denoise, divergence_from, mean_over_sequences
 from .engines import splits_weights
@@ -95,20 +96,22 @@ class SDTTTrainer(MGMTrainer):
         the states that the teacher sees are those of its ancestral sampler.
         """
         positions, tokens = noisy["logits_positions"], noisy["input_ids"].clone()
-        rows, uniforms = positions // tokens.shape[1], micro_batch.uniforms.flatten()[positions]  # (P,)
+        rows, device = positions // tokens.shape[1], tokens.device  # (P,)
+        uniforms = micro_batch.uniforms.flatten()[positions]  # (P,)
         state = {name: noisy[name] for name in ("attention_mask", "class_labels") if name in noisy}
         waiting, targets = torch.ones(len(positions), dtype=torch.bool), None
         for step in range(self.args.teacher_steps):
             t, after = ((micro_batch.t - k * self.step_size).clamp(min=0) for k in (step, step + 1))
             hidden = denoise(
-                self.teacher, input_ids=tokens, timesteps=t.to(tokens.device), logits_positions=positions, **state
+                self.teacher, input_ids=tokens, timesteps=to_device(t, device), logits_positions=positions, **state
             ).normed_hidden_state  # (P, D)
-            targets = hidden if targets is None else torch.where(waiting.to(hidden.device)[:, None], hidden, targets)
+            targets = hidden if targets is None else torch.where(to_device(waiting, device)[:, None], hidden, targets)
             revealed = waiting & (uniforms >= self.corruption.masked_probability(after)[rows])
             waiting = waiting & ~revealed
             if step < self.args.teacher_steps - 1:  # no pass sees the last draw
-                drawn = self._draw_tokens(hidden[revealed.to(hidden.device)], positions[revealed], micro_batch)
-                tokens.view(-1)[positions[revealed].to(tokens.device)] = drawn
+                shown = revealed.nonzero().squeeze(1)
+                drawn = self._draw_tokens(hidden[to_device(shown, device)], positions[shown], micro_batch)
+                tokens.view(-1)[to_device(positions[shown], device)] = drawn
         return targets
 
     def _draw_tokens(self, hidden: torch.Tensor, positions: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
@@ -117,7 +120,7 @@ class SDTTTrainer(MGMTrainer):
         keys = ((*micro_batch.key, j, "draw") for j in micro_batch.places.tolist())
         uniforms = torch.cat([torch.rand(length, generator=stream_generator(*k), dtype=torch.float64) for k in keys])
         logits = self.teacher.get_output_embeddings()(hidden)
-        return draw_tokens(logits, uniforms[positions].to(hidden.device), self.model.config.mask_token_id)[0]
+        return draw_tokens(logits, to_device(uniforms[positions], hidden.device), self.model.config.mask_token_id)[0]
 
     @property
     def step_size(self) -> float:
