@@ -295,6 +295,22 @@ def test_gradients_equal_the_written_out_sjfb(injection, no_grad, grad):
     assert gradients["pre_layers.0.up_proj.weight"].abs().max() > 1e-6  # P learns, through u
 
 
+@pytest.mark.parametrize("injection", INJECTIONS)
+def test_gradients_under_autocast_are_close_after_iterations_without_gradient(injection):
+    # Autocast keeps the weights it has cast: those of the first iterations must not stay without gradient.
+    model, batch = tiny_model(scale=0.05, input_injection=injection, hidden_size=32), corrupted()
+    gradients = []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model(**batch, num_iterations=2, num_no_grad_iterations=2).loss
+        loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    scale = max(gradient.norm() for gradient in gradients[0].values())
+    for name, gradient in gradients[0].items():
+        assert (gradients[1][name] - gradient).norm() < 0.05 * gradient.norm() + 1e-3 * scale, name
+
+
 def train_gradients(model, batch, **kwargs) -> tuple[dict, list]:
     model.train()
     model.zero_grad()
