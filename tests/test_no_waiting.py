@@ -21,7 +21,6 @@ from fpmgm.trainers import (
     ConversionConfig,
     ConversionTrainer,
     MGMTrainer,
-    MGMTrainingConfig,
     SDTTConfig,
     SDTTTrainer,
 )
@@ -128,7 +127,7 @@ def test_a_loss_with_a_teacher(tmp_path, classes):
 
 def test_a_loss_on_images(tmp_path):
     model = tiny_image_model(class_dropout=0.1)
-    check_loss(make_trainer(tmp_path, model, MGMTrainer, MGMTrainingConfig, train_dataset=image_rows(4)))
+    check_loss(make_trainer(tmp_path, model, train_dataset=image_rows(4)))
 
 
 def check_loss(trainer: MGMTrainer) -> None:

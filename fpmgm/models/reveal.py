@@ -79,8 +79,8 @@ class ScheduledReveal:
         if config.final == "argmax" and step == len(self.schedule.reveals) - 1:
             likeliest, _ = draw_tokens(logits, uniforms, self.mask_token_id, temperature=0)
             drawn = torch.where(to_device(torch.isin(positions, self.schedule.left_over), device), likeliest, drawn)
-        written = tokens.flatten().index_copy(0, to_device(positions, device), drawn)
-        return self._remask(step, written.view_as(tokens)), _mark(positions, tokens)
+        tokens, revealed = _write(tokens, to_device(positions, device), drawn)
+        return self._remask(step, tokens), revealed
 
     def _remask(self, step: int, tokens: torch.Tensor) -> torch.Tensor:
         positions = self.schedule.remasks[step]
@@ -115,9 +115,7 @@ class ConfidenceReveal:
             logits, uniforms, self.mask_token_id, config.temperature, config.top_k, config.top_p
         )
         kept = most_confident(probabilities.cpu(), rows, self.counts[step])
-        positions, drawn = positions[kept], drawn[to_device(kept, drawn.device)]
-        written = tokens.flatten().index_copy(0, to_device(positions, tokens.device), drawn)
-        return written.view_as(tokens), _mark(positions, tokens)
+        return _write(tokens, to_device(positions[kept], tokens.device), drawn[to_device(kept, drawn.device)])
 
 
 def ancestral(task: RevealTask) -> ScheduledReveal:
@@ -164,7 +162,8 @@ TEXT_ORDERS = {"ancestral": ancestral, "confidence": confidence}
 IMAGE_ORDERS = {"halton": halton, "random": random, "confidence": partial(confidence, count=arccos_counts)}
 
 
-def _mark(positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    marks = torch.zeros(tokens.numel(), dtype=torch.bool)
-    marks[positions] = True
-    return to_device(marks.view(tokens.shape), tokens.device)
+def _write(tokens: torch.Tensor, positions: torch.Tensor, drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`tokens` (B, L) with those `drawn` (P,) at `positions`, and where these are, (B, L) bool."""
+    written = tokens.flatten().index_copy(0, positions, drawn)
+    revealed = torch.zeros_like(written, dtype=torch.bool).index_fill(0, positions, True)
+    return written.view_as(tokens), revealed.view_as(tokens)

@@ -162,8 +162,8 @@ class MGMTrainer(AtomicCheckpointTrainer):
 
     def training_inputs(self, inputs: dict[str, torch.Tensor], masked: torch.Tensor, t: torch.Tensor) -> dict:
         """As `masked_inputs`, with the weights of the training loss."""
-        weights = to_device(self.corruption.weight(self.args.loss_weighting)(t), inputs["input_ids"].device)
-        return {**self.masked_inputs(inputs, masked, t), "loss_weights": weights}
+        noisy = self.masked_inputs(inputs, masked, t)
+        return {**noisy, "loss_weights": self.corruption.weight(self.args.loss_weighting)(noisy["timesteps"])}
 
     def masked_inputs(self, inputs: dict[str, torch.Tensor], masked: torch.Tensor, t: torch.Tensor) -> dict:
         """The model's arguments for `inputs` with `masked` (B, L) hidden, but for padding, at times `t` (B,)."""
