@@ -10,6 +10,7 @@ Shapes: P positions, R positions of a chunk, D hidden size, V vocabulary.
 """
 
 import functools
+import os
 from collections.abc import Callable
 
 import torch
@@ -26,8 +27,9 @@ LogitsLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
 
 @functools.cache
 def fused_cross_entropy(device_type: str) -> Callable | None:
-    """Liger's cross-entropy kernel where it is installed and at home: on a GPU."""
-    if device_type != "cuda":
+    """Liger's cross-entropy kernel where it is installed and runs: on a GPU, or on a CPU in Triton's interpreter."""
+    interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type != "cuda" and not interpreted:
         return None
     try:
         from liger_kernel.transformers.functional import liger_cross_entropy

@@ -155,19 +155,28 @@ def test_the_loss_at_given_positions_is_the_loss(layers):
 
 
 @pytest.fixture
-def liger(monkeypatch):
-    """Where the model runs with Liger's kernel, and the rows of the kernel's calls so far."""
-    if not torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET"):
+def fresh_choice():
+    """The choice of a kernel is made again, and forgotten after the test."""
+    head.fused_cross_entropy.cache_clear()
+    yield
+    head.fused_cross_entropy.cache_clear()
+
+
+@pytest.fixture
+def liger(monkeypatch, fresh_choice):
+    """Where Liger's kernel runs, and the rows of its calls so far."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Liger's kernel needs a GPU or TRITON_INTERPRET=1, see `make test-extras`")
     functional = pytest.importorskip("liger_kernel.transformers.functional")
-    calls = []
+    kernel, calls = functional.liger_cross_entropy, []
 
-    def counted(logits, *args, **kwargs):
+    def watched(logits, *args, **kwargs):
         calls.append(len(logits))
-        return functional.liger_cross_entropy(logits, *args, **kwargs)
+        return kernel(logits, *args, **kwargs)
 
-    monkeypatch.setattr(head, "fused_cross_entropy", lambda device_type: counted)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu"), calls
+    monkeypatch.setattr(functional, "liger_cross_entropy", watched)
+    return device, calls
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -233,11 +242,13 @@ def test_ligers_kernel_reads_bfloat16_and_its_gradients_are_no_further_from_exac
         assert 1e-4 < fused_error < 1.5 * error
 
 
-def test_ligers_kernel_is_taken_on_a_gpu_where_it_is_installed():
-    head.fused_cross_entropy.cache_clear()
-    assert head.fused_cross_entropy("cpu") is None
-    if importlib.util.find_spec("liger_kernel") is None:
-        assert head.fused_cross_entropy("cuda") is None
-    else:
-        functional = importlib.import_module("liger_kernel.transformers.functional")
-        assert head.fused_cross_entropy("cuda") is functional.liger_cross_entropy
+def test_ligers_kernel_is_taken_where_it_is_installed_and_runs(monkeypatch, fresh_choice):
+    kernel = None
+    if importlib.util.find_spec("liger_kernel") is not None:
+        kernel = importlib.import_module("liger_kernel.transformers.functional").liger_cross_entropy
+    for interpreted, on_a_cpu in (("0", None), ("1", kernel)):
+        monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+        head.fused_cross_entropy.cache_clear()
+        assert head.fused_cross_entropy("cpu") is on_a_cpu
+        assert head.fused_cross_entropy("cuda") is kernel
+        assert head.fused_cross_entropy("meta") is None
