@@ -8,12 +8,12 @@
 log-softmax over all logits, the loss picked from it. *ours* are the trainers' own steps. Both are timed from the
 uncorrupted batch to the gradients; the optimizer's step is timed on its own. A fixed-point step is the mean over the
 iterations that SJFB draws: 2 without gradient, and 4 or 5 with it in turn. *checkpointed* runs each block, and each
-iteration, a second time in the backward pass.
+iteration, a second time in the backward pass, *3 kept* those iterations that come before the last three.
 
 The floor beside a time ratio is the ratio of the two steps' FLOPs, as PyTorch counts them: a floor where both use the
 machine equally well. Utilisation is a step's FLOPs per second over those of a large matrix product, measured in the
-same run. Peak memory is what PyTorch's allocator gives a process that makes two whole steps with AdamW, weights and
-optimizer included.
+same run. Peak memory is what PyTorch's allocator gives a process that makes a whole step with AdamW, weights and
+optimizer included, with the most iterations that SJFB draws: 6 with gradient.
 """
 
 import argparse
@@ -55,22 +55,25 @@ MDLM = {"num_pre_layers": 12, "num_fixed_point_layers": 0, "num_post_layers": 0}
 FP = {"num_pre_layers": 1, "num_fixed_point_layers": 1, "num_post_layers": 1}
 IMAGE = {"num_pre_layers": 4, "num_fixed_point_layers": 1, "num_post_layers": 4}
 ITERATIONS = ((2, 4), (2, 5))  # without and with gradient; their mean is SJFB's
+KEPT = {"num_kept_iterations": 3}
 QUIET = {"output_dir": tempfile.gettempdir(), "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
 
-STEPS = {
-    "plain MDLM": (MDLM, "plain", None),
-    "MDLM": (MDLM, "base", None),
-    "FP-MDLM mlp": (FP, "base", "mlp"),
-    "FP-MDLM mlp, checkpointed": (FP, "checkpointed", "mlp"),
-    "FP-MDLM linear": (FP, "base", "linear"),
-    "FP-MDLM diagonal": (FP, "base", "diagonal"),
-    "consistency mlp": (FP, "consistency", "mlp"),
-    "consistency diagonal": (FP, "consistency", "diagonal"),
-    "conversion mlp": (FP, "conversion", "mlp"),
-    "MaskGIT-24": ({**MDLM, "num_pre_layers": 24}, "image", None),
-    "MaskGIT-12": (MDLM, "image", None),
-    "FP-MaskGIT mlp": (IMAGE, "image", "mlp"),
-    "FP-MaskGIT diagonal": (IMAGE, "image", "diagonal"),
+STEPS = {  # architecture, kind, injection, further arguments of the trainer
+    "plain MDLM": (MDLM, "plain", None, {}),
+    "MDLM": (MDLM, "base", None, {}),
+    "FP-MDLM mlp": (FP, "base", "mlp", {}),
+    "FP-MDLM mlp, 3 kept": (FP, "base", "mlp", KEPT),
+    "FP-MDLM mlp, checkpointed": (FP, "checkpointed", "mlp", {}),
+    "FP-MDLM linear": (FP, "base", "linear", {}),
+    "FP-MDLM diagonal": (FP, "base", "diagonal", {}),
+    "consistency mlp": (FP, "consistency", "mlp", {}),
+    "consistency diagonal": (FP, "consistency", "diagonal", {}),
+    "conversion mlp": (FP, "conversion", "mlp", {}),
+    "MaskGIT-24": ({**MDLM, "num_pre_layers": 24}, "image", None, {}),
+    "MaskGIT-12": (MDLM, "image", None, {}),
+    "FP-MaskGIT mlp": (IMAGE, "image", "mlp", {}),
+    "FP-MaskGIT mlp, 3 kept": (IMAGE, "image", "mlp", KEPT),
+    "FP-MaskGIT diagonal": (IMAGE, "image", "diagonal", {}),
 }
 SIZES = {  # what is not given; the sizes of `cuda` are the paper's
     "cpu": {"dtype": "float32", "length": 256, "batch_size": 4, "image_hidden_size": 512},
@@ -82,6 +85,8 @@ RATIOS = [
     ("FP-MDLM mlp", "MDLM"),
     ("FP-MDLM diagonal", "MDLM"),
     ("MDLM", "plain MDLM"),
+    ("FP-MDLM mlp, 3 kept", "FP-MDLM mlp"),
+    ("FP-MDLM mlp, 3 kept", "plain MDLM"),
     ("FP-MDLM mlp, checkpointed", "FP-MDLM mlp"),
     ("FP-MDLM mlp, checkpointed", "plain MDLM"),
     ("consistency mlp", "FP-MDLM mlp"),
@@ -89,6 +94,8 @@ RATIOS = [
     ("conversion mlp", "FP-MDLM mlp"),
     ("FP-MaskGIT mlp", "MaskGIT-24"),
     ("FP-MaskGIT diagonal", "MaskGIT-24"),
+    ("FP-MaskGIT mlp, 3 kept", "FP-MaskGIT mlp"),
+    ("FP-MaskGIT mlp, 3 kept", "MaskGIT-24"),
     ("MaskGIT-12", "MaskGIT-24"),
 ]
 
@@ -117,10 +124,10 @@ class PlainTrainer:
 
 def make_trainer(name: str, args: argparse.Namespace):
     """The trainer of a step, with its model on the device in training mode."""
-    architecture, kind, injection = STEPS[name]
+    architecture, kind, injection, further = STEPS[name]
     torch.manual_seed(0)
     options = {"input_injection": injection} if injection else {}
-    shared = {**QUIET, "use_cpu": args.device == "cpu"}
+    shared = {**QUIET, **further, "use_cpu": args.device == "cpu"}
     if kind == "image":
         width = args.image_hidden_size
         sizes = {"hidden_size": width, "intermediate_size": 11 * width // 4, "num_attention_heads": width // 64}
@@ -162,15 +169,16 @@ def step(trainer, args: argparse.Namespace, seed: int, iterations: tuple[int, in
     if config.model_type == "fpmaskgit":
         t = arccos_ratio(t)
         inputs["class_labels"] = to_device(places % config.num_classes, args.device)
-    explicit = config.num_fixed_point_layers == 0
+    drawn = {}
+    if config.num_fixed_point_layers:
+        drawn = dict(zip(("num_no_grad_iterations", "num_iterations"), iterations, strict=True))
+        drawn["num_kept_iterations"] = trainer.args.num_kept_iterations
     micro_batch = MicroBatch(
         key=(seed,),
         places=places,
         t=t,
         uniforms=torch.rand(shape, generator=generator),
-        iterations={}
-        if explicit
-        else dict(zip(("num_no_grad_iterations", "num_iterations"), iterations, strict=True)),
+        iterations=drawn,
         share_of_positions=1.0,
         share_of_a_sequence=1 / args.batch_size,
     )
@@ -259,24 +267,26 @@ def optimizer_seconds(model, device: str) -> float:
 
 
 def peak_bytes(name: str, args: argparse.Namespace) -> int:
-    """What the allocator gives at most for a model and two steps of its trainer with AdamW."""
+    """What the allocator gives at most for a model and a step of its trainer with AdamW."""
     if args.device == "cpu":
-        return allocated_peak(partial(two_steps, name, args))
-    two_steps(name, args)
+        return allocated_peak(partial(whole_step, name, args))
+    whole_step(name, args)
     return torch.cuda.max_memory_allocated()
 
 
-def two_steps(name: str, args: argparse.Namespace) -> None:
-    """A model, and two steps of its trainer with AdamW."""
+def whole_step(name: str, args: argparse.Namespace) -> None:
+    """A model, and a step of its trainer with AdamW, whose states are there from the start."""
     trainer = make_trainer(name, args)
     if args.compile:
         compile_blocks(trainer.model)
     optimizer = torch.optim.AdamW(trainer.model.parameters(), fused=True)
+    for parameter in trainer.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
     trainer.model.zero_grad = lambda: None
-    for seed in range(2):
-        step(trainer, args, seed, ITERATIONS[1])
-        optimizer.step()
-        optimizer.zero_grad()
+    step(trainer, args, 0, (2, trainer.model.config.grad_iterations[1]))
+    optimizer.step()
 
 
 def peak_memory(args: argparse.Namespace) -> dict[str, float]:
@@ -291,31 +301,40 @@ def peak_memory(args: argparse.Namespace) -> dict[str, float]:
 
 def ratios(result: dict) -> list[dict]:
     """What is asked of the library, beside the FLOPs of it."""
-    rows, memory = result["rows"], result["peak_memory_mib"]
-    return [
-        {
-            "step": f"{ours} / {other}",
-            "time": rows[ours]["seconds"] / rows[other]["seconds"],
-            "FLOPs": rows[ours]["flops"] / rows[other]["flops"],
-            "peak memory": memory[ours] / memory[other],
+    memory = result["peak_memory_mib"]
+    columns = {"peak memory": memory}
+    if "rows" in result:
+        columns = {
+            "time": {name: row["seconds"] for name, row in result["rows"].items()},
+            "FLOPs": {name: row["flops"] for name, row in result["rows"].items()},
+            **columns,
         }
+    return [
+        {"step": f"{ours} / {other}", **{title: values[ours] / values[other] for title, values in columns.items()}}
         for ours, other in RATIOS
-        if ours in rows and other in rows
+        if ours in memory and other in memory
     ]
 
 
 def markdown(result: dict) -> str:
     """Both tables."""
-    lines = ["| step | seconds | tokens/s | TFLOPs | utilisation | optimizer, seconds | peak memory, MiB |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for name, row in result["rows"].items():
-        lines.append(
-            f"| {name} | {row['seconds']:.3g} | {row['tokens_per_second']:.0f} | {row['flops'] / 1e12:.3g} | "
-            f"{row['utilisation']:.2f} | {row['optimizer_seconds']:.2g} | {result['peak_memory_mib'][name]:.0f} |"
-        )
-    lines += ["", "| ratio | time | FLOPs (floor) | peak memory |", "|---|---|---|---|"]
+    lines = []
+    if "rows" in result:
+        lines.append("| step | seconds | tokens/s | TFLOPs | utilisation | optimizer, seconds | peak memory, MiB |")
+        lines.append("|---|---|---|---|---|---|---|")
+        for name, row in result["rows"].items():
+            lines.append(
+                f"| {name} | {row['seconds']:.3g} | {row['tokens_per_second']:.0f} | {row['flops'] / 1e12:.3g} | "
+                f"{row['utilisation']:.2f} | {row['optimizer_seconds']:.2g} | {result['peak_memory_mib'][name]:.0f} |"
+            )
+        lines += ["", "| ratio | time | FLOPs (floor) | peak memory |", "|---|---|---|---|"]
+    else:
+        lines += ["| step | peak memory, MiB |", "|---|---|"]
+        lines += [f"| {name} | {peak:.0f} |" for name, peak in result["peak_memory_mib"].items()]
+        lines += ["", "| ratio | peak memory |", "|---|---|"]
     for row in result["ratios"]:
-        lines.append(f"| {row['step']} | {row['time']:.2f} | {row['FLOPs']:.2f} | {row['peak memory']:.2f} |")
+        numbers = [f"{value:.2f}" for title, value in row.items() if title != "step"]
+        lines.append("| " + " | ".join([row["step"], *numbers]) + " |")
     return "\n".join(lines)
 
 
@@ -370,6 +389,7 @@ def main() -> None:
     )
     parser.add_argument("--compile", action="store_true", help="Compile the blocks of all models.")
     parser.add_argument("--repetitions", type=int, default=5, help="Turns of each step.")
+    parser.add_argument("--memory_only", action="store_true", help="Peak memory alone: nothing is timed or drawn.")
     parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=list(STEPS))
     parser.add_argument("--output", default=None, help="JSON to write. Default: benchmarks/results/training_cost_*.")
     args = parser.parse_args()
@@ -379,13 +399,15 @@ def main() -> None:
     # Memory first: the processes that measure it need the GPU's to themselves.
     peaks = peak_memory(args)
     result = {"provenance": provenance(args.device), "arguments": vars(args), "peak_memory_mib": peaks}
-    result |= measure(args)
+    if not args.memory_only:
+        result |= measure(args)
     result["ratios"] = ratios(result)
     path = Path(args.output or f"benchmarks/results/training_cost_{args.device}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(result) + "\n")
-    draw(result, path.with_suffix(".png"))
+    if "rows" in result:
+        draw(result, path.with_suffix(".png"))
     print(markdown(result))
 
 

@@ -88,6 +88,9 @@ class CostArguments:
     length: int | None = field(default=None, metadata={"help": "Tokens of a sequence; null: the model's longest."})
     dtype: str = field(default="bfloat16", metadata={"help": "Of the products: bfloat16 (autocast) or float32."})
     checkpointing: bool = field(default=False, metadata={"help": "Whether hours are with activation checkpointing."})
+    num_kept_iterations: int | None = field(
+        default=None, metadata={"help": "Iterations with gradient that do not run again, without that; null: all."}
+    )
     steps: int | None = field(default=None, metadata={"help": "Optimizer steps of pretraining; null: 1,000,000."})
     utilisation: float = field(default=UTILISATION, metadata={"help": "Share of the peak FLOP/s that is reached."})
     price: float | None = field(default=None, metadata={"help": "Of a GPU for an hour; null: no cost is shown."})
@@ -188,7 +191,7 @@ def estimate(name: str, config: PreTrainedConfig, args: CostArguments, hardware:
     speed = hardware.flops[args.dtype] * args.utilisation, hardware.bandwidth
     step = training_work(
         config, args.batch_size, length, queries=length, checkpointing=args.checkpointing,
-        value_bytes=NARROW[args.dtype],
+        kept_iterations=args.num_kept_iterations, value_bytes=NARROW[args.dtype],
     )  # fmt: skip
     return {
         "model": name,
@@ -208,8 +211,9 @@ def memory(config: PreTrainedConfig, length: int, args: CostArguments, hardware:
     def peak(micro_batch_size: int, engine: str, checkpointing: bool) -> dict[str, float]:
         return training_memory(
             config, micro_batch_size, length, positions=largest_share * micro_batch_size * length, queries=length,
-            checkpointing=checkpointing, dtype=args.dtype, device="cpu" if args.hardware == "cpu" else "cuda",
-            accumulating=args.micro_batches > 1, engine=engine, gpus=args.gpus,
+            checkpointing=checkpointing, kept_iterations=args.num_kept_iterations, dtype=args.dtype,
+            device="cpu" if args.hardware == "cpu" else "cuda", accumulating=args.micro_batches > 1,
+            engine=engine, gpus=args.gpus,
         )  # fmt: skip
 
     rows = []
@@ -245,7 +249,7 @@ def run(config: PreTrainedConfig, kind: str, length: int, args: CostArguments, s
     def work(share: float) -> dict[str, Work]:
         return method_work(
             config, method, args.micro_batch_size, length, share * args.micro_batch_size * length, length, teacher,
-            args.checkpointing, NARROW[args.dtype],
+            args.checkpointing, args.num_kept_iterations, NARROW[args.dtype],
         )  # fmt: skip
 
     slowest = work(largest_masked_share(args.gpus, args.micro_batches))

@@ -107,11 +107,12 @@ def test_an_ordinary_copy_waits():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_loss_on_text(tmp_path, checkpointing):
+@pytest.mark.parametrize("kept", [None, 1])
+def test_a_loss_on_text(tmp_path, checkpointing, kept):
     model = training_model(dropout=0.1)
     if checkpointing:
         model.activation_checkpointing_enable()
-    check_loss(make_trainer(tmp_path, model))
+    check_loss(make_trainer(tmp_path, model, num_kept_iterations=kept))
 
 
 @pytest.mark.parametrize("consistency_loss", ["hidden_mse", "logit_kl"])

@@ -74,6 +74,7 @@ def denoiser_work(
     queries: float | None = None,
     training: bool = False,
     checkpointing: bool = False,
+    iterations_again: float = 0,
     head: bool = True,
     value_bytes: int = WIDE,
 ) -> dict[str, Work]:
@@ -90,6 +91,7 @@ def denoiser_work(
         queries (`float`, *optional*): The most of them in one sequence. `None`: P/B, rounded up.
         training (`bool`, defaults to `False`): Whether there is a backward pass.
         checkpointing (`bool`, defaults to `False`): Whether blocks run again in the backward pass.
+        iterations_again (`float`, defaults to 0): Without it, how many of the iterations do.
         head (`bool`, defaults to `True`): Whether logits are made.
         value_bytes (`int`, defaults to 4): Bytes of a number in the products: 2 in bfloat16.
 
@@ -123,8 +125,9 @@ def denoiser_work(
         cold, warm = (c.block(a.block, batch_size, length + a.registers, n) for c, n in ((without, 1), (costs, again)))
         parts["no_grad_iterations"] = cold * (a.shared * no_grad_iterations)
         parts["grad_iterations"] = warm * (a.shared * iterations) + costs.linear(a.block.modulation, rows) * a.shared
+        parts["grad_iterations"] += cold * (a.shared * iterations_again)
         parts["injection"] = costs.linears(a.injection.once, tokens)
-        parts["injection"] += without.injection(a, tokens, no_grad_iterations)
+        parts["injection"] += without.injection(a, tokens, no_grad_iterations + iterations_again)
         parts["injection"] += costs.injection(a, tokens, iterations, again)
     parts["head"] = costs.linear(a.final_modulation, rows) + costs.head(a, positions) * head
     return {name: parts[name] for name in PARTS if name in parts}
@@ -246,6 +249,7 @@ def training_work(
     positions: float | None = None,
     queries: float | None = None,
     checkpointing: bool = False,
+    kept_iterations: int | None = None,
     value_bytes: int = WIDE,
 ) -> dict[str, Work]:
     """A training step on one micro-batch by part, the `"optimizer"` (with clipping and the average) last.
@@ -255,6 +259,8 @@ def training_work(
         iterations, no_grad_iterations (`float`, *optional*): With and without gradient. `None`: the mean that SJFB
             draws; the work is linear in both, so that it is the mean work.
         positions (`float`, *optional*): P masked positions. `None`: half of all, the mean over times.
+        kept_iterations (`int`, *optional*): Iterations with gradient that do not run again in the backward pass; the
+            others' mean number is that of what SJFB draws. `None`: all.
 
     Example:
 
@@ -269,8 +275,12 @@ def training_work(
     iterations = sum(config.grad_iterations) / 2 if iterations is None else iterations
     no_grad_iterations = sum(config.no_grad_iterations) / 2 if no_grad_iterations is None else no_grad_iterations
     positions = batch_size * length / 2 if positions is None else positions
+    again = 0.0
+    if kept_iterations is not None and not checkpointing:
+        low, high = config.grad_iterations
+        again = sum(max(0, drawn - kept_iterations) for drawn in range(low, high + 1)) / (high + 1 - low)
     parts = denoiser_work(
         config, batch_size, length, iterations, no_grad_iterations, positions, queries,
-        training=True, checkpointing=checkpointing, value_bytes=value_bytes,
+        training=True, checkpointing=checkpointing, iterations_again=again, value_bytes=value_bytes,
     )  # fmt: skip
     return {**parts, "optimizer": Work(0, OPTIMIZER_BYTES * count_parameters(config)["total"])}

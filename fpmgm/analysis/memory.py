@@ -50,13 +50,14 @@ def bytes_per_weight(engine: str, narrow: int) -> dict[str, tuple[int, int]]:
 class Unit(NamedTuple):
     """A piece of the forward pass: bytes that it keeps for its backward pass, or of its `inputs` where it runs again
     instead, and the most that its backward pass needs beside that; the weights whose gradients it completes, and those
-    that its products use."""
+    that its products use; whether it runs `again` in any case."""
 
     kept: float
     inputs: float
     temporary: float
     completed: int
     used: int
+    again: bool = False
 
 
 class Moment(NamedTuple):
@@ -77,6 +78,7 @@ class Call(NamedTuple):
     batch_size: int
     length: int
     iterations: int
+    kept_iterations: int
     positions: float
     queries: float
     narrow: int
@@ -108,6 +110,7 @@ def training_memory(
     positions: float | None = None,
     queries: float | None = None,
     checkpointing: bool = False,
+    kept_iterations: int | None = None,
     dtype: str = "float32",
     device: str = "cuda",
     ema: bool = True,
@@ -126,6 +129,7 @@ def training_memory(
         positions (`float`, *optional*): P masked positions of the micro-batch. `None`: all.
         queries (`float`, *optional*): The most of them in one sequence. `None`: P/B, rounded up.
         checkpointing (`bool`, defaults to `False`): Whether blocks run again in the backward pass.
+        kept_iterations (`int`, *optional*): Iterations with gradient that never do. `None`: all.
         dtype (`str`, defaults to `"float32"`): Of the products: `"float32"`, or `"bfloat16"` under autocast.
         device (`str`, defaults to `"cuda"`): `"cuda"` or `"cpu"`: sizes of the head's chunks and of dropout masks.
         ema (`bool`, defaults to `True`): Whether there is an average of the weights.
@@ -148,7 +152,8 @@ def training_memory(
     queries = math.ceil(positions / batch_size) if queries is None else queries
     # Dropout on a CPU keeps its mask in the type of its input, on a GPU as bool.
     mask = 1 if device == "cuda" else narrow
-    call = Call(a, batch_size, length, iterations, positions, queries, narrow, mask, device)
+    kept_iterations = iterations if kept_iterations is None else min(iterations, kept_iterations)
+    call = Call(a, batch_size, length, iterations, kept_iterations, positions, queries, narrow, mask, device)
     weights = count_parameters(config)["total"]
     held = {name: whole + split / gpus for name, (whole, split) in bytes_per_weight(engine, narrow).items()}
     resident = {name: held[name] * weights for name in ("weights", "optimizer", "buckets")}
@@ -194,7 +199,9 @@ def _units(call: Call) -> list[Unit]:
             0,
         )
         used = a.shared * block.used + each
-        units += [iteration] * (call.iterations - 1) + [iteration._replace(completed=used, used=used)]
+        again = call.iterations - call.kept_iterations
+        iterations = [iteration._replace(again=i < again) for i in range(call.iterations)]
+        units += [*iterations[:-1], iterations[-1]._replace(completed=used, used=used)]
     return units + [_block(call, stream, prune=i == a.post - 1) for i in range(a.post)]
 
 
@@ -212,7 +219,7 @@ def _block(call: Call, stream: int, prune: bool = False) -> Unit:
 def _moments(call: Call, weights: int, checkpointing: bool, accumulating: bool) -> list[Moment]:
     """The head, its backward pass, each unit's from the last to the first, the embedding's, the optimizer."""
     a, pieces = call.architecture, _units(call)
-    held = [unit.inputs if checkpointing else unit.kept for unit in pieces]
+    held = [unit.inputs if checkpointing or unit.again else unit.kept for unit in pieces]
     used = [unit.used for unit in pieces]
     head = a.vocabulary * (a.hidden + 1)
     normed = call.positions * a.hidden

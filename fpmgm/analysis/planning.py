@@ -31,13 +31,15 @@ def method_work(
     queries: float | None = None,
     teacher: PreTrainedConfig | None = None,
     checkpointing: bool = False,
+    kept_iterations: int | None = None,
     value_bytes: int = WIDE,
 ) -> dict[str, Work]:
     """[`training_work`] and, for all methods but the base one, the part `"teacher"`: passes without gradient at the
     student's masked positions, with the trainers' defaults. The few tokens that SDTT's teacher draws are left out.
 
     Args:
-        config, batch_size, length, positions, queries, checkpointing, value_bytes: As for [`training_work`].
+        config, batch_size, length, positions, queries, checkpointing, kept_iterations, value_bytes: As for
+            [`training_work`].
         method (`str`): One of `METHODS`.
         teacher (*optional*): Configuration of the teacher. `None`: the model's own.
 
@@ -48,7 +50,7 @@ def method_work(
         raise ValueError(f"`method`={method!r} must be one of {METHODS}.")
     parts = training_work(
         config, batch_size, length, positions=positions, queries=queries,
-        checkpointing=checkpointing, value_bytes=value_bytes,
+        checkpointing=checkpointing, kept_iterations=kept_iterations, value_bytes=value_bytes,
     )  # fmt: skip
     if method == "base":
         return parts

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 
 class FixedPointSolution(NamedTuple):
@@ -48,6 +49,7 @@ def solve_fixed_point(
     state: torch.Tensor,
     num_iterations: int,
     num_no_grad_iterations: int = 0,
+    num_kept_iterations: int | None = None,
     attention_mask: torch.Tensor | None = None,
 ) -> FixedPointSolution:
     """Picard iteration h ← `step`(h) with the stochastic Jacobian-free gradient (Appendix C.1).
@@ -60,6 +62,8 @@ def solve_fixed_point(
         state (`torch.Tensor`): (B, L, D) the start h⁰.
         num_iterations (`int`): Iterations with gradient, at least 1.
         num_no_grad_iterations (`int`, defaults to 0): Iterations without gradient before them.
+        num_kept_iterations (`int`, *optional*): How many of those with gradient, the last ones, keep their activations
+            for the backward pass; of earlier ones the state is kept, and they run again there. `None`: all.
         attention_mask (`torch.Tensor`, *optional*): (B, L), 0 at padding, which the residuals leave out.
 
     Example:
@@ -72,12 +76,15 @@ def solve_fixed_point(
 
     ```
     """
-    residuals = []
+    residuals, total = [], num_no_grad_iterations + num_iterations
+    # The last iterations are kept: when the first ones run again, the backward pass has freed what those had kept.
+    first_kept = 0 if num_kept_iterations is None else total - num_kept_iterations
     state = state.detach()
-    for iteration in range(num_no_grad_iterations + num_iterations):
+    for iteration in range(total):
         # A real no_grad: the iterations before the differentiated ones keep no activations.
         with torch.set_grad_enabled(torch.is_grad_enabled() and iteration >= num_no_grad_iterations):
-            new_state = step(state)
+            again = torch.is_grad_enabled() and iteration < first_kept
+            new_state = checkpoint(step, state, use_reentrant=False) if again else step(state)
         residuals.append(relative_residual(new_state, state, attention_mask))
         state = new_state
     return FixedPointSolution(state, torch.stack(residuals))

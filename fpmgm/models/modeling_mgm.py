@@ -71,6 +71,8 @@ class DenoiserOptions(TypedDict, total=False):
         num_iterations (`int` or `torch.LongTensor`, *optional*): Iterations with gradient, or, without gradient,
             (B,) the most of each sequence. `None`: `num_fixed_point_iterations`.
         num_no_grad_iterations (`int`, defaults to 0): Iterations without gradient before them.
+        num_kept_iterations (`int`, *optional*): How many of those with gradient, the last ones, keep their activations
+            for the backward pass; earlier ones run again there. Activation checkpointing goes before it. `None`: all.
         fixed_point_state (`torch.Tensor`, *optional*): (B, L, D) solution to start from, of the shape of the output's.
             `None`: start from h_pre.
         reuse_weights (`torch.Tensor`, *optional*): (B, L) share γ of `fixed_point_state` in the start. `None`: 1.
@@ -88,6 +90,7 @@ class DenoiserOptions(TypedDict, total=False):
     logits_loss: Callable[[torch.Tensor, slice], torch.Tensor] | None
     num_iterations: int | torch.LongTensor | None
     num_no_grad_iterations: int
+    num_kept_iterations: int | None
     fixed_point_state: torch.Tensor | None
     reuse_weights: torch.Tensor | None
     tolerance: float | None
@@ -157,6 +160,7 @@ class MGMPreTrainedModel(PreTrainedModel):
         logits_loss=None,
         num_iterations=None,
         num_no_grad_iterations=0,
+        num_kept_iterations=None,
         fixed_point_state=None,
         reuse_weights=None,
         tolerance=None,
@@ -169,7 +173,7 @@ class MGMPreTrainedModel(PreTrainedModel):
         `masked` (B, L) says which tokens are unknown; `h` (B, L, D) may have more positions after these (registers),
         `rotary` is whatever the model's blocks want to know of positions.
         """
-        self._check_options(num_iterations, num_no_grad_iterations, solver)
+        self._check_options(num_iterations, num_no_grad_iterations, num_kept_iterations, solver)
         length = masked.shape[1]
         bias = create_bidirectional_mask(config=self.config, inputs_embeds=h, attention_mask=attention_mask)
         selection = None
@@ -186,6 +190,7 @@ class MGMPreTrainedModel(PreTrainedModel):
                 start=warm_start(h, fixed_point_state, reuse_weights),
                 num_iterations=self.config.num_fixed_point_iterations if num_iterations is None else num_iterations,
                 num_no_grad_iterations=num_no_grad_iterations,
+                num_kept_iterations=num_kept_iterations,
                 tolerance=tolerance,
                 solver=solver,
             )  # fmt: skip
@@ -229,14 +234,14 @@ class MGMPreTrainedModel(PreTrainedModel):
 
     def _solve(
         self, h_pre, conditioning, rotary, bias, attention_mask, start,
-        num_iterations, num_no_grad_iterations, tolerance, solver,
+        num_iterations, num_no_grad_iterations, num_kept_iterations, tolerance, solver,
     ) -> FixedPointSolution:  # fmt: skip
         """h* of h ↦ F(h; u): what no iteration changes (u, modulations, dropout masks) is computed once."""
         stack = self.fixed_point
         constant = stack.constant(h_pre)
         modulations = [layer.modulation(conditioning) for layer in stack.layers]
         keeps = [layer.dropout_masks(h_pre) if self.training else None for layer in stack.layers]
-        turns = itertools.count()
+        turns, kept = itertools.count(), None if self.gradient_checkpointing else num_kept_iterations
 
         def step(h: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
             if rows is None:
@@ -245,7 +250,7 @@ class MGMPreTrainedModel(PreTrainedModel):
             return stack(h, constant[rows], part, rotary, None if bias is None else bias[rows], keeps)
 
         if tolerance is None and solver == "picard" and not torch.is_tensor(num_iterations):
-            return solve_fixed_point(step, start, num_iterations, num_no_grad_iterations, attention_mask)
+            return solve_fixed_point(step, start, num_iterations, num_no_grad_iterations, kept, attention_mask)
         return solve_adaptively(step, start, num_iterations, tolerance, solver, attention_mask)
 
     def _set_gradient_checkpointing(self, **kwargs) -> None:
@@ -305,12 +310,14 @@ class MGMPreTrainedModel(PreTrainedModel):
         logits = self.lm_head(normed).clone()  # a head that an adapter wraps: all at once
         return loss(forbid(logits, self.config.mask_token_id), slice(None))
 
-    def _check_options(self, num_iterations, num_no_grad_iterations, solver) -> None:
+    def _check_options(self, num_iterations, num_no_grad_iterations, num_kept_iterations, solver) -> None:
         least = 1 if self.fixed_point is not None else 0
         if isinstance(num_iterations, int) and num_iterations < least:
             raise ValueError(f"`num_iterations`={num_iterations} must be at least {least}.")
         if num_no_grad_iterations < 0:
             raise ValueError(f"`num_no_grad_iterations`={num_no_grad_iterations} must be at least 0.")
+        if num_kept_iterations is not None and num_kept_iterations < 0:
+            raise ValueError(f"`num_kept_iterations`={num_kept_iterations} must be at least 0, or None to keep all.")
         if solver not in SOLVERS:
             raise ValueError(f"`solver`={solver!r} must be one of {tuple(SOLVERS)}.")
 

@@ -29,15 +29,16 @@ class MicroBatch(NamedTuple):
     """The noise of a micro-batch of B sequences, and its shares in the loss of the optimizer step.
 
     `places` (B,) in the global batch with seed `key`; times `t` (B,); `uniforms` (B, L), masked where small;
-    `iterations` of the solver, the same for all of the step (SJFB). The shares are those of this micro-batch's real
-    positions and of one sequence, times the number of ranks, over which gradients are averaged.
+    `iterations` of the solver, the same for all of the step (SJFB), with how many are kept. The shares are those of
+    this micro-batch's real positions and of one sequence, times the number of ranks, over which gradients are
+    averaged.
     """
 
     key: tuple
     places: torch.Tensor
     t: torch.Tensor
     uniforms: torch.Tensor
-    iterations: dict[str, int]
+    iterations: dict[str, int | None]
     share_of_positions: float
     share_of_a_sequence: float
 

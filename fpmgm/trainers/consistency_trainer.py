@@ -78,7 +78,8 @@ class ConsistencyTrainer(NestedTrainer):
         """The model, or its average, with as many iterations as the student, all without gradient."""
         iterations = {}
         if self.model.config.num_fixed_point_layers:
-            iterations["num_iterations"] = sum(micro_batch.iterations.values())
+            drawn = micro_batch.iterations
+            iterations["num_iterations"] = drawn["num_no_grad_iterations"] + drawn["num_iterations"]
         with self._averaged() if self.args.teacher == "ema" else nullcontext():
             output = denoise(model, **clean, **iterations)
             head = self.accelerator.unwrap_model(model).get_output_embeddings()

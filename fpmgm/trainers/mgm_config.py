@@ -29,6 +29,10 @@ class MGMTrainingConfig(TrainingArguments):
             text, `"uniform"` for images, as always in evaluation.
         loss_on (`str`, defaults to `"masked"`): Positions with a loss: `"masked"`, or, for images, `"all"`, visible
             ones too, with weight 1 (Halton-MaskGIT's choice). Evaluation is always on masked ones.
+        num_kept_iterations (`int`, *optional*): Of the solver's iterations with gradient, whose number is drawn for
+            each optimizer step, the last this many keep their activations; earlier ones run again in the backward
+            pass. Peak memory is then that of this many iterations, and only the steps that drew more pay for it.
+            `None`: all are kept. Not together with `activation_checkpointing`, which runs all blocks again.
         data_description (`str`, *optional*): What the model is trained on, for its card. `None`: not said.
 
     Raises:
@@ -56,6 +60,10 @@ class MGMTrainingConfig(TrainingArguments):
         },
     )
     loss_on: str = field(default="masked", metadata={"help": "masked, or all positions (images only)."})
+    num_kept_iterations: int | None = field(
+        default=None,
+        metadata={"help": "Iterations with gradient that keep their activations; earlier ones run again. null: all."},
+    )
     data_description: str | None = field(
         default=None, metadata={"help": "What the model is trained on, for its card; null: not said."}
     )
@@ -69,6 +77,14 @@ class MGMTrainingConfig(TrainingArguments):
             check_choice("loss_weighting", self.loss_weighting, LOSS_WEIGHTINGS)
         check_choice("loss_on", self.loss_on, LOSS_ON)
         super().__post_init__()
+        if self.num_kept_iterations is not None:
+            if self.num_kept_iterations < 0:
+                raise ValueError(f"`num_kept_iterations`={self.num_kept_iterations} must be at least 0.")
+            if self.activation_checkpointing:
+                raise ValueError(
+                    f"`num_kept_iterations`={self.num_kept_iterations} with `activation_checkpointing`=True, which "
+                    "runs all iterations again: give one of them."
+                )
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

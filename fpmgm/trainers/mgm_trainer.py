@@ -150,7 +150,11 @@ class MGMTrainer(AtomicCheckpointTrainer):
             places=places,
             t=antithetic_times(shift, places, batch.total, self.corruption.time),
             uniforms=self._uniforms(batch.key, places, length),
-            iterations={"num_no_grad_iterations": no_grad, "num_iterations": grad},
+            iterations={
+                "num_no_grad_iterations": no_grad,
+                "num_iterations": grad,
+                "num_kept_iterations": self.args.num_kept_iterations,
+            },
             share_of_positions=count_positions(inputs) * ranks / batch.positions,
             share_of_a_sequence=ranks / batch.total,
         )

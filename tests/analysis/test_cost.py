@@ -46,7 +46,7 @@ def moved(parts) -> float:
     return sum(work.bytes for work in parts.values())
 
 
-def call(model, iterations=(0, 0), backward=False) -> None:
+def call(model, iterations=(0, 0), backward=False, kept=None) -> None:
     """A call with labels and logits at the masked positions."""
     labels = torch.full((BATCH, LENGTH), -100)
     for row, count in MASKED.items():
@@ -57,6 +57,7 @@ def call(model, iterations=(0, 0), backward=False) -> None:
         timesteps=torch.full((BATCH,), 0.5),
         labels=labels,
         logits_positions=(labels != -100).flatten().nonzero().squeeze(1),
+        num_kept_iterations=kept,
         **(numbers if model.config.num_fixed_point_layers else {}),
     )
     if backward:
@@ -90,6 +91,8 @@ def test_flops_are_those_that_pytorch_counts(name):
         assert counted_flops(lambda: call(model, iterations)) == computed(model.config, (0, sum(iterations)))
     model.train()
     assert counted_flops(lambda: call(model, iterations, True)) == computed(model.config, iterations, training=True)
+    expected = computed(model.config, iterations, training=True, iterations_again=max(0, iterations[1] - 1))
+    assert counted_flops(lambda: call(model, iterations, True, kept=1)) == expected
     model.activation_checkpointing_enable()
     expected = computed(model.config, iterations, training=True, checkpointing=True)
     assert counted_flops(lambda: call(model, iterations, True)) == expected

@@ -20,7 +20,7 @@ def small_config(**overrides) -> FPMDLMConfig:
     return FPMDLMConfig(**{**sizes, **overrides})
 
 
-def train(config: FPMDLMConfig, checkpointing: bool, dtype: str, masked: torch.Tensor) -> None:
+def train(config: FPMDLMConfig, checkpointing: bool, dtype: str, masked: torch.Tensor, kept: int | None) -> None:
     """Two optimizer steps with clipping and an average of the weights, as the trainer does."""
     model = FPMDLMForMaskedDiffusion(config).train()
     if checkpointing:
@@ -28,6 +28,7 @@ def train(config: FPMDLMConfig, checkpointing: bool, dtype: str, masked: torch.T
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     average = [p.detach().clone() for p in model.parameters()]
     options = {} if model.fixed_point is None else {"num_no_grad_iterations": 1, "num_iterations": 3}
+    options["num_kept_iterations"] = kept
     for _ in range(2):
         ids = torch.randint(config.mask_token_id, masked.shape)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -57,15 +58,15 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_the_peak_is_within_a_tenth_of_the_allocators(name):
+@pytest.mark.parametrize(("name", "kept"), [*((name, None) for name in SETTINGS), ("mlp", 1), ("linear_in_time", 0)])
+def test_the_peak_is_within_a_tenth_of_the_allocators(name, kept):
     overrides, checkpointing, dtype = SETTINGS[name]
     config = small_config(**overrides)
     masked = torch.rand(BATCH, LENGTH, generator=torch.Generator().manual_seed(0)) < 0.5
-    measured = allocated_peak(lambda: train(config, checkpointing, dtype, masked))
+    measured = allocated_peak(lambda: train(config, checkpointing, dtype, masked, kept))
     computed = training_memory(
         config, BATCH, LENGTH, iterations=3, positions=int(masked.sum()), queries=int(masked.sum(1).max()),
-        checkpointing=checkpointing, dtype=dtype, device="cpu",
+        checkpointing=checkpointing, kept_iterations=kept, dtype=dtype, device="cpu",
     )  # fmt: skip
     assert computed["peak"] == pytest.approx(measured, rel=0.1)
     parts = {part: size for part, size in computed.items() if part != "peak"}
@@ -89,6 +90,8 @@ def peak(**changes) -> float:
 
 def test_what_must_be_less_is_less():
     assert peak(checkpointing=True) < peak() < peak(batch_size=5) < peak(batch_size=5, length=80)
+    kept = [peak(kept_iterations=n) for n in (0, 2, 4, 6)]
+    assert kept == sorted(kept) and kept[0] < kept[-1] == peak() == peak(kept_iterations=9)
     assert peak(positions=20) < peak() and peak(iterations=3) < peak(iterations=4)
     assert peak(iterations=4, dtype="bfloat16") < peak(iterations=4)
     stages = [peak(engine=engine, gpus=8) for engine in ("ddp", "zero1", "zero2", "zero3")]

@@ -56,6 +56,26 @@ def test_residual_of_a_state_at_rest_is_zero_even_at_the_origin():
     assert relative_residual(ones.bfloat16(), 2 * ones.bfloat16()).dtype == torch.float32
 
 
+def test_the_first_iterations_with_gradient_run_again_after_the_last_are_done():
+    weight, events = torch.tensor(0.5, requires_grad=True), []
+
+    def step(h):
+        events.append(f"F({h.item():g})")
+        new = weight * h + 1
+        if new.requires_grad:
+            new.register_hook(lambda slope: events.append(f"slope of {new.item():g}"))
+        return new
+
+    state = solve_fixed_point(step, torch.zeros(()).view(1, 1, 1), 3, num_no_grad_iterations=1, num_kept_iterations=1)
+    forward, events = events, []
+    assert forward == ["F(0)", "F(1)", "F(1.5)", "F(1.75)"]
+    state.state.sum().backward()
+    backward = [event for event in events if event.startswith("F")]
+    assert backward == ["F(1.5)", "F(1)"] and events[0] == "slope of 1.875"
+    # d/dw of w(w(w·1 + 1) + 1) + 1 at 1/2, where 1 is the state after the iteration without gradient
+    assert weight.grad.item() == pytest.approx(3 * 0.25 + 2 * 0.5 + 1)
+
+
 @pytest.mark.parametrize(("no_grad", "grad"), [(0, 1), (0, 4), (3, 1), (2, 3)])
 def test_gradient_is_that_of_the_last_iterations_with_a_detached_state(no_grad, grad):
     matrix, b = contraction().requires_grad_(), torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)

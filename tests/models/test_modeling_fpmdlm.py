@@ -335,6 +335,19 @@ def test_checkpointing_recomputes_solver_iterations_and_keeps_the_gradients(drop
     assert len(run_again) == len(run_once) + 1 + iterations_again + 1
 
 
+@pytest.mark.parametrize(("kept", "iterations_again"), [(0, 3), (1, 2), (3, 0), (4, 0)])
+def test_iterations_that_are_not_kept_run_again_and_give_the_same_gradients(kept, iterations_again):
+    batch, iterations = corrupted(), {"num_iterations": 3, "num_no_grad_iterations": 2}
+    model = tiny_model(dropout=0.3)
+    plain, run_once = train_gradients(copy.deepcopy(model), batch, **iterations)
+    gradients, run_again = train_gradients(copy.deepcopy(model), batch, **iterations, num_kept_iterations=kept)
+    torch.testing.assert_close(gradients, plain, rtol=0, atol=1e-6)
+    assert len(run_again) == len(run_once) + iterations_again
+    model.activation_checkpointing_enable()
+    _, all_again = train_gradients(model, batch, **iterations, num_kept_iterations=kept)
+    assert len(all_again) == len(run_once) + 1 + 3 + 1
+
+
 # --- dropout ---------------------------------------------------------------------------------------------------------
 
 
@@ -455,9 +468,10 @@ def test_weights_that_a_checkpoint_lacks_start_as_in_a_fresh_model(tmp_path, inj
         ({"input_ids": torch.zeros(4, dtype=torch.long)}, "input_ids"),
         ({"num_iterations": 0}, "num_iterations"),
         ({"num_no_grad_iterations": -1}, "num_no_grad_iterations"),
+        ({"num_kept_iterations": -1}, "num_kept_iterations"),
         ({"timesteps": None}, "timesteps"),
     ],
-    ids=["too long", "one dimension", "no iteration", "negative", "no time"],
+    ids=["too long", "one dimension", "no iteration", "negative", "fewer than none kept", "no time"],
 )
 def test_bad_calls_name_the_argument(call, named):
     model = tiny_model(time_conditioning=True)

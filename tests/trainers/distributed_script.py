@@ -58,10 +58,10 @@ def losses(trainer: MGMTrainer) -> list[dict]:
 
 
 def plain(folder: Path, ranks: int) -> dict:
-    """Gradient descent; what the run saw and reached."""
+    """Gradient descent, with several ranks some iterations run again; what the run saw and reached."""
     model = training_model()
     calls = record_calls(model)
-    trainer = build(folder, ranks, model, **PLAIN)
+    trainer = build(folder, ranks, model, num_kept_iterations=None if ranks == 1 else 2, **PLAIN)
     trainer.train()
     trainer.save_model(str(folder / "exported"))
     return {

@@ -167,6 +167,25 @@ def test_activation_checkpointing_recomputes_and_gives_the_same_weights(tmp_path
     assert_close(results[1], results[0])
 
 
+def test_kept_iterations_give_the_same_weights_and_those_that_drew_more_run_again(tmp_path):
+    results, calls = [], []
+    for kept in (None, 1):
+        model, blocks = training_model(dropout=0.1), []
+        model.fixed_point.layers[0].register_forward_pre_hook(lambda *_, blocks=blocks: blocks.append(1))
+        trainer = make_trainer(tmp_path, model, num_kept_iterations=kept)
+        drawn = []
+        draw = trainer.draw_iterations
+        trainer.draw_iterations = lambda draw=draw, drawn=drawn: drawn.append(draw()) or drawn[-1]
+        trainer.train()
+        results.append(weights(model))
+        calls.append(len(blocks))
+    assert calls[1] - calls[0] == sum(grad - 1 for _, grad in drawn) > 0
+    assert_close(results[1], results[0])
+    for arguments in ({"num_kept_iterations": -1}, {"num_kept_iterations": 1, "activation_checkpointing": True}):
+        with pytest.raises(ValueError, match="`num_kept_iterations`="):
+            make_trainer(tmp_path, **arguments)
+
+
 # --- interruption ----------------------------------------------------------------------------------------------------
 
 
