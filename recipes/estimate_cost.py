@@ -4,11 +4,13 @@
     python recipes/estimate_cost.py --model mdlm fp_mdlm --hardware H200 --gpus 8 --price 3.50
     python recipes/estimate_cost.py --model recipes/configs/fp_mdlm_owt.yaml --hardware A100-80GB --gpus 4 --json
     python recipes/estimate_cost.py --model fp_mdlm_8b --gpus 64 --checkpointing
+    python recipes/estimate_cost.py --model maskgit_large fp_maskgit --batch_size 128 --gpus 1 --hardware A100-80GB
 
 A model is one of the presets, a folder, a hub name, or a recipe's YAML with the architecture's fields. Nothing is run,
 but for `--hardware cpu`, which times a product and a copy. What is exact and what is an estimate: docs/cost.md.
 """
 
+import copy
 import json
 import os
 import time
@@ -20,11 +22,12 @@ import torch
 import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
-from fpmgm import FPMDLMConfig, plan_budget
+from fpmgm import FPMaskGITConfig, FPMDLMConfig, plan_budget
 from fpmgm.analysis.cost import Work, count_parameters, training_work
 from fpmgm.analysis.memory import ENGINES, NARROW, training_memory
 from fpmgm.analysis.planning import (
     largest_masked_share,
+    masked_share,
     method_work,
     sampling_steps,
     sampling_work,
@@ -53,7 +56,7 @@ EXPLICIT, FIXED_POINT = (
     dict(zip(("num_pre_layers", "num_fixed_point_layers", "num_post_layers"), counts, strict=True))
     for counts in ((12, 0, 0), (1, 1, 1))
 )
-# The paper's text models, and ours of the same architecture with one and eight billion weights.
+# The paper's models, and text models of the same architecture with one and eight billion weights.
 MODELS = {
     "mdlm": EXPLICIT,
     "fp_mdlm": FIXED_POINT,
@@ -63,13 +66,26 @@ MODELS = {
     "fp_mdlm_8b": {**dict.fromkeys(FIXED_POINT, 3), "hidden_size": 8192, "num_attention_heads": 64}
     | {"num_fixed_point_layers": 2},
 }
+IMAGE_MODELS = {
+    "maskgit_large": {**EXPLICIT, "num_pre_layers": 24},
+    "maskgit_12": EXPLICIT,
+    "fp_maskgit": {"num_pre_layers": 4, "num_fixed_point_layers": 1, "num_post_layers": 4},
+}
 # Optimizer steps and method; all of batches of `batch_size` sequences.
 RUNS = {
-    "pretraining": (1_000_000, "base"),
-    "consistency post-training": (30_000, "consistency"),
-    "conversion from an MDLM": (40_000, "conversion"),
-    "SDTT, 7 rounds": (70_000, "sdtt"),
+    "fpmdlm": {
+        "pretraining": (1_000_000, "base"),
+        "consistency post-training": (30_000, "consistency"),
+        "conversion from an MDLM": (40_000, "conversion"),
+        "SDTT, 7 rounds": (70_000, "sdtt"),
+    },
+    "fpmaskgit": {
+        "pretraining": (50_000, "base"),
+        "consistency post-training": (10_000, "consistency"),
+        "conversion from MaskGIT-Large": (10_000, "conversion"),
+    },
 }
+TEACHERS = {"fpmdlm": MODELS["mdlm"], "fpmaskgit": IMAGE_MODELS["maskgit_large"]}  # of a conversion
 UTILISATION = 0.11  # what the paper's hours on eight H200 imply: docs/cost.md
 
 
@@ -79,7 +95,7 @@ class CostArguments:
 
     model: list[str] = field(
         default_factory=lambda: ["mdlm", "fp_mdlm"],
-        metadata={"help": f"Presets ({', '.join(MODELS)}), folders, hub names or YAML files."},
+        metadata={"help": f"Presets ({', '.join([*MODELS, *IMAGE_MODELS])}), folders, hub names or YAML files."},
     )
     hardware: str = field(default="H200", metadata={"help": f"{', '.join(HARDWARE)}, or cpu: this machine, timed."})
     gpus: int = field(default=8, metadata={"help": "Number of them."})
@@ -91,7 +107,7 @@ class CostArguments:
     num_kept_iterations: int | None = field(
         default=None, metadata={"help": "Iterations with gradient that do not run again, without that; null: all."}
     )
-    steps: int | None = field(default=None, metadata={"help": "Optimizer steps of pretraining; null: 1,000,000."})
+    steps: int | None = field(default=None, metadata={"help": "Optimizer steps of pretraining; null: the paper's."})
     utilisation: float = field(default=UTILISATION, metadata={"help": "Share of the peak FLOP/s that is reached."})
     price: float | None = field(default=None, metadata={"help": "Of a GPU for an hour; null: no cost is shown."})
     budgets: list[int] = field(
@@ -150,16 +166,23 @@ def load_config(name: str, vocab_size: int) -> PreTrainedConfig:
     """
     if name in MODELS:
         return FPMDLMConfig(**{"intermediate_size": 4 * MODELS[name].get("hidden_size", 768), **MODELS[name]})
+    if name in IMAGE_MODELS:
+        return FPMaskGITConfig(**IMAGE_MODELS[name])
     if Path(name).suffix not in (".yaml", ".yml"):
         return AutoConfig.from_pretrained(name)
     values = yaml.safe_load(Path(name).read_text()) or {}
-    own = {f.name for f in fields(FPMDLMConfig)} & set(FPMDLMConfig.__annotations__)
-    architecture = {key: value for key, value in values.items() if key in own}
+    of_text, of_images = (
+        {f.name for f in fields(kind)} & set(kind.__annotations__) for kind in (FPMDLMConfig, FPMaskGITConfig)
+    )
+    is_image = bool(values.keys() & (of_images - of_text))
+    architecture = {key: value for key, value in values.items() if key in (of_images if is_image else of_text)}
     if "num_pre_layers" not in architecture:
         raise ValueError(
             f"`model`={name!r} does not set `num_pre_layers`: give a YAML that describes an architecture, or the "
             "model that this one starts from."
         )
+    if is_image:
+        return FPMaskGITConfig(**architecture)
     size = values["tokenizer_vocab_size"] if values.get("tokenizer", "") is None else vocab_size
     return FPMDLMConfig(**{"vocab_size": size, "mask_token_id": size - 1, **architecture})
 
@@ -198,7 +221,7 @@ def estimate(name: str, config: PreTrainedConfig, args: CostArguments, hardware:
         "parameters": count_parameters(config),
         "step": {part: asdict(work) for part, work in step.items()},
         "memory": memory(config, length, args, hardware),
-        "runs": [run(config, kind, length, args, speed) for kind in RUNS if runs_on(config, kind)],
+        "runs": [run(config, kind, length, args, speed) for kind in RUNS[config.model_type] if runs_on(config, kind)],
         "sampling": [sampling(config, budget, length, args, speed) for budget in args.budgets],
     }
 
@@ -206,7 +229,8 @@ def estimate(name: str, config: PreTrainedConfig, args: CostArguments, hardware:
 def memory(config: PreTrainedConfig, length: int, args: CostArguments, hardware: Hardware) -> list[dict]:
     """The peak on a GPU for each engine, without and with checkpointing, and the largest micro-batch that fits."""
     groups = args.gpus * args.micro_batches
-    largest_share = 1 - 1 / (2 * groups)  # antithetic times: a micro-batch's are neighbours
+    # Antithetic times: a micro-batch's are neighbours, at worst those next to 0 or 1.
+    largest_share = max(masked_share(config.model_type, start, 1 / groups) for start in (0, 1 - 1 / groups))
 
     def peak(micro_batch_size: int, engine: str, checkpointing: bool) -> dict[str, float]:
         return training_memory(
@@ -234,17 +258,20 @@ def memory(config: PreTrainedConfig, length: int, args: CostArguments, hardware:
 def runs_on(config: PreTrainedConfig, kind: str) -> bool:
     """Conversion makes fixed-point models; SDTT is the explicit ones' baseline."""
     fixed_point = config.num_fixed_point_layers > 0
-    return {"conversion": fixed_point, "consistency": fixed_point, "sdtt": not fixed_point}.get(RUNS[kind][1], True)
+    method = RUNS[config.model_type][kind][1]
+    return {"conversion": fixed_point, "consistency": fixed_point, "sdtt": not fixed_point}.get(method, True)
 
 
 def run(config: PreTrainedConfig, kind: str, length: int, args: CostArguments, speed: tuple[float, float]) -> dict:
     """Hours and cost of a run; every rank waits for the one with most masked positions."""
-    steps, method = RUNS[kind]
+    steps, method = RUNS[config.model_type][kind]
     if method == "base" and args.steps is not None:
         steps = args.steps
     teacher = None
     if method == "conversion":
-        teacher = type(config)(**{**config.to_dict(), **EXPLICIT})
+        teacher = copy.deepcopy(config)
+        for name, count in TEACHERS[config.model_type].items():
+            setattr(teacher, name, count)
 
     def work(share: float) -> dict[str, Work]:
         return method_work(
@@ -252,11 +279,12 @@ def run(config: PreTrainedConfig, kind: str, length: int, args: CostArguments, s
             args.checkpointing, args.num_kept_iterations, NARROW[args.dtype],
         )  # fmt: skip
 
-    slowest = work(largest_masked_share(args.gpus, args.micro_batches))
+    slowest = work(largest_masked_share(args.gpus, args.micro_batches, model_type=config.model_type))
     optimizer = {"optimizer": slowest.pop("optimizer")}
     duration = args.micro_batches * seconds(slowest, *speed) + seconds(optimizer, *speed)
     hours = steps * duration / 3600
-    flops = sum(part.flops for part in work(0.5).values()) * args.gpus * args.micro_batches
+    mean = work(masked_share(config.model_type, start=0, width=1))
+    flops = sum(part.flops for part in mean.values()) * args.gpus * args.micro_batches
     return {
         "run": kind,
         "steps": steps,

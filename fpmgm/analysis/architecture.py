@@ -5,6 +5,7 @@ backward pass. A new architecture is one more function here.
 Shapes: B batch, L length, D hidden size, C conditioning size, I intermediate size, V vocabulary.
 """
 
+import math
 from typing import NamedTuple
 
 from ..models.block_fpmdlm import TIMESTEP_FREQUENCIES
@@ -24,12 +25,14 @@ class Linear(NamedTuple):
 
 
 class Values(NamedTuple):
-    """Numbers kept for each token: `wide` in float32 or better, `narrow` in the type of the products, `masks` of
-    dropout."""
+    """Numbers kept for each token: `wide` in float32 or better, `narrow` in the type of the products, `widened` in
+    float32 beside them where the products are in another type, `masks` of PyTorch's dropout, `flags` one byte each."""
 
     wide: int = 0
     narrow: int = 0
+    widened: int = 0
     masks: int = 0
+    flags: int = 0
 
 
 class Block(NamedTuple):
@@ -79,7 +82,7 @@ class Injection(NamedTuple):
 class Architecture(NamedTuple):
     """A denoiser: `pre`, `shared` and `post` blocks, `embeddings` weights beside those of the `vocabulary` tokens,
     `conditioning` maps that make the conditioning vector, of one sequence or (`per_sequence`) of each, `registers`
-    positions beside the tokens."""
+    positions beside the tokens; a training step masks `masked_share` of the tokens in the mean."""
 
     block: Block
     pre: int
@@ -96,6 +99,7 @@ class Architecture(NamedTuple):
     final_modulation: Linear
     final_norm: int
     dropout: bool
+    masked_share: float
 
 
 def architecture(config) -> Architecture:
@@ -156,6 +160,52 @@ def _fpmdlm(config) -> Architecture:
         final_modulation=Linear(conditioning, 2 * size),
         final_norm=size,
         dropout=config.dropout > 0,
+        masked_share=1 / 2,
+    )
+
+
+def _fpmaskgit(config) -> Architecture:
+    size, inner = config.hidden_size, config.intermediate_size
+    width = config.num_attention_heads * (size // config.num_attention_heads)
+    block = Block(
+        everywhere=(Linear(size, 3 * width, bias=False),),
+        selected=(
+            Linear(width, size, bias=False), Linear(size, inner, bias=False), Linear(size, inner, bias=False),
+            Linear(inner, size, bias=False),
+        ),
+        modulation=Linear(size, 6 * size),
+        width=width,
+        norms=2 * size,
+        # The norm's input and statistic, its output before and after modulation; queries, keys and values, and what
+        # normalises the keys.
+        kept_at_positions=Values(wide=2 * size + 2, narrow=size + 4 * width, widened=width),
+        # Normalised queries and what normalises them, attention's output and normaliser.
+        kept_at_queries=Values(wide=config.num_attention_heads + 1, narrow=2 * width, widened=width),
+        # Attention's output in rows, both branches, the norm as above, the MLP before SwiGLU.
+        kept_at_selected=Values(
+            wide=2 * size + 1, narrow=width + 3 * size + 2 * inner, masks=size, flags=inner
+        ),
+        widest=3 * inner,
+        # With a GPU's kernel for RMS norms. A CPU has none: there a norm is many passes.
+        passes=(28 * size + 5 * inner, 76 * size + (22 if config.dropout else 12) * inner),
+    )  # fmt: skip
+    return Architecture(
+        block=block,
+        pre=config.num_pre_layers,
+        shared=config.num_fixed_point_layers,
+        post=config.num_post_layers,
+        hidden=size,
+        vocabulary=config.vocab_size,
+        tied=config.tie_word_embeddings,
+        embeddings=(config.max_position_embeddings + config.num_classes + 1 + config.num_register_tokens) * size,
+        conditioning=(),
+        per_sequence=True,
+        registers=config.num_register_tokens,
+        injection=_injection(config) if config.num_fixed_point_layers else None,
+        final_modulation=Linear(size, 2 * size),
+        final_norm=2 * size,
+        dropout=config.dropout > 0,
+        masked_share=2 / math.pi,
     )
 
 
@@ -192,4 +242,4 @@ def _injection(config) -> Injection:
     return kinds[config.input_injection]
 
 
-ARCHITECTURES = {"fpmdlm": _fpmdlm}
+ARCHITECTURES = {"fpmdlm": _fpmdlm, "fpmaskgit": _fpmaskgit}

@@ -258,7 +258,8 @@ def training_work(
         config, batch_size, length, queries, checkpointing, value_bytes: As for [`denoiser_work`].
         iterations, no_grad_iterations (`float`, *optional*): With and without gradient. `None`: the mean that SJFB
             draws; the work is linear in both, so that it is the mean work.
-        positions (`float`, *optional*): P masked positions. `None`: half of all, the mean over times.
+        positions (`float`, *optional*): P masked positions. `None`: the mean over times, half of all for text, 2/π
+            for images.
         kept_iterations (`int`, *optional*): Iterations with gradient that do not run again in the backward pass; the
             others' mean number is that of what SJFB draws. `None`: all.
 
@@ -274,7 +275,7 @@ def training_work(
     """
     iterations = sum(config.grad_iterations) / 2 if iterations is None else iterations
     no_grad_iterations = sum(config.no_grad_iterations) / 2 if no_grad_iterations is None else no_grad_iterations
-    positions = batch_size * length / 2 if positions is None else positions
+    positions = batch_size * length * architecture(config).masked_share if positions is None else positions
     again = 0.0
     if kept_iterations is not None and not checkpointing:
         low, high = config.grad_iterations

@@ -98,8 +98,10 @@ class Call(NamedTuple):
 
     def bytes_of(self, values: Values, tokens: float) -> float:
         """Bytes of what is kept for each of `tokens`."""
-        masks = self.mask * self.architecture.dropout
-        return tokens * (WIDE * values.wide + self.narrow * values.narrow + masks * values.masks)
+        widened = WIDE * values.widened * (self.narrow < WIDE)
+        masks = self.mask * values.masks + (self.mask > 0) * values.flags
+        numbers = WIDE * values.wide + self.narrow * values.narrow + widened
+        return tokens * (numbers + masks * self.architecture.dropout)
 
 
 def training_memory(
@@ -183,7 +185,8 @@ def _units(call: Call) -> list[Unit]:
     units = [_block(call, WIDE, prune=not a.shared and not a.post and i == a.pre - 1) for i in range(a.pre)]
     if a.shared:
         hidden = call.tokens * a.hidden
-        masks = a.shared * call.tokens * a.block.kept_at_selected.masks * a.dropout  # bool, for all iterations
+        dropped = a.block.kept_at_selected
+        masks = a.shared * call.tokens * (dropped.masks + dropped.flags) * a.dropout  # bool, for all iterations
         kept = call.bytes_of(a.injection.kept_once, call.tokens) + masks
         constant = call.tokens * a.injection.once[-1].outputs * stream
         once = sum(linear.parameters for linear in a.injection.once)

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion
+from fpmgm import FPMaskGITConfig, FPMaskGITModel, FPMDLMConfig, FPMDLMForMaskedDiffusion
 from fpmgm.analysis.cost import count_parameters
 from fpmgm.analysis.measured import allocated_peak
 from fpmgm.analysis.memory import ENGINES, training_memory
@@ -20,9 +20,18 @@ def small_config(**overrides) -> FPMDLMConfig:
     return FPMDLMConfig(**{**sizes, **overrides})
 
 
-def train(config: FPMDLMConfig, checkpointing: bool, dtype: str, masked: torch.Tensor, kept: int | None) -> None:
+def small_image_config(**overrides) -> FPMaskGITConfig:
+    sizes = {"codebook_size": 1023, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 352}
+    return FPMaskGITConfig(**{**sizes, "grid_size": 8, **overrides})
+
+
+def train(
+    config: FPMDLMConfig | FPMaskGITConfig, checkpointing: bool, dtype: str, masked: torch.Tensor, kept: int | None
+) -> None:
     """Two optimizer steps with clipping and an average of the weights, as the trainer does."""
-    model = FPMDLMForMaskedDiffusion(config).train()
+    is_image = config.model_type == "fpmaskgit"
+    model = (FPMaskGITModel if is_image else FPMDLMForMaskedDiffusion)(config).train()
+    classes = {"class_labels": torch.arange(len(masked)) % 10} if is_image else {}
     if checkpointing:
         model.activation_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -34,9 +43,10 @@ def train(config: FPMDLMConfig, checkpointing: bool, dtype: str, masked: torch.T
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
             loss = model(
                 ids.masked_fill(masked, config.mask_token_id),
-                timesteps=torch.full((BATCH,), 0.5),
+                timesteps=torch.full((len(masked),), 0.5),
                 labels=ids.masked_fill(~masked, -100),
                 logits_positions=masked.flatten().nonzero().squeeze(1),
+                **classes,
                 **options,
             ).loss
         loss.backward()
@@ -58,14 +68,32 @@ SETTINGS = {
 }
 
 
+IMAGE_SETTINGS = {
+    "maskgit": ({**MDLM, "num_pre_layers": 6}, False, "float32"),
+    "maskgit_autocast": ({**MDLM, "num_pre_layers": 6}, False, "bfloat16"),
+    "image_mlp": ({}, False, "float32"),
+    "image_mlp_checkpointed": ({"dropout": 0.0}, True, "float32"),
+    "image_diagonal_autocast": ({"input_injection": "diagonal"}, False, "bfloat16"),
+}
+
+
+@pytest.mark.parametrize(("name", "kept"), [*((name, None) for name in IMAGE_SETTINGS), ("image_mlp", 1)])
+def test_the_peak_of_images_is_within_a_tenth_of_the_allocators(name, kept):
+    overrides, checkpointing, dtype = IMAGE_SETTINGS[name]
+    check_peak(small_image_config(**overrides), 4 * BATCH, checkpointing, dtype, kept)
+
+
 @pytest.mark.parametrize(("name", "kept"), [*((name, None) for name in SETTINGS), ("mlp", 1), ("linear_in_time", 0)])
 def test_the_peak_is_within_a_tenth_of_the_allocators(name, kept):
     overrides, checkpointing, dtype = SETTINGS[name]
-    config = small_config(**overrides)
-    masked = torch.rand(BATCH, LENGTH, generator=torch.Generator().manual_seed(0)) < 0.5
+    check_peak(small_config(**overrides), BATCH, checkpointing, dtype, kept)
+
+
+def check_peak(config, batch_size: int, checkpointing: bool, dtype: str, kept: int | None) -> None:
+    masked = torch.rand(batch_size, LENGTH, generator=torch.Generator().manual_seed(0)) < 0.5
     measured = allocated_peak(lambda: train(config, checkpointing, dtype, masked, kept))
     computed = training_memory(
-        config, BATCH, LENGTH, iterations=3, positions=int(masked.sum()), queries=int(masked.sum(1).max()),
+        config, batch_size, LENGTH, iterations=3, positions=int(masked.sum()), queries=int(masked.sum(1).max()),
         checkpointing=checkpointing, kept_iterations=kept, dtype=dtype, device="cpu",
     )  # fmt: skip
     assert computed["peak"] == pytest.approx(measured, rel=0.1)

@@ -57,6 +57,18 @@ def test_yaml_folder_and_json(tmp_path, capsys):
     assert model["runs"][0]["cost"] is None and model["runs"][0]["tokens"] == 1_000_000 * 8 * 8
 
 
+def test_images(capsys):
+    argv = ["--gpus", "1", "--batch_size", "128", "--budgets", "48", "--model", "maskgit_large", "fp_maskgit"]
+    found = estimate_cost.main([*argv, str(RECIPES / "configs/fp_maskgit_imagenette.yaml")])
+    assert "186,221,569" in capsys.readouterr().out
+    assert found[1] == {**found[2], "model": "fp_maskgit"}
+    assert [[row["run"].split()[0] for row in model["runs"]] for model in found[:2]] == [
+        ["pretraining"], ["pretraining", "consistency", "conversion"]
+    ]  # fmt: skip
+    assert found[0]["runs"][0]["tokens"] == 50_000 * 128 * 256
+    assert [model["sampling"][0]["num_steps"] for model in found[:2]] == [2, 4]
+
+
 def test_what_makes_a_run_longer_or_fit():
     def run(*argv):
         return estimate_cost.main(["--model", "mdlm", *SHORT, *argv])[0]
