@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Computed peak memory against what PyTorch's allocator reports."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,6 +11,7 @@ from fpmgm import FPMaskGITConfig, FPMaskGITModel, FPMDLMConfig, FPMDLMForMasked
 from fpmgm.analysis.cost import count_parameters
 from fpmgm.analysis.measured import allocated_peak
 from fpmgm.analysis.memory import ENGINES, training_memory
+from fpmgm.models.noise import arccos_ratio
 
 
 MDLM = {"num_pre_layers": 4, "num_fixed_point_layers": 0, "num_post_layers": 0}
@@ -99,6 +103,42 @@ def check_peak(config, batch_size: int, checkpointing: bool, dtype: str, kept: i
     assert computed["peak"] == pytest.approx(measured, rel=0.1)
     parts = {part: size for part, size in computed.items() if part != "peak"}
     assert computed["peak"] == sum(parts.values())
+
+
+IMAGE = {"num_pre_layers": 4, "num_fixed_point_layers": 1, "num_post_layers": 4}
+MEASURED = {  # steps of benchmarks/training_cost.py, at the paper's sizes
+    "MDLM": FPMDLMConfig(**{**MDLM, "num_pre_layers": 12}),
+    "FP-MDLM mlp": FPMDLMConfig(),
+    "FP-MDLM mlp, 3 kept": FPMDLMConfig(),
+    "FP-MDLM mlp, checkpointed": FPMDLMConfig(),
+    "FP-MDLM diagonal": FPMDLMConfig(input_injection="diagonal"),
+    "MaskGIT-24": FPMaskGITConfig(**{**MDLM, "num_pre_layers": 24}),
+    "MaskGIT-12": FPMaskGITConfig(**{**MDLM, "num_pre_layers": 12}),
+    "FP-MaskGIT mlp": FPMaskGITConfig(**IMAGE),
+    "FP-MaskGIT mlp, 3 kept": FPMaskGITConfig(**IMAGE),
+    "FP-MaskGIT diagonal": FPMaskGITConfig(**IMAGE, input_injection="diagonal"),
+}
+
+
+@pytest.mark.parametrize("file", ["training_cost_cpu", "training_memory_cpu_text", "training_memory_cpu_images"])
+def test_peaks_of_the_papers_models_are_near_the_measured_ones(file):
+    result = json.loads((Path(__file__).parents[2] / f"benchmarks/results/{file}.json").read_text())
+    batch_size, compared = result["arguments"]["batch_size"], 0
+    for name in MEASURED.keys() & result["peak_memory_mib"].keys():
+        config = MEASURED[name]
+        length = config.max_position_embeddings
+        times = (torch.arange(batch_size) + 0.5) / batch_size
+        shares = times if config.model_type == "fpmdlm" else arccos_ratio(times)
+        checkpointing = "checkpointed" in name
+        computed = training_memory(
+            config, batch_size, length, positions=float(shares.sum() * length), queries=float(shares.max() * length),
+            checkpointing=checkpointing, kept_iterations=3 if "3 kept" in name else None, device="cpu",
+            ema=False,
+        )  # fmt: skip
+        near = pytest.approx(result["peak_memory_mib"][name], rel=0.1 if checkpointing else 0.05)
+        assert computed["peak"] / 2**20 == near, name
+        compared += 1
+    assert compared >= 4
 
 
 def test_weights_and_their_copies():
