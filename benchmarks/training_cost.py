@@ -255,8 +255,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
 def optimizer_seconds(model, device: str) -> float:
     """Median time of AdamW's fused step."""
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+    make_zero_gradients(model)
     times = []
     for _ in range(3):
         start = now(device)
@@ -264,6 +263,12 @@ def optimizer_seconds(model, device: str) -> float:
         times.append(now(device) - start)
     model.zero_grad()
     return statistics.median(times)
+
+
+def make_zero_gradients(model) -> None:
+    """Gradients for an optimizer's step that changes little."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
 
 
 def peak_bytes(name: str, args: argparse.Namespace) -> int:
@@ -280,8 +285,7 @@ def whole_step(name: str, args: argparse.Namespace) -> None:
     if args.compile:
         compile_blocks(trainer.model)
     optimizer = torch.optim.AdamW(trainer.model.parameters(), fused=True)
-    for parameter in trainer.model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+    make_zero_gradients(trainer.model)
     optimizer.step()
     optimizer.zero_grad()
     trainer.model.zero_grad = lambda: None

@@ -10,7 +10,6 @@ A model is one of the presets, a folder, a hub name, or a recipe's YAML with the
 but for `--hardware cpu`, which times a product and a copy. What is exact and what is an estimate: docs/cost.md.
 """
 
-import copy
 import json
 import os
 import time
@@ -23,6 +22,7 @@ import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
 from fpmgm import FPMaskGITConfig, FPMDLMConfig, plan_budget
+from fpmgm.analysis.architecture import architecture
 from fpmgm.analysis.cost import Work, count_parameters, training_work
 from fpmgm.analysis.memory import ENGINES, NARROW, training_memory
 from fpmgm.analysis.planning import (
@@ -175,16 +175,16 @@ def load_config(name: str, vocab_size: int) -> PreTrainedConfig:
         {f.name for f in fields(kind)} & set(kind.__annotations__) for kind in (FPMDLMConfig, FPMaskGITConfig)
     )
     is_image = bool(values.keys() & (of_images - of_text))
-    architecture = {key: value for key, value in values.items() if key in (of_images if is_image else of_text)}
-    if "num_pre_layers" not in architecture:
+    described = {key: value for key, value in values.items() if key in (of_images if is_image else of_text)}
+    if "num_pre_layers" not in described:
         raise ValueError(
             f"`model`={name!r} does not set `num_pre_layers`: give a YAML that describes an architecture, or the "
             "model that this one starts from."
         )
     if is_image:
-        return FPMaskGITConfig(**architecture)
+        return FPMaskGITConfig(**described)
     size = values["tokenizer_vocab_size"] if values.get("tokenizer", "") is None else vocab_size
-    return FPMDLMConfig(**{"vocab_size": size, "mask_token_id": size - 1, **architecture})
+    return FPMDLMConfig(**{"vocab_size": size, "mask_token_id": size - 1, **described})
 
 
 def measure_cpu(dtype: str) -> Hardware:
@@ -228,9 +228,9 @@ def estimate(name: str, config: PreTrainedConfig, args: CostArguments, hardware:
 
 def memory(config: PreTrainedConfig, length: int, args: CostArguments, hardware: Hardware) -> list[dict]:
     """The peak on a GPU for each engine, without and with checkpointing, and the largest micro-batch that fits."""
-    groups = args.gpus * args.micro_batches
+    groups, area = args.gpus * args.micro_batches, architecture(config).masked_area
     # Antithetic times: a micro-batch's are neighbours, at worst those next to 0 or 1.
-    largest_share = max(masked_share(config.model_type, start, 1 / groups) for start in (0, 1 - 1 / groups))
+    largest_share = max(masked_share(area, start, 1 / groups) for start in (0, 1 - 1 / groups))
 
     def peak(micro_batch_size: int, engine: str, checkpointing: bool) -> dict[str, float]:
         return training_memory(
@@ -269,9 +269,7 @@ def run(config: PreTrainedConfig, kind: str, length: int, args: CostArguments, s
         steps = args.steps
     teacher = None
     if method == "conversion":
-        teacher = copy.deepcopy(config)
-        for name, count in TEACHERS[config.model_type].items():
-            setattr(teacher, name, count)
+        teacher = type(config)(**{**config.to_dict(), **TEACHERS[config.model_type]})
 
     def work(share: float) -> dict[str, Work]:
         return method_work(
@@ -279,12 +277,12 @@ def run(config: PreTrainedConfig, kind: str, length: int, args: CostArguments, s
             args.checkpointing, args.num_kept_iterations, NARROW[args.dtype],
         )  # fmt: skip
 
-    slowest = work(largest_masked_share(args.gpus, args.micro_batches, model_type=config.model_type))
+    area = architecture(config).masked_area
+    slowest = work(largest_masked_share(args.gpus, args.micro_batches, area=area))
     optimizer = {"optimizer": slowest.pop("optimizer")}
     duration = args.micro_batches * seconds(slowest, *speed) + seconds(optimizer, *speed)
     hours = steps * duration / 3600
-    mean = work(masked_share(config.model_type, start=0, width=1))
-    flops = sum(part.flops for part in mean.values()) * args.gpus * args.micro_batches
+    flops = sum(part.flops for part in work(area(1)).values()) * args.gpus * args.micro_batches
     return {
         "run": kind,
         "steps": steps,

@@ -6,6 +6,7 @@ Shapes: B batch, L length, D hidden size, C conditioning size, I intermediate si
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from ..models.block_fpmdlm import TIMESTEP_FREQUENCIES
@@ -82,7 +83,8 @@ class Injection(NamedTuple):
 class Architecture(NamedTuple):
     """A denoiser: `pre`, `shared` and `post` blocks, `embeddings` weights beside those of the `vocabulary` tokens,
     `conditioning` maps that make the conditioning vector, of one sequence or (`per_sequence`) of each, `registers`
-    positions beside the tokens; a training step masks `masked_share` of the tokens in the mean."""
+    positions beside the tokens; `masked_area(t)` is the integral from 0 to t of the masked share over training's
+    times, which are uniform in [0, 1): at 1 it is the mean share."""
 
     block: Block
     pre: int
@@ -99,7 +101,7 @@ class Architecture(NamedTuple):
     final_modulation: Linear
     final_norm: int
     dropout: bool
-    masked_share: float
+    masked_area: Callable[[float], float]
 
 
 def architecture(config) -> Architecture:
@@ -126,6 +128,31 @@ def architecture(config) -> Architecture:
     return ARCHITECTURES[model_type](config)
 
 
+def text_area(t: float) -> float:
+    """∫₀ᵗ s ds."""
+    return t * t / 2
+
+
+def image_area(t: float) -> float:
+    """∫₀ᵗ arccos(s)/(π/2) ds."""
+    return (t * math.acos(t) - math.sqrt(1 - t * t) + 1) / (math.pi / 2)
+
+
+def _architecture(config, **own) -> Architecture:
+    """What all configurations say alike, and what is a model's `own`."""
+    return Architecture(
+        pre=config.num_pre_layers,
+        shared=config.num_fixed_point_layers,
+        post=config.num_post_layers,
+        hidden=config.hidden_size,
+        vocabulary=config.vocab_size,
+        tied=config.tie_word_embeddings,
+        injection=_injection(config) if config.num_fixed_point_layers else None,
+        dropout=config.dropout > 0,
+        **own,
+    )
+
+
 def _fpmdlm(config) -> Architecture:
     size, conditioning, inner = config.hidden_size, config.conditioning_size, config.intermediate_size
     modulated = size if config.time_conditioning else 0  # the norm's output, where its vectors are not the norm's own
@@ -144,23 +171,16 @@ def _fpmdlm(config) -> Architecture:
         widest=inner,
         passes=(26 * size + 2 * inner, 50 * size + 5 * inner),
     )
-    return Architecture(
+    return _architecture(
+        config,
         block=block,
-        pre=config.num_pre_layers,
-        shared=config.num_fixed_point_layers,
-        post=config.num_post_layers,
-        hidden=size,
-        vocabulary=config.vocab_size,
-        tied=config.tie_word_embeddings,
         embeddings=0,
         conditioning=(Linear(TIMESTEP_FREQUENCIES, conditioning), Linear(conditioning, conditioning)),
         per_sequence=config.time_conditioning,
         registers=0,
-        injection=_injection(config) if config.num_fixed_point_layers else None,
         final_modulation=Linear(conditioning, 2 * size),
         final_norm=size,
-        dropout=config.dropout > 0,
-        masked_share=1 / 2,
+        masked_area=text_area,
     )
 
 
@@ -189,23 +209,16 @@ def _fpmaskgit(config) -> Architecture:
         # With a GPU's kernel for RMS norms. A CPU has none: there a norm is many passes.
         passes=(28 * size + 5 * inner, 76 * size + (22 if config.dropout else 12) * inner),
     )  # fmt: skip
-    return Architecture(
+    return _architecture(
+        config,
         block=block,
-        pre=config.num_pre_layers,
-        shared=config.num_fixed_point_layers,
-        post=config.num_post_layers,
-        hidden=size,
-        vocabulary=config.vocab_size,
-        tied=config.tie_word_embeddings,
         embeddings=(config.max_position_embeddings + config.num_classes + 1 + config.num_register_tokens) * size,
         conditioning=(),
         per_sequence=True,
         registers=config.num_register_tokens,
-        injection=_injection(config) if config.num_fixed_point_layers else None,
         final_modulation=Linear(size, 2 * size),
         final_norm=2 * size,
-        dropout=config.dropout > 0,
-        masked_share=2 / math.pi,
+        masked_area=image_area,
     )
 
 

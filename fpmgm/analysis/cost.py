@@ -275,7 +275,7 @@ def training_work(
     """
     iterations = sum(config.grad_iterations) / 2 if iterations is None else iterations
     no_grad_iterations = sum(config.no_grad_iterations) / 2 if no_grad_iterations is None else no_grad_iterations
-    positions = batch_size * length * architecture(config).masked_share if positions is None else positions
+    positions = batch_size * length * architecture(config).masked_area(1) if positions is None else positions
     again = 0.0
     if kept_iterations is not None and not checkpointing:
         low, high = config.grad_iterations

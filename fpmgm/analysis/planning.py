@@ -6,10 +6,12 @@ Shapes: B batch, L length, V vocabulary, P positions with logits, Q queries of a
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
+from .architecture import text_area
 from .cost import PARTS, WIDE, Work, denoiser_work, logits_work, training_work
 
 
@@ -68,20 +70,20 @@ def method_work(
     return {**parts, "teacher": work}
 
 
-# ∫ of the masked share of a time from 0, by `model_type`: times are uniform, and their share is t, or arccos(t)/(π/2).
-AREAS = {
-    "fpmdlm": lambda t: t * t / 2,
-    "fpmaskgit": lambda t: (t * math.acos(t) - math.sqrt(1 - t * t) + 1) / (math.pi / 2),
-}
+def masked_share(area: Callable[[float], float], start: float, width: float) -> float:
+    """The mean masked share of sequences whose times fill [start, start + width), beyond 1 again from 0.
 
-
-def masked_share(model_type: str, start: float, width: float) -> float:
-    """The mean masked share of sequences whose times fill [start, start + width), beyond 1 again from 0."""
-    area, beyond = AREAS[model_type], max(0.0, start + width - 1)
+    Args:
+        area (`Callable`): The architecture's `masked_area`.
+        start, width (`float`): In [0, 1) and (0, 1].
+    """
+    beyond = max(0.0, start + width - 1)
     return (area(min(1.0, start + width)) - area(start) + area(beyond)) / width
 
 
-def largest_masked_share(ranks: int, micro_batches: int = 1, shifts: int = 32, model_type: str = "fpmdlm") -> float:
+def largest_masked_share(
+    ranks: int, micro_batches: int = 1, shifts: int = 32, area: Callable[[float], float] = text_area
+) -> float:
     """The masked share of the rank that has most to do, a mean over steps; all wait for it.
 
     The antithetic times of a step follow the order of its sequences, (micro-batch, rank), so that a rank's sequences
@@ -91,7 +93,7 @@ def largest_masked_share(ranks: int, micro_batches: int = 1, shifts: int = 32, m
         ranks (`int`): Processes.
         micro_batches (`int`, defaults to 1): Micro-batches of each in an optimizer step.
         shifts (`int`, defaults to 32): Shifts of the times that the mean is taken over.
-        model_type (`str`, defaults to `"fpmdlm"`): Of the model, whose kind has its own share for a time.
+        area (`Callable`, defaults to text models'): The architecture's `masked_area`.
 
     >>> largest_masked_share(1), round(largest_masked_share(8), 2)
     (0.5, 0.88)
@@ -100,7 +102,7 @@ def largest_masked_share(ranks: int, micro_batches: int = 1, shifts: int = 32, m
     means = []
     for shift in ((i + 0.5) / shifts for i in range(shifts)):
         places = [[(m * ranks + r) * width for m in range(micro_batches)] for r in range(ranks)]
-        shares = [[masked_share(model_type, (shift + p) % 1, width) for p in rank] for rank in places]
+        shares = [[masked_share(area, (shift + p) % 1, width) for p in rank] for rank in places]
         means.append(max(sum(rank) / micro_batches for rank in shares))
     return sum(means) / shifts
 

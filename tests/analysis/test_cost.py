@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fpmgm import FPMaskGITConfig, FPMaskGITModel, FPMDLMConfig, FPMDLMForMaskedDiffusion
+from fpmgm.analysis.architecture import image_area
 from fpmgm.analysis.cost import count_parameters, denoiser_work, training_work
 from fpmgm.analysis.measured import counted_flops
 from fpmgm.analysis.planning import (
@@ -216,16 +217,12 @@ def test_flops_of_the_trainers_with_a_teacher_are_those_that_pytorch_counts(meth
 def test_parameters_are_those_of_the_models():
     assert count_parameters(FPMDLMConfig(**{**MDLM, "num_pre_layers": 12}))["total"] == 169_627_218
     assert count_parameters(FPMDLMConfig())["total"] == 104_659_794
-    for overrides, _ in ARCHITECTURES.values():
-        config = tiny_config(**overrides)
-        with torch.device("meta"):
-            model = FPMDLMForMaskedDiffusion(config)
-        assert count_parameters(config)["total"] == model.num_parameters()
     assert count_parameters(FPMaskGITConfig())["total"] == 186_221_569
-    for overrides, _ in IMAGE_ARCHITECTURES.values():
-        config = tiny_image_config(**overrides)
+    text = [(FPMDLMForMaskedDiffusion, tiny_config(**overrides)) for overrides, _ in ARCHITECTURES.values()]
+    images = [(FPMaskGITModel, tiny_image_config(**overrides)) for overrides, _ in IMAGE_ARCHITECTURES.values()]
+    for model_class, config in text + images:
         with torch.device("meta"):
-            model = FPMaskGITModel(config)
+            model = model_class(config)
         assert count_parameters(config)["total"] == model.num_parameters()
     parts = count_parameters(FPMDLMConfig())
     assert parts.pop("total") == sum(parts.values())
@@ -319,9 +316,9 @@ def test_the_rank_with_most_to_do_has_less_of_it_with_more_micro_batches():
     assert largest_masked_share(8) > largest_masked_share(8, 2) > largest_masked_share(8, 8) > 0.5
     shares = arccos_ratio(times.double())
     largest = shares.mean(dim=(1, 3)).amax(dim=1).mean().item()
-    assert largest_masked_share(3, 2, 128, "fpmaskgit") == pytest.approx(largest, abs=2e-3)
-    assert largest_masked_share(1, model_type="fpmaskgit") == pytest.approx(2 / math.pi)
-    assert masked_share("fpmaskgit", 0.9, 0.2) == pytest.approx(
+    assert largest_masked_share(3, 2, 128, image_area) == pytest.approx(largest, abs=2e-3)
+    assert largest_masked_share(1, area=image_area) == pytest.approx(2 / math.pi)
+    assert masked_share(image_area, 0.9, 0.2) == pytest.approx(
         arccos_ratio((torch.linspace(0.9, 1.1, 20001).double()) % 1).mean().item(), abs=1e-4
     )
 
