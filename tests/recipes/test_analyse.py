@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recipe that analyses models, on tiny ones."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import AutoModel
 
+import analyse
 from fpmgm.analysis import masked_trajectory, measure_solver
 from fpmgm.conversion import layer_similarity
 from fpmgm.data import load_text, pack
@@ -17,7 +17,6 @@ from tests.evaluation.helpers import tiny_judge
 from tests.testing_utils import tiny_image_model, tiny_model
 
 
-RECIPE = Path(__file__).parents[2] / "recipes/analyse.py"
 FEW = [
     "--num_sequences",
     "3",
@@ -36,14 +35,6 @@ PICTURES = {"movement.png", "start_distances.png", "residuals.png", "lagged_dive
 
 
 @pytest.fixture
-def recipe():
-    spec = importlib.util.spec_from_file_location("recipe_analyse", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
 def folder(tmp_path) -> Path:
     """A fixed-point model and an explicit one that share a tokenizer, and some text."""
     tokenizer = tiny_judge().tokenizer
@@ -55,10 +46,10 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def test_text_is_analysed_once(folder, recipe, monkeypatch, capsys):
+def test_text_is_analysed_once(folder, monkeypatch, capsys):
     models = ["--model", str(folder / "fp"), str(folder / "plain"), "--text_files", str(folder / "text.txt")]
     argv = [*models, *FEW, "--device", "cpu", "--output_dir", str(folder / "out")]
-    found = recipe.main(argv)
+    found = analyse.main(argv)
     written = json.loads((folder / "out/analysis.json").read_text())
     assert written["models"]["fp"]["solver"] == found["models"]["fp"]["solver"]
     assert written["models"]["plain"]["solver"] is None and "torch" in written["provenance"]["versions"]
@@ -80,30 +71,30 @@ def test_text_is_analysed_once(folder, recipe, monkeypatch, capsys):
     torch.testing.assert_close(torch.tensor(written["models"]["fp"]["similarity"]), similarity, rtol=1e-3, atol=1e-3)
 
     for name in ("measure_solver", "lagged_divergence", "layer_similarity"):
-        monkeypatch.setattr(recipe, name, None)
-    again = recipe.main(argv)
+        monkeypatch.setattr(analyse, name, None)
+    again = analyse.main(argv)
     assert json.dumps(again) == json.dumps(found)
 
 
-def test_what_a_model_writes_is_analysed(folder, recipe, monkeypatch):
+def test_what_a_model_writes_is_analysed(folder, monkeypatch):
     image = tiny_image_model(scale=0.1, input_injection="diagonal")
     image.save_pretrained(folder / "image")
     argv = ["--model", str(folder / "image"), *FEW, "--device", "cpu", "--output_dir", str(folder / "out")]
-    found = recipe.main([*argv, "--guidance_scale", "2"])
+    found = analyse.main([*argv, "--guidance_scale", "2"])
     assert found["models"]["image"]["solver"]["shares"]["changed"][1] > 0
-    monkeypatch.setattr(recipe, "sampled_trajectory", None)
-    assert recipe.main([*argv, "--guidance_scale", "2"])["models"] == found["models"]
+    monkeypatch.setattr(analyse, "sampled_trajectory", None)
+    assert analyse.main([*argv, "--guidance_scale", "2"])["models"] == found["models"]
     with pytest.raises(TypeError):  # other sequences, which nobody has written yet
-        recipe.main(argv)
+        analyse.main(argv)
 
 
-def test_image_codes_are_analysed_with_their_classes(folder, recipe):
+def test_image_codes_are_analysed_with_their_classes(folder):
     image = tiny_image_model(scale=0.1, input_injection="diagonal")
     image.save_pretrained(folder / "image")
     rows = {"input_ids": torch.randint(0, 7, (3, 9)).tolist(), "class_labels": [0, 2, 1]}
     DatasetDict({"validation": Dataset.from_dict(rows)}).save_to_disk(folder / "codes")
     argv = ["--model", str(folder / "image"), "--codes_dir", str(folder / "codes"), *FEW]
-    found = recipe.main([*argv, "--device", "cpu", "--output_dir", str(folder / "out")])
+    found = analyse.main([*argv, "--device", "cpu", "--output_dir", str(folder / "out")])
     rows = Dataset.from_dict(rows).shuffle(seed=0).with_format("torch")[:3]
     states = masked_trajectory(image, rows["input_ids"], 4, rows["class_labels"], [0, 1, 2])
     expected = measure_solver(image, states).residuals.mean(dim=-1)
@@ -111,14 +102,14 @@ def test_image_codes_are_analysed_with_their_classes(folder, recipe):
     torch.testing.assert_close(torch.tensor(residuals), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_what_cannot_be_compared_is_refused(folder, recipe):
+def test_what_cannot_be_compared_is_refused(folder):
     other = tiny_model(vocab_size=12, mask_token_id=11)
     other.save_pretrained(folder / "other")
     quiet = ["--device", "cpu", "--output_dir", str(folder / "out")]
     with pytest.raises(ValueError, match="differ in \\(vocabulary, mask id\\)"):
-        recipe.main(["--model", str(folder / "fp"), str(folder / "other"), *quiet])
+        analyse.main(["--model", str(folder / "fp"), str(folder / "other"), *quiet])
     with pytest.raises(ValueError, match="two of one name"):
-        recipe.main(["--model", str(folder / "fp"), f"{folder}/./fp", *quiet])
+        analyse.main(["--model", str(folder / "fp"), f"{folder}/./fp", *quiet])
     argv = ["--model", str(folder / "fp"), "--text_files", str(folder / "text.txt"), "--num_sequences", "500"]
     with pytest.raises(ValueError, match="the data give 22 sequences, fewer than `num_sequences`=500"):
-        recipe.main([*argv, *quiet])
+        analyse.main([*argv, *quiet])

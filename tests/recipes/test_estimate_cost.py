@@ -2,20 +2,17 @@
 """The cost recipe as a person would use it."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+import estimate_cost
 from fpmgm.analysis.cost import count_parameters
 from tests.testing_utils import tiny_config
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-sys.path.append(str(RECIPES))
-
-import estimate_cost  # noqa: E402
 
 
 SHORT = ["--budgets", "24", "--batch_size", "64", "--gpus", "4"]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recipes that judge samples, on a tiny model under a tiny judge."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,21 +10,16 @@ from pathlib import Path
 import pytest
 from transformers import AutoModel
 
+import budget_report
+import frontier
+import likelihood
+import tune_sampling
 from fpmgm.evaluation import elbo_perplexity, perplexity_at_entropy
 from tests.evaluation.helpers import tiny_judge
 from tests.testing_utils import tiny_model
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-sys.path.append(str(RECIPES))  # recipes import their neighbours
-
-
-def load(name: str):
-    """A recipe under a name of its own: `evaluate` is also a package."""
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +47,7 @@ def test_the_budget_report_has_a_row_for_each_setting_and_says_how_it_was_made(f
     argv = arguments(folder, tmp_path, *models, "--reuse", "none", "3sr", "--top_p", "0.9", "1.0")
     argv += ["--num_samples", "4", "--text_files", str(folder / "text.txt")]
     argv += ["--reference_files", str(folder / "text.txt")]
-    found = load("evaluate").main(argv)
+    found = budget_report.main(argv)
     assert json.loads((tmp_path / "fp.json").read_text()) == found["fp"]
     rows = [(row.get("reuse"), row["top_p"], row["budget"]) for row in found["fp"]["rows"]]
     assert rows == [(r, p, b) for r in ("none", "3sr") for p in (0.9, 1.0) for b in (6, 12)]
@@ -72,14 +66,14 @@ def test_the_budget_report_has_a_row_for_each_setting_and_says_how_it_was_made(f
 def test_mauve_against_too_little_text_is_refused(folder, tmp_path):
     argv = arguments(folder, tmp_path, "--model", str(folder / "fp"), "--num_samples", "500", "--budgets", "6")
     with pytest.raises(ValueError, match="`reference_files` give 75 texts of 8 tokens, fewer than `num_samples`=500"):
-        load("evaluate").main([*argv, "--reference_files", str(folder / "text.txt")])
+        budget_report.main([*argv, "--reference_files", str(folder / "text.txt")])
 
 
 def test_the_frontier_compares_at_equal_entropy(folder, tmp_path, capsys):
     argv = arguments(folder, tmp_path, "--model", str(folder / "fp"), "--budgets", "6", "12", "--num_samples", "6")
     with pytest.raises(ValueError, match="give `temperature` or `top_p`"):
-        load("frontier").main(argv)
-    found = load("frontier").main([*argv, "--temperature", "0.2", "0.5", "1.0"])
+        frontier.main(argv)
+    found = frontier.main([*argv, "--temperature", "0.2", "0.5", "1.0"])
     assert json.loads((tmp_path / "frontier.json").read_text()) == found
     assert [p["label"] for p in found["curves"]["fp, budget 6"]] == [f"temperature {t}" for t in (0.2, 0.5, 1.0)]
     assert len(found["entropies"]) == 3
@@ -96,7 +90,7 @@ def test_likelihood_has_a_row_for_each_model_corpus_and_number_of_iterations(fol
     other.write_text("Pack my box with five dozen liquor jugs.\n" * 4)
     argv = ["--model", str(folder / "fp"), str(folder / "plain"), "--text_files", str(folder / "text.txt"), str(other)]
     argv += ["--iterations", "1", "4", "--num_draws", "2", "--device", "cpu", "--output_dir", str(tmp_path)]
-    rows = load("likelihood").main([*argv, "--blocks", "10"])["rows"]
+    rows = likelihood.main([*argv, "--blocks", "10"])["rows"]
     assert [(r["model"], r["corpus"], r["protocol"]["num_iterations"]) for r in rows] == [
         *(("fp", corpus, n) for corpus in ("text.txt", "other.txt") for n in (1, 4)),
         *(("plain", corpus, None) for corpus in ("text.txt", "other.txt")),
@@ -119,11 +113,11 @@ def test_tuning_stores_what_wins_and_generate_uses_it(folder, tmp_path):
     config_file = tmp_path / "fp" / "generation_config.json"
 
     # Nothing keeps that much entropy: the defaults stay.
-    found = load("tune_sampling").main([*argv, "--budgets", "24", "--min_entropy", "99"])
+    found = tune_sampling.main([*argv, "--budgets", "24", "--min_entropy", "99"])
     assert found["budgets"][0]["plan"] == {} and not found["budgets"][0]["kept"]
     assert json.loads(config_file.read_text())["tuned_plans"] == {}
 
-    found = load("tune_sampling").main([*argv, "--budgets", "24", "36", "--entropy_slack", "9"])
+    found = tune_sampling.main([*argv, "--budgets", "24", "36", "--entropy_slack", "9"])
     kept = {str(result["budget"]): result["plan"] for result in found["budgets"] if result["kept"]}
     assert kept and json.loads(config_file.read_text())["tuned_plans"] == kept
     for result in found["budgets"]:
@@ -139,9 +133,9 @@ def test_tuning_stores_what_wins_and_generate_uses_it(folder, tmp_path):
 @pytest.mark.slow
 def test_two_processes_report_what_one_does(folder, tmp_path):
     argv = ["--model", str(folder / "fp"), "--budgets", "6", "--num_samples", "7", "--reuse", "full"]
-    single = load("evaluate").main(arguments(folder, tmp_path / "one", *argv))
+    single = budget_report.main(arguments(folder, tmp_path / "one", *argv))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(RECIPES / "evaluate.py"), *arguments(folder, tmp_path / "two", *argv)]
+    command += [str(RECIPES / "budget_report.py"), *arguments(folder, tmp_path / "two", *argv)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(RECIPES.parent)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -4,7 +4,6 @@
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +14,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, JanusVQVAEConfig
 
+import convert_mdlm
+import digits
+import distill_sdtt
+import posttrain_consistency
+import train_imagenette
 from fpmgm.models.modeling_vqgan import VQGANModel
 from tests.conversion.test_maskgit import CLASSES, CODES, SIDE, original_state
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-sys.path.append(str(RECIPES))  # last: recipes/evaluate.py has the name of a package
-
-import convert_mdlm  # noqa: E402
-import digits  # noqa: E402
-import distill_sdtt  # noqa: E402
-import posttrain_consistency  # noqa: E402
-import train_imagenette  # noqa: E402
 
 
 SMALL = ["--hidden_size", "16", "--num_attention_heads", "2", "--intermediate_size", "24"]

@@ -3,7 +3,6 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,29 +14,27 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel
 
+import convert_mdlm
+import distill_sdtt
+import posttrain_consistency
+import prepare_images
+import quickstart
+import sample
+import sample_images
+import train_imagenette
+import train_owt
+import train_vq
 from fpmgm import FPMaskGITPipeline
 from fpmgm.data import train_tokenizer
 from fpmgm.trainers import ConsistencyConfig, ConversionConfig, ImageTokenizerConfig, MGMTrainingConfig, SDTTConfig
 from fpmgm.trainers.arguments import LoraArguments, parse_arguments
+from image_data import CodesArguments, PictureArguments
 from tests.testing_utils import tiny_config, tiny_image_model, tiny_image_tokenizer
+from text_data import DataArguments
+from train_and_export import OptionalStartArguments, StartArguments
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-sys.path.append(str(RECIPES))  # last: recipes/evaluate.py has the name of a package
-
-import convert_mdlm  # noqa: E402
-import distill_sdtt  # noqa: E402
-import posttrain_consistency  # noqa: E402
-import prepare_images  # noqa: E402
-import quickstart  # noqa: E402
-import sample  # noqa: E402
-import sample_images  # noqa: E402
-import train_imagenette  # noqa: E402
-import train_owt  # noqa: E402
-import train_vq  # noqa: E402
-from image_data import CodesArguments, PictureArguments  # noqa: E402
-from text_data import DataArguments  # noqa: E402
-from train_and_export import OptionalStartArguments, StartArguments  # noqa: E402
 
 
 SMALL = ["--hidden_size", "16", "--num_attention_heads", "2", "--intermediate_size", "32", "--conditioning_size", "8"]

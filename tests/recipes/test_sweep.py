@@ -1,36 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recipe of the sweeps: rows against plain loops, what it writes is used, what it has done it does not repeat."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
 from transformers import AutoModel
 
+import sweep
 from fpmgm.data import load_text, pack
 from fpmgm.evaluation import NGramJudge, unigram_entropy
 from fpmgm.models.budget import ALLOCATIONS, plan_budget
 from tests.evaluation.helpers import tiny_judge
 from tests.testing_utils import tiny_model
-
-
-RECIPES = Path(__file__).parents[2] / "recipes"
-sys.path.append(str(RECIPES))  # recipes import their neighbours
-
-
-def load(name: str):
-    """A recipe under a name of its own."""
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-sweep = load("sweep")
 
 
 def model_of(seed: int, **options):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The budget report: perplexity, entropy and cost of a checkpoint's samples under budgets, in the paper's layout.
 
-    python recipes/evaluate.py --model org/cofre-owt --budgets 96 192 384 768 --reuse none full 3sr
-    python recipes/evaluate.py --model quickstart/fp_mdlm --judge judges/SmolLM2-135M.gguf --num_samples 64
-    torchrun --nproc_per_node 8 recipes/evaluate.py --model org/cofre-owt --num_samples 5000
+    python recipes/budget_report.py --model org/cofre-owt --budgets 96 192 384 768 --reuse none full 3sr
+    python recipes/budget_report.py --model quickstart/fp_mdlm --judge judges/SmolLM2-135M.gguf --num_samples 64
+    torchrun --nproc_per_node 8 recipes/budget_report.py --model org/cofre-owt --num_samples 5000
 
 Writes NAME.json (with provenance) and NAME.md to `output_dir`, for each model. The same command goes on where it was
 interrupted. `--text_files` scores existing texts beside the samples, such as human ones.
