@@ -48,7 +48,7 @@ from fpmgm.trainers import (
     MGMTrainer,
     MGMTrainingConfig,
 )
-from fpmgm.trainers.batch import MicroBatch
+from fpmgm.trainers.batch import Noise
 
 
 MDLM = {"num_pre_layers": 12, "num_fixed_point_layers": 0, "num_post_layers": 0}
@@ -109,10 +109,10 @@ class PlainTrainer:
     def __init__(self, model):
         self.model = model
 
-    def micro_batch_loss(self, model, inputs, micro_batch):
+    def micro_batch_loss(self, model, inputs, noise):
         """The negative ELBO by a dense log-softmax."""
-        input_ids, t, config = inputs["input_ids"], to_device(micro_batch.t, model.device), model.config
-        masked = to_device(micro_batch.uniforms, model.device) < masked_probability(t)[:, None]
+        input_ids, t, config = inputs["input_ids"], to_device(noise.t, model.device), model.config
+        masked = to_device(noise.uniforms, model.device) < masked_probability(t)[:, None]
         noisy, _ = mask_tokens(input_ids, masked, config.mask_token_id)
         logits = model(noisy).logits.float()  # (B, L, V)
         logits[:, :, config.mask_token_id] += -1e6
@@ -173,17 +173,17 @@ def step(trainer, args: argparse.Namespace, seed: int, iterations: tuple[int, in
     if config.num_fixed_point_layers:
         drawn = dict(zip(("num_no_grad_iterations", "num_iterations"), iterations, strict=True))
         drawn["num_kept_iterations"] = trainer.args.num_kept_iterations
-    micro_batch = MicroBatch(
+    noise = Noise(
         key=(seed,),
         places=places,
         t=t,
         uniforms=torch.rand(shape, generator=generator),
         iterations=drawn,
-        share_of_positions=1.0,
-        share_of_a_sequence=1 / args.batch_size,
+        num_items=args.batch_size * shape[1],
+        num_sequences=args.batch_size,
     )
     with torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        loss, _ = trainer.micro_batch_loss(trainer.model, inputs, micro_batch)
+        loss, _ = trainer.micro_batch_loss(trainer.model, inputs, noise)
     loss.backward()
     trainer.model.zero_grad()
 

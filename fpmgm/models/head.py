@@ -12,6 +12,7 @@ Shapes: P positions, R positions of a chunk, D hidden size, V vocabulary.
 import functools
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -22,7 +23,45 @@ from transformers import initialization as init
 from .layers import wide
 
 
-LogitsLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
+LogitsLoss = Callable[[torch.Tensor, slice], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """A loss of the logits at P positions: Σ weight · (−log p(label)) + λ · `logits_loss`.
+
+    The mask id gets no probability (the SUBS parameterisation).
+
+    Args:
+        mask_token_id (`int`): The mask id.
+        labels (`torch.LongTensor`, *optional*): (P,) tokens to predict. `None`: no cross-entropy.
+        weights (`torch.Tensor`, *optional*): (P,) of the cross-entropies. `None`: 1.
+        logits_loss (`Callable`, *optional*): A further loss: maps (R, V) logits of some of the positions, the mask id
+            forbidden, and the slice of these positions to a scalar. `None`: none.
+        logits_loss_weight (`float`, defaults to 1): λ, at least 0.
+    """
+
+    mask_token_id: int
+    labels: torch.LongTensor | None = None
+    weights: torch.Tensor | None = None
+    logits_loss: LogitsLoss | None = None
+    logits_loss_weight: float = 1.0
+
+    def of_chunk(self, logits: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The loss of `logits` (R, V) of the positions `rows`, where the most likely id is the label, (R,) bool (empty
+        without labels), and what `logits_loss` gave."""
+        total = further = logits.new_zeros((), dtype=wide(logits.dtype))
+        hits = logits.new_zeros(0, dtype=torch.bool)
+        if self.logits_loss is not None:
+            logits = logits.to(wide(logits.dtype))
+            further = self.logits_loss(logits, rows)
+            total = total + self.logits_loss_weight * further
+        if self.labels is not None:
+            labels = self.labels[rows]
+            losses, likeliest = cross_entropy(logits, labels, overwrite=self.logits_loss is None)  # (R,)
+            total = total + (losses if self.weights is None else losses * self.weights[rows]).sum()
+            hits = likeliest == labels
+        return total, hits, further.detach()
 
 
 @functools.cache
@@ -84,17 +123,16 @@ def chunk_rows(vocab_size: int, device: torch.device) -> int:
 
 
 class LMHead(nn.Linear):
-    """(P, D) → (P, V); with a loss of the logits, its sum over chunks.
+    """(P, D) → (P, V), or what a [`HeadLoss`] makes of these logits, chunk by chunk.
 
     Args:
         hidden_size, vocab_size (`int`): D and V.
-        mask_token_id (`int`): Gets no probability in a loss.
         tied (`bool`): Whether the weight is the embedding's, whose start it keeps; otherwise it starts at 0.
     """
 
-    def __init__(self, hidden_size: int, vocab_size: int, mask_token_id: int, tied: bool):
+    def __init__(self, hidden_size: int, vocab_size: int, tied: bool):
         super().__init__(hidden_size, vocab_size)
-        self.mask_token_id, self.tied = mask_token_id, tied
+        self.tied = tied
 
     def initialize(self) -> None:
         """Weight and bias at 0, a tied weight left alone."""
@@ -102,72 +140,77 @@ class LMHead(nn.Linear):
         if not self.tied:
             init.zeros_(self.weight)
 
-    def forward(self, h: torch.Tensor, loss: LogitsLoss | None = None):
+    def forward(self, h: torch.Tensor, loss: HeadLoss | None = None):
         # A loss goes through the module's call like any other use of its weights: engines that shard them gather here.
-        if loss is None:
-            return super().forward(h)
-        return chunked_loss(h, self.weight, self.bias, self.mask_token_id, loss)
+        return super().forward(h) if loss is None else chunked_loss(h, self.weight, self.bias, loss)
+
+
+def head_loss(head: nn.Module, h: torch.Tensor, loss: HeadLoss) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`loss` of the logits of `h` (P, D), where the label is the most likely id, and what `logits_loss` gave."""
+    if isinstance(head, LMHead):
+        return head(h, loss)
+    return loss.of_chunk(forbid(head(h).clone(), loss.mask_token_id), slice(None))  # an adapter's: all at once
 
 
 @torch.compiler.disable
 def chunked_loss(
-    h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mask_token_id: int, loss: LogitsLoss
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Σ over chunks of `loss(logits, rows)[0]`, with exact gradients, and the (P,) statistics `loss` gives beside it.
+    h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, loss: HeadLoss
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`loss.of_chunk` summed over chunks, with exact gradients; its hits of all positions, (P,), and its further loss,
+    both without gradient.
 
     Args:
         h (`torch.Tensor`): (P, D) the head's input.
         weight, bias (`torch.Tensor`): (V, D) and (V,).
-        mask_token_id (`int`): Its logit is replaced: see [`forbid`].
-        loss (`Callable`): Maps (R, V) logits, of the products' type, and the slice of their rows to a scalar in
-            float32 or better and (R,) numbers that need no gradient.
+        loss ([`HeadLoss`]): Of logits in the products' type.
 
     Example:
 
     ```python
     >>> import torch
     >>> h, weight, bias = torch.randn(5, 4), torch.zeros(3, 4), torch.zeros(3)
-    >>> total, rows = chunked_loss(h, weight, bias, 2, lambda x, rows: (-x.log_softmax(1)[:, 0].sum(), x[:, 0]))
-    >>> round(total.item() / 5, 4), rows.shape  # log 2: two ids are left
+    >>> total, hits, _ = chunked_loss(h, weight, bias, HeadLoss(mask_token_id=2, labels=torch.zeros(5).long()))
+    >>> round(total.item() / 5, 4), hits.shape  # log 2: two ids are left
     (0.6931, torch.Size([5]))
 
     ```
     """
     if not torch.is_grad_enabled():  # which a function's own forward cannot see
         h, weight, bias = h.detach(), weight.detach(), bias.detach()
-    return _ChunkedLoss.apply(h, weight, bias, mask_token_id, loss)
+    return _ChunkedLoss.apply(h, weight, bias, loss)
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, weight, bias, mask_token_id, loss):
+    def forward(ctx, h, weight, bias, loss):
         needed = ctx.needs_input_grad[:3]
         dtype = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else weight.dtype
         h, weight_, bias_ = h.to(dtype), weight.to(dtype), bias.to(dtype)
         grads = [torch.zeros_like(x) if wanted else None for x, wanted in zip((h, weight, bias), needed, strict=True)]
-        total, statistics, size = h.new_zeros((), dtype=wide(dtype)), [], chunk_rows(len(weight), h.device)
+        total, further = h.new_zeros(2, dtype=wide(dtype))
+        hits, size = [], chunk_rows(len(weight), h.device)
         with torch.autocast(h.device.type, enabled=False):
             for start in range(0, max(1, len(h)), size):  # without any position the loss is 0, and so are gradients
                 rows = slice(start, start + size)
-                logits = forbid(F.linear(h[rows], weight_, bias_), mask_token_id)  # (R, V)
+                logits = forbid(F.linear(h[rows], weight_, bias_), loss.mask_token_id)  # (R, V)
                 with torch.enable_grad():
-                    part, statistic = loss(logits.requires_grad_(any(needed)), rows)
-                total += part.detach()
-                statistics.append(statistic.detach())
+                    part, hit, added = loss.of_chunk(logits.requires_grad_(any(needed)), rows)
+                total, further = total + part.detach(), further + added
+                hits.append(hit)
                 if any(needed):
                     (slope,) = torch.autograd.grad(part, logits)  # (R, V)
-                    slope[:, mask_token_id] = 0
+                    slope[:, loss.mask_token_id] = 0
                     _accumulate(grads, slope, h[rows], weight_, rows)
         ctx.save_for_backward(*grads)
-        statistics = torch.cat(statistics)
-        ctx.mark_non_differentiable(statistics)
-        return total, statistics
+        hits = torch.cat(hits)
+        ctx.mark_non_differentiable(hits, further)
+        return total, hits, further
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_total, _):
+    def backward(ctx, grad_total, *_):
         grads = [None if grad is None else (grad * grad_total).to(grad.dtype) for grad in ctx.saved_tensors]
-        return *grads, None, None
+        return *grads, None
 
 
 def _accumulate(grads: list, slope: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, rows: slice) -> None:

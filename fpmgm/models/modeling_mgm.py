@@ -21,7 +21,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import ModelOutput
 
 from .fixed_point import SOLVERS, FixedPointSolution, solve_adaptively, solve_fixed_point
-from .head import LMHead, LogitsLoss, cross_entropy, forbid
+from .head import HeadLoss, LMHead, LogitsLoss, head_loss
 from .injection import INJECTION_STARTS, INJECTIONS
 from .layers import IdentityLinear, Modulation, modulate, wide
 from .noise import IGNORE_INDEX
@@ -34,7 +34,8 @@ class MGMOutput(ModelOutput):
     """Output of a masked generative model.
 
     Args:
-        loss (`torch.Tensor`, scalar): Weighted cross-entropy per real position, when `labels` are given.
+        loss (`torch.Tensor`, scalar): Weighted cross-entropy per real position, when `labels` are given, and what a
+            `logits_loss` adds.
         logits (`torch.Tensor`): (B, L, V), or (P, V) at `logits_positions`; raw, with the mask column.
         last_hidden_state (`torch.Tensor`): (B, L, D) after the post-stack, before the final norm; (P, D) at
             `logits_positions`.
@@ -45,7 +46,7 @@ class MGMOutput(ModelOutput):
             stopped earlier.
         masked_accuracy (`torch.Tensor`, scalar): Share of the masked positions with a label whose most likely token
             is right.
-        logits_loss (`torch.Tensor`, scalar): What the `logits_loss` of the call added to `loss`, without gradient.
+        logits_loss (`torch.Tensor`, scalar): What the `logits_loss` of the call gave, without its weight or gradient.
         block_evaluations (`int`): Transformer blocks run for the sequence that took most.
     """
 
@@ -65,9 +66,12 @@ class DenoiserOptions(TypedDict, total=False):
 
     Args:
         loss_weights (`torch.Tensor`, *optional*): (B,) weight of a sequence's cross-entropy. `None`: 1.
-        logits_loss (`Callable`, *optional*): A further loss of the logits where there is a label. Called with (R, V)
-            logits of some of the P positions, the mask id forbidden, and the slice of these positions; gives a scalar.
-            `None`: none.
+        logits_loss (`Callable`, *optional*): A further loss of the logits where there is a label, or, without
+            `labels`, at `logits_positions`. Called with (R, V) logits of some of these P positions, the mask id
+            forbidden, and the slice of these positions; gives a scalar. `None`: none.
+        logits_loss_weight (`float`, defaults to 1): What `logits_loss` is multiplied by in the loss, at least 0.
+        num_items_in_batch (`int` or `float`, *optional*): Positions that the cross-entropy is divided by, say those
+            of a whole optimizer step. `None`: the real positions of this call.
         num_iterations (`int` or `torch.LongTensor`, *optional*): Iterations with gradient, or, without gradient,
             (B,) the most of each sequence. `None`: `num_fixed_point_iterations`.
         num_no_grad_iterations (`int`, defaults to 0): Iterations without gradient before them.
@@ -87,7 +91,9 @@ class DenoiserOptions(TypedDict, total=False):
     """
 
     loss_weights: torch.Tensor | None
-    logits_loss: Callable[[torch.Tensor, slice], torch.Tensor] | None
+    logits_loss: LogitsLoss | None
+    logits_loss_weight: float
+    num_items_in_batch: int | float | None
     num_iterations: int | torch.LongTensor | None
     num_no_grad_iterations: int
     num_kept_iterations: int | None
@@ -145,7 +151,7 @@ class MGMPreTrainedModel(PreTrainedModel):
         self.post_layers = nn.ModuleList([block(config) for _ in range(config.num_post_layers)])
         self.final_norm = norm
         self.final_modulation = Modulation(config.conditioning_size, config.hidden_size, 2)
-        self.lm_head = LMHead(config.hidden_size, vocab_size, config.mask_token_id, config.tie_word_embeddings)
+        self.lm_head = LMHead(config.hidden_size, vocab_size, config.tie_word_embeddings)
 
     def _denoise_once(
         self,
@@ -158,6 +164,8 @@ class MGMPreTrainedModel(PreTrainedModel):
         *,
         loss_weights=None,
         logits_loss=None,
+        logits_loss_weight=1.0,
+        num_items_in_batch=None,
         num_iterations=None,
         num_no_grad_iterations=0,
         num_kept_iterations=None,
@@ -173,7 +181,9 @@ class MGMPreTrainedModel(PreTrainedModel):
         `masked` (B, L) says which tokens are unknown; `h` (B, L, D) may have more positions after these (registers),
         `rotary` is whatever the model's blocks want to know of positions.
         """
-        self._check_options(num_iterations, num_no_grad_iterations, num_kept_iterations, solver)
+        self._check_options(
+            num_iterations, num_no_grad_iterations, num_kept_iterations, solver, labels, logits_loss, logits_positions
+        )
         length = masked.shape[1]
         bias = create_bidirectional_mask(config=self.config, inputs_embeds=h, attention_mask=attention_mask)
         selection = None
@@ -205,10 +215,11 @@ class MGMPreTrainedModel(PreTrainedModel):
         loss = accuracy = added = logits = None
         if output_logits or (output_logits is None and labels is None):
             logits = self.lm_head(normed)  # (B, L, V) or (P, V)
-        if labels is not None:
+        if labels is not None or logits_loss is not None:
             loss, accuracy, added = self._loss(
-                normed, labels, masked, selection, loss_weights, attention_mask, logits_loss
-            )
+                normed, labels, masked, selection, attention_mask, loss_weights, logits_loss, logits_loss_weight,
+                num_items_in_batch,
+            )  # fmt: skip
         iterations = 0 if solution is None else len(solution.residuals)
         return MGMOutput(
             loss=loss,
@@ -273,44 +284,43 @@ class MGMPreTrainedModel(PreTrainedModel):
         return modulate(self.final_norm(h), shift, scale)
 
     def _loss(
-        self, normed, labels, masked, selection, loss_weights, attention_mask, logits_loss
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Weighted cross-entropy summed over positions with a label, per real position; the share of the masked ones
-        guessed right; and what `logits_loss` added. The head runs where there is a label only. The mask id has no
-        probability (the SUBS parameterisation)."""
-        batch_size, length = labels.shape
-        real = batch_size * length if attention_mask is None else attention_mask.sum()
+        self, normed, labels, masked, selection, attention_mask, loss_weights, logits_loss, logits_loss_weight, items
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The loss at the positions with a label, or, without labels, at the selected ones; the share of the masked
+        ones guessed right; and what `logits_loss` gave."""
+        # 1. the positions: P of B·L
         if selection is None:
-            positions = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)  # (P,)
-            rows, labels, normed = positions // length, labels.flatten()[positions], normed.flatten(0, 1)[positions]
-            masked = masked.flatten()[positions]
+            positions, length = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1), labels.shape[1]
+            rows, columns = positions // length, positions % length
+            normed = normed[rows, columns]
         else:
-            rows, labels = selection.rows, labels[selection.rows, selection.columns]
-            masked = masked[selection.rows, selection.columns]
-        weights = None if loss_weights is None else loss_weights[rows]
-        further = []
+            rows, columns = selection.rows, selection.columns
+        # 2. the weight of each: its sequence's, shared out over the items
+        if items is None:
+            items = masked.numel() if attention_mask is None else attention_mask.sum()
+        weights = 1 if loss_weights is None else loss_weights[rows].to(wide(normed.dtype))
+        weights = normed.new_ones(len(rows), dtype=wide(normed.dtype)) * weights / items  # (P,)
+        # 3. logits and their loss, chunk by chunk
+        labels = None if labels is None else labels[rows, columns]
+        loss = HeadLoss(self.config.mask_token_id, labels, weights, logits_loss, logits_loss_weight)
+        total, hits, further = head_loss(self.lm_head, normed, loss)
+        # 4. what is reported
+        accuracy = None
+        if labels is not None:
+            masked = masked[rows, columns]
+            accuracy = (hits & masked).float().sum() / masked.float().sum().clamp(min=1)
+        return total, accuracy, further if logits_loss is not None else None
 
-        def loss(logits: torch.Tensor, chunk: slice) -> tuple[torch.Tensor, torch.Tensor]:
-            if logits_loss is not None:
-                logits = logits.to(wide(logits.dtype))
-            losses, likeliest = cross_entropy(logits, labels[chunk], overwrite=logits_loss is None)  # (R,)
-            total = (losses if weights is None else losses * weights[chunk]).sum() / real
-            if logits_loss is not None:
-                further.append(logits_loss(logits, chunk))
-                total = total + further[-1]
-            return total, likeliest == labels[chunk]
-
-        total, hits = self._head_loss(normed, loss)
-        added = torch.stack(further).sum().detach() if further else None
-        return total, (hits & masked).float().sum() / masked.float().sum().clamp(min=1), added
-
-    def _head_loss(self, normed: torch.Tensor, loss: LogitsLoss) -> tuple[torch.Tensor, torch.Tensor]:
-        if isinstance(self.lm_head, LMHead):
-            return self.lm_head(normed, loss)
-        logits = self.lm_head(normed).clone()  # a head that an adapter wraps: all at once
-        return loss(forbid(logits, self.config.mask_token_id), slice(None))
-
-    def _check_options(self, num_iterations, num_no_grad_iterations, num_kept_iterations, solver) -> None:
+    def _check_options(
+        self,
+        num_iterations,
+        num_no_grad_iterations,
+        num_kept_iterations,
+        solver,
+        labels,
+        logits_loss,
+        logits_positions,
+    ) -> None:
         least = 1 if self.fixed_point is not None else 0
         if isinstance(num_iterations, int) and num_iterations < least:
             raise ValueError(f"`num_iterations`={num_iterations} must be at least {least}.")

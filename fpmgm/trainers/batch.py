@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 
+from ..models.noise import stream_generator
+
 
 @dataclass(frozen=True)
 class GlobalBatch:
@@ -25,13 +27,13 @@ class GlobalBatch:
     offsets: list[int]
 
 
-class MicroBatch(NamedTuple):
-    """The noise of a micro-batch of B sequences, and its shares in the loss of the optimizer step.
+class Noise(NamedTuple):
+    """The noise of a micro-batch of B sequences, and what its sums are divided by.
 
     `places` (B,) in the global batch with seed `key`; times `t` (B,); `uniforms` (B, L), masked where small;
-    `iterations` of the solver, the same for all of the step (SJFB), with how many are kept. The shares are those of
-    this micro-batch's real positions and of one sequence, times the number of ranks, over which gradients are
-    averaged.
+    `iterations` of the solver, the same for all of the step (SJFB), with how many are kept. Sums over positions are
+    divided by `num_items`, sums over sequences by `num_sequences`: those of the whole optimizer step, per rank, since
+    gradients are averaged over ranks.
     """
 
     key: tuple
@@ -39,13 +41,17 @@ class MicroBatch(NamedTuple):
     t: torch.Tensor
     uniforms: torch.Tensor
     iterations: dict[str, int | None]
-    share_of_positions: float
-    share_of_a_sequence: float
+    num_items: float
+    num_sequences: float
 
     @property
     def share_of_sequences(self) -> float:
-        """The share of all its sequences."""
-        return len(self.places) * self.share_of_a_sequence
+        """Of the optimizer step: times it, a mean over this micro-batch is a part of the mean over all."""
+        return len(self.places) / self.num_sequences
+
+    def streams(self, purpose: str) -> list[torch.Generator]:
+        """A generator for each sequence, the same wherever it runs."""
+        return [stream_generator(*self.key, j, purpose) for j in self.places.tolist()]
 
 
 def place(samples: list[dict], key: tuple, accelerator: Accelerator) -> GlobalBatch:

@@ -5,30 +5,34 @@ holds, without gradient, at a cleaner state of the same sequence.
 Shapes: B batch, L length, D hidden size, P masked positions of the student.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import ModelOutput, logging
 
+from ..models.head import LogitsLoss
 from ..models.layers import IdentityLinear, wide
-from .batch import MicroBatch
+from ..models.transfer import to_device
+from .batch import Noise
 from .consistency_config import ConsistencyConfig
-from .distillation import check_head, denoise, divergence_from
-from .nested_trainer import NestedTrainer, Target
-from .shards import part_of, whole_from
+from .distillation import check_head, denoise, divergence_from, mean_over_sequences, nested_states, warmed_up
+from .mgm_trainer import MGMTrainer
+from .shards import part_from, part_of, whole_from
 
 
 logger = logging.get_logger(__name__)
 
-PROJECTION = "consistency_projection"  # what a model holds a learned projection as while it is trained
+PROJECTION = "consistency_projection"  # what a model holds a learned projection as; it is saved beside the model
+PROJECTION_FILE = "consistency_projection.safetensors"
 
 
-class ConsistencyTrainer(NestedTrainer):
+class ConsistencyTrainer(MGMTrainer):
     """Post-trains a model, fixed-point or explicit, on L_base + λ·L_cons.
 
     Args:
@@ -52,8 +56,6 @@ class ConsistencyTrainer(NestedTrainer):
     ```
     """
 
-    distance_name = "consistency"
-
     def __init__(self, model: nn.Module, args: ConsistencyConfig, **kwargs):
         if args.consistency_loss == "projected_cosine":
             if hasattr(model, "peft_config") or kwargs.get("peft_config") is not None:
@@ -64,6 +66,8 @@ class ConsistencyTrainer(NestedTrainer):
             projection = IdentityLinear(model.config.hidden_size, [[1.0]])
             projection.initialize()
             model.add_module(PROJECTION, projection.to(model.device, model.dtype))
+            names = {f"{PROJECTION}.{name}" for name, _ in projection.named_parameters()}
+            model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *names}
         if kwargs.get("eval_dataset") is None:
             args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
         if args.eval_strategy == IntervalStrategy.NO:
@@ -74,66 +78,71 @@ class ConsistencyTrainer(NestedTrainer):
         if args.stop_at_perplexity_increase is not None:
             self.add_callback(StopAtPerplexity(args.stop_at_perplexity_increase))
 
-    def teach(self, model, clean: dict, micro_batch: MicroBatch) -> Target:
-        """The model, or its average, with as many iterations as the student, all without gradient."""
-        iterations = {}
-        if self.model.config.num_fixed_point_layers:
-            drawn = micro_batch.iterations
-            iterations["num_iterations"] = drawn["num_no_grad_iterations"] + drawn["num_iterations"]
-        with self._averaged() if self.args.teacher == "ema" else nullcontext():
-            output = denoise(model, **clean, **iterations)
-            head = self.accelerator.unwrap_model(model).get_output_embeddings()
-            weight = bias = None
-            if self.args.consistency_loss == "logit_kl":
-                weight, bias = (whole_from(part_of(p).detach(), p) for p in (head.weight, head.bias))
-                if self.args.teacher == "ema":
-                    weight, bias = weight.clone(), bias.clone()  # the average's, which the model holds only here
-        return Target(output.last_hidden_state, output.normed_hidden_state, weight, bias)
+    def micro_batch_loss(self, model, batch: dict, noise: Noise) -> tuple[torch.Tensor, ModelOutput]:
+        """L_base + λ·L_cons: a mean over a sequence's masked positions, then over sequences."""
+        args = self.args
+        # 1. a noisier state for the student, a cleaner one for the teacher
+        noisy, clean, masked = nested_states(batch, noise, args.gap_range, self.corruption, self.noised)
+        weights = to_device(mean_over_sequences(masked, noise), noisy.input_ids.device)  # (P,)
+        # 2. the teacher: the model, or its average, with as many iterations as the student
+        with self._averaged() if args.teacher == "ema" else nullcontext():
+            target = denoise(model, **clean.seen(), **self._without_gradient(noise.iterations))
+            divergence = self._divergence_from(model, target, weights) if args.consistency_loss == "logit_kl" else None
+        # 3. the student
+        weight = warmed_up(args.consistency_weight, self.state.global_step, args.consistency_warmup_steps)
+        student = model(
+            **noisy.supervised(), **noise.iterations, num_items_in_batch=noise.num_items,
+            logits_loss=divergence, logits_loss_weight=weight,
+        )  # fmt: skip
+        # 4. the distance of their hidden states; that of their logits is in the loss already
+        loss, distance = student.loss, student.logits_loss
+        if divergence is None:
+            distance = (self.distances(student, target) * weights).sum()
+            loss = loss + weight * distance
+        self.record(consistency=distance / noise.share_of_sequences)
+        return loss, student
 
-    def distance_weight(self) -> float:
-        """λ, after its warm-up."""
-        return self.warmed_up(self.args.consistency_weight, self.args.consistency_warmup_steps)
-
-    def logits_loss(self, target: Target, weights: torch.Tensor) -> Callable | None:
-        """KL(p_t ‖ p_s), for `"logit_kl"`."""
-        if self.args.consistency_loss != "logit_kl":
-            return None
-        hidden, mask_token_id = target.normed_hidden_state, self.model.config.mask_token_id
-        return divergence_from(hidden, target.head_weight, target.head_bias, weights, mask_token_id)
-
-    def output_loss(self, student: ModelOutput, target: Target, weights: torch.Tensor) -> torch.Tensor:
-        """‖h_s − h_t‖², or 1 − cos(h_s, h_t), of the hidden states."""
+    def distances(self, student: ModelOutput, target: ModelOutput) -> torch.Tensor:
+        """‖h_s − h_t‖², or 1 − cos(h_s, h_t), of the hidden states at P positions: (P,)."""
         name = "last_hidden_state" if self.args.consistency_at == "last" else "normed_hidden_state"
         h, h_target = getattr(student, name), getattr(target, name)  # (P, D)
         if self.args.consistency_loss == "projected_cosine":
             h = getattr(self.model, PROJECTION)(h)
         h, h_target = h.to(wide(h.dtype)), h_target.to(wide(h.dtype))
         if self.args.consistency_loss != "hidden_mse":
-            distances = 1 - F.cosine_similarity(h, h_target, dim=-1)  # (P,)
-        elif self.args.consistency_reduction == "sum":
-            distances = (h - h_target).square().sum(dim=-1)
-        else:
-            distances = (h - h_target).square().mean(dim=-1)
-        return (distances * weights).sum()
+            return 1 - F.cosine_similarity(h, h_target, dim=-1)
+        squares = (h - h_target).square()
+        return squares.sum(dim=-1) if self.args.consistency_reduction == "sum" else squares.mean(dim=-1)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As [`MGMTrainer`] does; an export leaves out the learned projection."""
-        with nullcontext() if _internal_call else self._without_projection():
-            super().save_model(output_dir, _internal_call)
+    def _without_gradient(self, drawn: dict[str, int | None]) -> dict[str, int]:
+        """A teacher's iterations: as many as the student's `drawn` ones."""
+        if self.model.config.num_fixed_point_layers == 0:
+            return {}
+        return {"num_iterations": drawn["num_no_grad_iterations"] + drawn["num_iterations"]}
 
-    def push_to_hub(self, *args, **kwargs):
-        """As [`MGMTrainer`] does, without the learned projection."""
-        with self._without_projection():
-            return super().push_to_hub(*args, **kwargs)
+    def _divergence_from(self, model, target: ModelOutput, weights: torch.Tensor) -> LogitsLoss:
+        """KL(p_t ‖ p_s), with the head that `model` holds now."""
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        weight, bias = (whole_from(part_of(p).detach(), p) for p in (head.weight, head.bias))
+        if self.args.teacher == "ema":
+            weight, bias = weight.clone(), bias.clone()  # the average's, which the model holds only now
+        return divergence_from(target.normed_hidden_state, weight, bias, weights, self.model.config.mask_token_id)
 
-    @contextmanager
-    def _without_projection(self) -> Iterator[None]:
-        projection = self.model._modules.pop(PROJECTION, None)
-        try:
-            yield
-        finally:
-            if projection is not None:
-                self.model.add_module(PROJECTION, projection)
+    def save_beside(self, folder: Path) -> None:
+        """Also the learned projection."""
+        super().save_beside(folder)
+        if hasattr(self.model, PROJECTION):
+            parameters = getattr(self.model, PROJECTION).named_parameters()
+            projection = {name: whole_from(part_of(p).detach(), p).contiguous() for name, p in parameters}
+            if self.args.should_save:
+                save_file(projection, folder / PROJECTION_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and hasattr(self.model, PROJECTION):
+            saved = load_file(Path(checkpoint) / PROJECTION_FILE)
+            for name, parameter in getattr(self.model, PROJECTION).named_parameters():
+                part_of(parameter).data.copy_(part_from(saved[name], parameter))
 
 
 def _without_rule(args: ConsistencyConfig) -> None:

@@ -1,18 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adaptation of a converted model: a frozen teacher on the cleaner state (Section 3.4)."""
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
+from transformers.utils import ModelOutput
 
-from .batch import MicroBatch
+from ..models.transfer import to_device
+from .batch import Noise
 from .conversion_config import ConversionConfig
-from .distillation import check_teacher, denoise, divergence_from
-from .nested_trainer import NestedTrainer, Target
+from .distillation import (
+    check_teacher,
+    denoise,
+    divergence_from,
+    mean_over_sequences,
+    nested_states,
+    warmed_up,
+)
+from .mgm_trainer import MGMTrainer
 
 
-class ConversionTrainer(NestedTrainer):
+class ConversionTrainer(MGMTrainer):
     """Trains a student on L_base + λτ²·KL(teacher ‖ student), the mean over its masked positions.
 
     Args:
@@ -40,30 +47,27 @@ class ConversionTrainer(NestedTrainer):
     ```
     """
 
-    distance_name = "divergence"
-
     def __init__(self, model: nn.Module, args: ConversionConfig, teacher: nn.Module, **kwargs):
         check_teacher(teacher, model)
         super().__init__(model, args, **kwargs)
         self.teacher = teacher.to(self.args.device)
 
-    def teach(self, model, clean: dict, micro_batch: MicroBatch) -> Target:
-        """The frozen teacher."""
-        output = denoise(self.teacher, **clean)
-        head = self.teacher.get_output_embeddings()
-        return Target(output.last_hidden_state, output.normed_hidden_state, head.weight, head.bias)
-
-    def distance_weight(self) -> float:
-        """λ, after its warm-up."""
-        return self.warmed_up(self.args.distillation_weight, self.args.distillation_warmup_steps)
-
-    def logits_loss(self, target: Target, weights: torch.Tensor) -> Callable:
-        """τ²·KL(p_t ‖ p_s) at temperature τ."""
-        return divergence_from(
-            target.normed_hidden_state,
-            target.head_weight,
-            target.head_bias,
-            weights,
-            self.model.config.mask_token_id,
-            self.args.distillation_temperature,
+    def micro_batch_loss(self, model, batch: dict, noise: Noise) -> tuple[torch.Tensor, ModelOutput]:
+        """L_base + λτ²·KL(p_t ‖ p_s): a mean over a sequence's masked positions, then over sequences."""
+        args, head = self.args, self.teacher.get_output_embeddings()
+        # 1. a noisier state for the student, a cleaner one for the teacher
+        noisy, clean, masked = nested_states(batch, noise, args.gap_range, self.corruption, self.noised)
+        # 2. the frozen teacher, up to its head
+        hidden = denoise(self.teacher, **clean.seen()).normed_hidden_state  # (P, D)
+        # 3. the student, its logits beside the teacher's
+        weights = to_device(mean_over_sequences(masked, noise), hidden.device)  # (P,)
+        divergence = divergence_from(
+            hidden, head.weight, head.bias, weights, self.model.config.mask_token_id, args.distillation_temperature
         )
+        weight = warmed_up(args.distillation_weight, self.state.global_step, args.distillation_warmup_steps)
+        output = model(
+            **noisy.supervised(), **noise.iterations, num_items_in_batch=noise.num_items,
+            logits_loss=divergence, logits_loss_weight=weight,
+        )  # fmt: skip
+        self.record(divergence=output.logits_loss / noise.share_of_sequences)
+        return output.loss, output

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How each kind of model is masked in training, and how its losses are weighted.
 
-Shapes: B batch.
+Shapes: B batch, L length, P masked positions.
 """
 
 import math
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..models.noise import arccos_ratio, diffusion_time, loss_weight, masked_probability, stream_generator
+from ..models.noise import arccos_ratio, diffusion_time, loss_weight, mask_tokens, masked_probability
 from ..models.transfer import to_device
-from .batch import MicroBatch
+from .batch import Noise
 from .mgm_config import MGMTrainingConfig
 
 
@@ -21,57 +21,103 @@ class Corruption:
     """The schedule of one kind of model: t (B,) from uniforms, P(masked) at t, and its losses.
 
     `weights` (name → weight of a sequence's loss at t) begins with the default, which evaluation uses. The mean of
-    weight · P(masked) is 1, so that the loss per position is near the cross-entropy per masked token. `loss_on` says
-    where a loss may be taken.
+    weight · P(masked) is 1, so that the loss per position is near the cross-entropy per masked token.
     """
 
     time: Callable[[torch.Tensor], torch.Tensor]
     masked_probability: Callable[[torch.Tensor], torch.Tensor]
     weights: dict[str, Callable[[torch.Tensor], torch.Tensor]]
-    loss_on: tuple[str, ...]
 
     def weight(self, name: str | None) -> Callable[[torch.Tensor], torch.Tensor]:
         """The weight of this name. `None`: the default."""
         return self.weights[next(iter(self.weights)) if name is None else name]
 
 
-# By `model_type`. Of images, t is the masking ratio itself. Text copies its visible tokens: no loss there.
+# By `model_type`. Of images, t is the masking ratio itself.
 CORRUPTIONS = {
     "fpmdlm": Corruption(
         diffusion_time,
         masked_probability,
         {"elbo": loss_weight, "uniform": lambda t: torch.full_like(t, 2.0)},
-        ("masked",),
     ),
     "fpmaskgit": Corruption(
         arccos_ratio,
         lambda t: t,
         {"uniform": lambda t: torch.full_like(t, math.pi / 2)},
-        ("masked", "all"),
     ),
 }
 
 
-def check_loss(args: MGMTrainingConfig, model_type: str) -> None:
-    """Raise a `ValueError` for a loss that this kind of model does not have."""
-    corruption = CORRUPTIONS[model_type]
-    for name, allowed in (("loss_weighting", (None, *corruption.weights)), ("loss_on", corruption.loss_on)):
-        if getattr(args, name) not in allowed:
-            raise ValueError(f"`{name}`={getattr(args, name)!r} must be one of {allowed} for {model_type!r}.")
-
-
-def drop_classes(inputs: dict[str, torch.Tensor], micro_batch: MicroBatch, config) -> dict[str, torch.Tensor]:
-    """`inputs` with the null class for a share `class_dropout` of the sequences, each by its own stream.
+@dataclass(frozen=True)
+class NoisedBatch:
+    """Sequences of which a model sees a part.
 
     Args:
-        inputs (`dict`): A batch; without `class_labels` (B,) it is left alone.
-        micro_batch ([`MicroBatch`]): Places of its sequences.
+        input_ids (`torch.LongTensor`): (B, L) with the mask id where a token is hidden.
+        labels (`torch.LongTensor`): (B, L) the hidden tokens, -100 elsewhere.
+        positions (`torch.LongTensor`): (P,) indices into B·L where logits are wanted, on the CPU.
+        t (`torch.Tensor`): (B,) time.
+        weights (`torch.Tensor`): (B,) of the sequences' cross-entropies.
+        conditions (`dict`): What else the model is told: `attention_mask`, `class_labels`.
+    """
+
+    input_ids: torch.LongTensor
+    labels: torch.LongTensor
+    positions: torch.LongTensor
+    t: torch.Tensor
+    weights: torch.Tensor
+    conditions: dict[str, torch.Tensor]
+
+    def seen(self) -> dict[str, torch.Tensor]:
+        """A model's arguments, without what is to be found."""
+        seen = {"input_ids": self.input_ids, "timesteps": self.t, "logits_positions": self.positions}
+        return {**self.conditions, **seen}
+
+    def supervised(self) -> dict[str, torch.Tensor]:
+        """A model's arguments with the tokens to predict."""
+        return {**self.seen(), "labels": self.labels, "loss_weights": self.weights}
+
+
+def maskable(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(B, L) bool on the CPU: all but padding."""
+    if "attention_mask" in batch:
+        return batch["attention_mask"].bool().cpu()
+    return torch.ones(batch["input_ids"].shape, dtype=torch.bool)
+
+
+def noised(
+    batch: dict[str, torch.Tensor], masked: torch.Tensor, t: torch.Tensor, weights: torch.Tensor, mask_token_id: int
+) -> NoisedBatch:
+    """`batch` with the tokens at `masked` (B, L) hidden, at times `t` and with `weights` of the losses, both (B,).
+
+    With `masked` on the CPU, positions are found there and cost the device no wait.
+    """
+    input_ids = batch["input_ids"]
+    positions = masked.flatten().nonzero().squeeze(1).cpu()
+    masked, t, weights = (to_device(x, input_ids.device) for x in (masked, t, weights))
+    noisy, labels = mask_tokens(input_ids, masked, mask_token_id)
+    conditions = {name: x for name, x in batch.items() if name != "input_ids"}
+    return NoisedBatch(noisy, labels, positions, t, weights, conditions)
+
+
+def check_loss(args: MGMTrainingConfig, model_type: str) -> None:
+    """Raise a `ValueError` for a loss that this kind of model does not have."""
+    allowed = (None, *CORRUPTIONS[model_type].weights)
+    if args.loss_weighting not in allowed:
+        raise ValueError(f"`loss_weighting`={args.loss_weighting!r} must be one of {allowed} for {model_type!r}.")
+
+
+def drop_classes(batch: dict[str, torch.Tensor], noise: Noise, config) -> dict[str, torch.Tensor]:
+    """`batch` with the null class for a share `class_dropout` of the sequences, each by its own stream.
+
+    Args:
+        batch (`dict`): Without `class_labels` (B,) it is left alone.
+        noise ([`Noise`]): Places of its sequences.
         config: The model's, with `class_dropout` and `num_classes` where it has classes.
     """
-    if "class_labels" not in inputs:
-        return inputs
-    streams = (stream_generator(*micro_batch.key, j, "class") for j in micro_batch.places.tolist())
-    uniforms = torch.stack([torch.rand((), generator=stream) for stream in streams])  # (B,)
-    classes = inputs["class_labels"]
+    if "class_labels" not in batch:
+        return batch
+    uniforms = torch.stack([torch.rand((), generator=g) for g in noise.streams("class")])  # (B,)
+    classes = batch["class_labels"]
     dropped = to_device(uniforms < config.class_dropout, classes.device)
-    return {**inputs, "class_labels": classes.masked_fill(dropped, config.num_classes)}
+    return {**batch, "class_labels": classes.masked_fill(dropped, config.num_classes)}

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the trainers with a teacher share: the teacher's pass, distances at the student's masked positions, weights.
+"""What the trainers with a teacher share: two nested states of each sequence (Section 3.3, Appendix C.3.3), the
+teacher's pass, distances at the student's masked positions, their weights.
 
-Shapes: B batch, L length, D hidden size, V vocabulary, P positions, R positions of a chunk.
+Shapes: B batch, L length, D hidden size, V vocabulary, P masked positions of the student, R positions of a chunk.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,11 +15,35 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-from ..models.head import forbid, wide
-from ..models.transfer import to_device
+from ..models.head import LogitsLoss, forbid, wide
+from ..models.noise import MINIMUM_TIME, nested_masks
+from .batch import Noise
+from .corruption import Corruption, NoisedBatch, maskable
 
 
-DIVERGENCES = ("forward_kl", "reverse_kl")
+def nested_states(
+    batch: dict, noise: Noise, gap_range: list[float], corruption: Corruption, noised: Callable
+) -> tuple[NoisedBatch, NoisedBatch, torch.Tensor]:
+    """A noisier state for the student and a cleaner one for the teacher, whose mask is a part of the student's; both
+    want logits at the student's masked positions.
+
+    Args:
+        batch (`dict`): Clean sequences.
+        noise ([`Noise`]): Of the student.
+        gap_range (`list[float]`): The teacher's time is the student's less a gap drawn from it.
+        corruption ([`Corruption`]): Says what is masked at a time.
+        noised (`Callable`): Makes a state of `batch`, a mask and times.
+
+    Returns:
+        `tuple`: the student's and the teacher's [`NoisedBatch`], and the student's mask, (B, L) bool.
+    """
+    low, high = gap_range
+    gaps = low + (high - low) * torch.stack([torch.rand((), generator=g) for g in noise.streams("gap")])  # (B,)
+    t_clean = (noise.t - gaps).clamp(min=MINIMUM_TIME)
+    probabilities = (corruption.masked_probability(t) for t in (noise.t, t_clean))
+    masked, still_masked = nested_masks(noise.uniforms, *probabilities, maskable(batch))
+    student, teacher = noised(batch, masked, noise.t), noised(batch, still_masked, t_clean)
+    return student, replace(teacher, positions=student.positions), masked
 
 
 @torch.no_grad()
@@ -31,13 +57,19 @@ def denoise(model: Callable, **arguments: Any) -> ModelOutput:
         model.train(training)
 
 
-def mean_over_sequences(masked: torch.Tensor, share_of_a_sequence: float, device: torch.device) -> torch.Tensor:
-    """(P,) weights of the positions `masked` (B, L) that make a mean over each sequence's, then over all sequences.
+def mean_over_sequences(masked: torch.Tensor, noise: Noise) -> torch.Tensor:
+    """(P,) weights of the positions `masked` (B, L) that make a mean over each sequence's, then over all sequences of
+    the optimizer step.
 
     A sequence with nothing masked has no part in it.
     """
     counts = masked.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
-    return to_device((share_of_a_sequence / counts).expand(masked.shape)[masked].float(), device)
+    return (1 / (noise.num_sequences * counts)).expand(masked.shape)[masked].float()
+
+
+def warmed_up(weight: float, step: int, warmup_steps: int) -> float:
+    """`weight` at optimizer step `step` (the first is 0), after growing linearly over the first `warmup_steps`."""
+    return weight * min(1.0, (step + 1) / max(1, warmup_steps))
 
 
 class _Divergence(torch.autograd.Function):
@@ -83,19 +115,19 @@ def divergence_from(
     mask_token_id: int,
     temperature: float = 1.0,
     kind: str = "forward_kl",
-) -> Callable[[torch.Tensor, slice], torch.Tensor]:
+) -> LogitsLoss:
     """A loss of the student's logits, chunk by chunk: their weighted divergence from the teacher's.
 
     The teacher's logits are made for the same chunk from its head's input: neither model's are ever held whole.
 
     Args:
-        hidden (`torch.Tensor`): (P, D) input of the teacher's head at the student's masked positions.
+        hidden (`torch.Tensor`): (P, D) input of the teacher's head.
         head_weight, head_bias (`torch.Tensor`): The teacher's head, (V, D) and (V,). Not through the head's call: it
             may be the student's own, which is inside its call when this loss is made.
         weights (`torch.Tensor`): (P,).
         mask_token_id (`int`): Gets no probability from the teacher.
         temperature (`float`, defaults to 1): τ.
-        kind (`str`, defaults to `"forward_kl"`): One of `DIVERGENCES`.
+        kind (`str`, defaults to `"forward_kl"`): Or `"reverse_kl"`.
     """
 
     def loss(logits: torch.Tensor, rows: slice) -> torch.Tensor:

@@ -7,7 +7,6 @@ from transformers import TrainingArguments
 
 
 LOSS_WEIGHTINGS = ("elbo", "uniform")
-LOSS_ON = ("masked", "all")
 
 
 @dataclass
@@ -27,8 +26,6 @@ class MGMTrainingConfig(TrainingArguments):
             text only; `"uniform"` gives every masked position the same weight. Both have the same best model; without
             rare large weights of small t, gradients are less noisy, which helps small batches. `None`: `"elbo"` for
             text, `"uniform"` for images, as always in evaluation.
-        loss_on (`str`, defaults to `"masked"`): Positions with a loss: `"masked"`, or, for images, `"all"`, visible
-            ones too, with weight 1 (Halton-MaskGIT's choice). Evaluation is always on masked ones.
         num_kept_iterations (`int`, *optional*): Of the solver's iterations with gradient, whose number is drawn for
             each optimizer step, the last this many keep their activations; earlier ones run again in the backward
             pass. Peak memory is then that of this many iterations, and only the steps that drew more pay for it.
@@ -59,7 +56,6 @@ class MGMTrainingConfig(TrainingArguments):
             "help": "elbo: weight 1/t, the bound's (default for text); uniform: every masked position alike (images)."
         },
     )
-    loss_on: str = field(default="masked", metadata={"help": "masked, or all positions (images only)."})
     num_kept_iterations: int | None = field(
         default=None,
         metadata={"help": "Iterations with gradient that keep their activations; earlier ones run again. null: all."},
@@ -75,7 +71,6 @@ class MGMTrainingConfig(TrainingArguments):
             raise ValueError(f"`ema_decay`={self.ema_decay} must lie in (0, 1); use 0 to switch the average off.")
         if self.loss_weighting is not None:
             check_choice("loss_weighting", self.loss_weighting, LOSS_WEIGHTINGS)
-        check_choice("loss_on", self.loss_on, LOSS_ON)
         super().__post_init__()
         if self.num_kept_iterations is not None:
             if self.num_kept_iterations < 0:

@@ -19,12 +19,11 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers.utils import ModelOutput, logging
 
-from ..models.noise import antithetic_times, mask_tokens, mask_uniforms, sequential_times, stream_generator
-from ..models.transfer import to_device
-from .batch import GlobalBatch, MicroBatch, count_positions, place
+from ..models.noise import antithetic_times, mask_uniforms, sequential_times, stream_generator
+from .batch import GlobalBatch, Noise, place
 from .checkpoints import AtomicCheckpointTrainer
 from .collator import stack_and_pad
-from .corruption import CORRUPTIONS, check_loss, drop_classes
+from .corruption import CORRUPTIONS, NoisedBatch, check_loss, drop_classes, maskable, noised
 from .ema import EMACallback
 from .engines import check_engine, compile_blocks, skips_bad_steps
 from .mgm_config import MGMTrainingConfig
@@ -84,8 +83,6 @@ class MGMTrainer(AtomicCheckpointTrainer):
         check_model(model)
         self.corruption = CORRUPTIONS[model.config.model_type]
         check_loss(args, model.config.model_type)
-        if args.loss_on != "masked" and type(self).micro_batch_loss is not MGMTrainer.micro_batch_loss:
-            raise ValueError(f"`loss_on`={args.loss_on!r} is for `MGMTrainer` alone: use 'masked' here.")
         model = with_adapter(model, peft_config)
         kwargs.setdefault("data_collator", stack_and_pad)
         super().__init__(
@@ -119,33 +116,35 @@ class MGMTrainer(AtomicCheckpointTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of one micro-batch, scaled so that micro-batches add up and ranks average to the global batch's."""
-        micro_batch = self._draw(inputs)
+        noise = self._draw(inputs)
         self._micro_batch += 1
-        inputs = drop_classes(inputs, micro_batch, self.model.config)
-        loss, output = self.micro_batch_loss(model, inputs, micro_batch)
-        self._record(output)
+        loss, output = self.micro_batch_loss(model, drop_classes(inputs, noise, self.model.config), noise)
+        self._record_output(output)
         return (loss, output) if return_outputs else loss
 
-    def micro_batch_loss(self, model, inputs: dict, micro_batch: MicroBatch) -> tuple[torch.Tensor, ModelOutput]:
-        """This micro-batch's part of the loss, and the model's output: what a subclass changes."""
-        # 1. corrupt
-        masked = micro_batch.uniforms < self.corruption.masked_probability(micro_batch.t)[:, None]
-        corrupted = self.training_inputs(inputs, masked, micro_batch.t)
-        if self.args.loss_on == "all":
-            corrupted = {**corrupted, "labels": inputs["input_ids"], "loss_weights": None, "logits_positions": None}
-        # 2. forward
-        output = model(**corrupted, **micro_batch.iterations)
-        # 3. scale
-        return output.loss * micro_batch.share_of_positions, output
+    def micro_batch_loss(self, model, batch: dict, noise: Noise) -> tuple[torch.Tensor, ModelOutput]:
+        """This micro-batch's part of the loss, Σ w(t)·(−log p(x)) over masked positions / all positions of the
+        optimizer step, and the model's output."""
+        # 1. hide
+        masked = maskable(batch) & (noise.uniforms < self.corruption.masked_probability(noise.t)[:, None])
+        state = self.noised(batch, masked, noise.t)
+        # 2. predict
+        output = model(**state.supervised(), **noise.iterations, num_items_in_batch=noise.num_items)
+        return output.loss, output
 
-    def _draw(self, inputs: dict[str, torch.Tensor]) -> MicroBatch:
+    def noised(self, batch: dict, masked: torch.Tensor, t: torch.Tensor) -> NoisedBatch:
+        """`batch` hidden at `masked` (B, L), weighted as in training."""
+        weights = self.corruption.weight(self.args.loss_weighting)(t)
+        return noised(batch, masked, t, weights, self.model.config.mask_token_id)
+
+    def _draw(self, inputs: dict[str, torch.Tensor]) -> Noise:
         """The noise that belongs to the places of a micro-batch's sequences in the global batch."""
         batch, ranks = self._global_batch, self.accelerator.num_processes
         size, length = inputs["input_ids"].shape
         places = batch.offsets[self._micro_batch] + torch.arange(size)
         shift = torch.rand((), generator=stream_generator(*batch.key, "shift")).item()
         no_grad, grad = self.draw_iterations()
-        return MicroBatch(
+        return Noise(
             key=batch.key,
             places=places,
             t=antithetic_times(shift, places, batch.total, self.corruption.time),
@@ -155,33 +154,14 @@ class MGMTrainer(AtomicCheckpointTrainer):
                 "num_iterations": grad,
                 "num_kept_iterations": self.args.num_kept_iterations,
             },
-            share_of_positions=count_positions(inputs) * ranks / batch.positions,
-            share_of_a_sequence=ranks / batch.total,
+            num_items=batch.positions / ranks,
+            num_sequences=batch.total / ranks,
         )
 
     def _uniforms(self, key: tuple, places: torch.Tensor, length: int) -> torch.Tensor:
         """(B, L): a sequence's stream is as long as the model's longest, so that padding does not change it."""
         longest = max(length, self.model.config.max_position_embeddings)
         return mask_uniforms(longest, *((*key, j) for j in places.tolist()))[:, :length]
-
-    def training_inputs(self, inputs: dict[str, torch.Tensor], masked: torch.Tensor, t: torch.Tensor) -> dict:
-        """As `masked_inputs`, with the weights of the training loss."""
-        noisy = self.masked_inputs(inputs, masked, t)
-        return {**noisy, "loss_weights": self.corruption.weight(self.args.loss_weighting)(noisy["timesteps"])}
-
-    def masked_inputs(self, inputs: dict[str, torch.Tensor], masked: torch.Tensor, t: torch.Tensor) -> dict:
-        """The model's arguments for `inputs` with `masked` (B, L) hidden, but for padding, at times `t` (B,)."""
-        input_ids = inputs["input_ids"]  # (B, L)
-        if "attention_mask" in inputs:
-            masked = masked & inputs["attention_mask"].bool().to(masked.device)
-        # Known on the CPU, the positions cost the device no wait.
-        positions = masked.flatten().nonzero().squeeze(1)
-        masked, t = (to_device(x, input_ids.device) for x in (masked, t))
-        noisy, labels = mask_tokens(input_ids, masked, self.model.config.mask_token_id)
-        return {
-            **inputs, "input_ids": noisy, "labels": labels, "timesteps": t,
-            "loss_weights": self.corruption.weight(None)(t), "logits_positions": positions,
-        }  # fmt: skip
 
     def draw_iterations(self) -> tuple[int, int]:
         """N without and with gradient for this optimizer step, the same on every rank and micro-batch."""
@@ -231,14 +211,15 @@ class MGMTrainer(AtomicCheckpointTrainer):
         shift = torch.rand((), generator=stream_generator(*key, "shift")).item()
         uniforms = self._uniforms(key, rows, length)
         t = sequential_times(shift, rows, self.corruption.time)
-        corrupted = self.masked_inputs(inputs, uniforms < self.corruption.masked_probability(t)[:, None], t)
-        repeated = rows >= self._eval_rows  # accelerate fills the last batch with rows that were evaluated already
-        corrupted["loss_weights"][repeated] = 0
+        masked = maskable(inputs) & (uniforms < self.corruption.masked_probability(t)[:, None])
+        fresh = rows < self._eval_rows  # accelerate fills the last batch with rows that were evaluated already
+        weights = self.corruption.weight(None)(t) * fresh
+        state = noised(inputs, masked, t, weights, self.model.config.mask_token_id)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = model(**corrupted).loss.detach()
-        real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-        self._eval_totals += torch.stack([loss.double() * real.sum(), real[~repeated].sum().double()])
-        return loss, None, None
+            total = model(**state.supervised(), num_items_in_batch=1).loss.detach()
+        self._eval_totals[0] += total.double()
+        self._eval_totals[1] += int(maskable(inputs)[fresh].sum())
+        return total, None, None
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         """Evaluate the EMA weights: text by the negative ELBO per real token, images by the cross-entropy per masked
@@ -271,16 +252,23 @@ class MGMTrainer(AtomicCheckpointTrainer):
             self._clock, self._tokens = time.perf_counter(), 0
         super().log(logs, start_time)
 
+    def record(self, **values: torch.Tensor) -> None:
+        """Note scalars, whose means the next log line shows."""
+        for name, value in values.items():
+            self._metrics[name].append(value.detach())
+
     @torch.no_grad()
-    def _record(self, output) -> None:
-        self._metrics["masked_accuracy"].append(output.masked_accuracy)
-        if output.residuals is None:
-            return
-        residuals = output.residuals.mean(dim=1)  # (N,)
-        self._metrics["residual"].append(residuals[-1])
-        self._metrics["residual_ratio"].append(residuals[-1] / residuals[max(len(residuals) - 2, 0)].clamp(min=1e-12))
-        self._metrics["iterations"].append(residuals.new_full((), len(residuals)))
-        self._metrics["state_norm"].append(output.fixed_point_state.float().square().mean().sqrt())
+    def _record_output(self, output: ModelOutput) -> None:
+        if output.masked_accuracy is not None:
+            self.record(masked_accuracy=output.masked_accuracy)
+        if output.residuals is not None:
+            residuals = output.residuals.mean(dim=1)  # (N,)
+            self.record(
+                residual=residuals[-1],
+                residual_ratio=residuals[-1] / residuals[max(len(residuals) - 2, 0)].clamp(min=1e-12),
+                iterations=residuals.new_full((), len(residuals)),
+                state_norm=output.fixed_point_state.float().square().mean().sqrt(),
+            )
 
     def _warn_if_growing(self, logs: dict[str, float]) -> None:
         residual, ratio = logs.get("residual", 0), logs.get("residual_ratio", 0)

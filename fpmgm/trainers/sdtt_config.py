@@ -3,8 +3,7 @@
 
 from dataclasses import dataclass, field
 
-from .distillation import DIVERGENCES
-from .mgm_config import MGMTrainingConfig, check_choice, check_positive
+from .mgm_config import MGMTrainingConfig, check_positive
 
 
 @dataclass
@@ -20,7 +19,6 @@ class SDTTConfig(MGMTrainingConfig):
         teacher_steps (`int`, defaults to 2): Ancestral steps of the teacher that one step of the student replaces.
         first_step_size (`float`, defaults to 1/1024): Size in time of a teacher's step in the first round; each round
             multiplies it by `teacher_steps`.
-        divergence (`str`, defaults to `"reverse_kl"`): KL(student ‖ target), or `"forward_kl"`, KL(target ‖ student).
 
     Raises:
         `ValueError`: on a value that is not allowed, or rounds whose last student step is longer than the whole time.
@@ -32,10 +30,8 @@ class SDTTConfig(MGMTrainingConfig):
     steps_per_round: int = field(default=10_000, metadata={"help": "Optimizer steps of a round."})
     teacher_steps: int = field(default=2, metadata={"help": "Teacher's steps that a student's step replaces."})
     first_step_size: float = field(default=1 / 1024, metadata={"help": "Teacher's step in time in the first round."})
-    divergence: str = field(default="reverse_kl", metadata={"help": "reverse_kl or forward_kl."})
 
     def __post_init__(self):
-        check_choice("divergence", self.divergence, DIVERGENCES)
         for name in ("rounds", "steps_per_round", "teacher_steps"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"`{name}`={getattr(self, name)!r} must be a whole number of at least 1.")

@@ -7,6 +7,7 @@ Shapes: B batch, L length, D hidden size, P masked positions of the student.
 """
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,10 +16,10 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import ModelOutput
 
-from ..models.noise import stream_generator
 from ..models.sampling import draw_tokens
 from ..models.transfer import to_device
-from .batch import MicroBatch
+from .batch import Noise
+from .corruption import NoisedBatch, maskable
 from .distillation import check_head, check_teacher, denoise, divergence_from, mean_over_sequences
 from .engines import splits_weights
 from .mgm_trainer import MGMTrainer
@@ -66,59 +67,51 @@ class SDTTTrainer(MGMTrainer):
         self.teacher = teacher.to(self.args.device)
         self.add_callback(NextRound(self))
 
-    def micro_batch_loss(self, model, inputs: dict, micro_batch: MicroBatch) -> tuple[torch.Tensor, ModelOutput]:
-        """The divergence from the targets: a mean over a sequence's masked positions, then over sequences."""
-        masked = micro_batch.uniforms < self.corruption.masked_probability(micro_batch.t)[:, None]
-        if "attention_mask" in inputs:
-            masked &= inputs["attention_mask"].bool().cpu()
-        noisy, share = self.masked_inputs(inputs, masked, micro_batch.t), micro_batch.share_of_positions
-        weights = mean_over_sequences(masked, micro_batch.share_of_a_sequence / share, noisy["input_ids"].device)
+    def micro_batch_loss(self, model, batch: dict, noise: Noise) -> tuple[torch.Tensor, ModelOutput]:
+        """KL(student ‖ target): a mean over a sequence's masked positions, then over sequences."""
         head = self.teacher.get_output_embeddings()
-        logits_loss = divergence_from(
-            self.targets(noisy, micro_batch),
-            head.weight,
-            head.bias,
-            weights,
-            self.model.config.mask_token_id,
-            kind=self.args.divergence,
+        # 1. hide
+        masked = maskable(batch) & (noise.uniforms < self.corruption.masked_probability(noise.t)[:, None])
+        state = self.noised(batch, masked, noise.t)
+        # 2. what the teacher says of each position when it reveals it
+        hidden = self.targets(state, noise)  # (P, D)
+        # 3. the student, its logits beside the teacher's: the text itself is no target
+        weights = to_device(mean_over_sequences(masked, noise), hidden.device)  # (P,)
+        divergence = divergence_from(
+            hidden, head.weight, head.bias, weights, self.model.config.mask_token_id, kind="reverse_kl"
         )
-        noisy["loss_weights"] = torch.zeros_like(noisy["loss_weights"])  # the text itself is no target
-        output = model(**noisy, **micro_batch.iterations, logits_loss=logits_loss)
-        loss = output.loss * share
-        self._metrics["divergence"].append(loss.detach() / micro_batch.share_of_sequences)
-        return loss, output
+        output = model(**state.seen(), **noise.iterations, logits_loss=divergence)
+        self.record(divergence=output.logits_loss / noise.share_of_sequences)
+        return output.loss, output
 
     @torch.no_grad()
-    def targets(self, noisy: dict, micro_batch: MicroBatch) -> torch.Tensor:
+    def targets(self, state: NoisedBatch, noise: Noise) -> torch.Tensor:
         """(P, D) input of the teacher's head at each masked position, at the moment when it is revealed.
 
         The uniforms that masked the positions also reveal them, at the first time whose P(masked) is not above them:
         the states that the teacher sees are those of its ancestral sampler.
         """
-        positions, tokens = noisy["logits_positions"], noisy["input_ids"].clone()
+        positions, tokens = state.positions, state.input_ids.clone()
         rows, device = positions // tokens.shape[1], tokens.device  # (P,)
-        uniforms = micro_batch.uniforms.flatten()[positions]  # (P,)
-        state = {name: noisy[name] for name in ("attention_mask", "class_labels") if name in noisy}
+        uniforms = noise.uniforms.flatten()[positions]  # (P,)
         waiting, targets = torch.ones(len(positions), dtype=torch.bool), None
         for step in range(self.args.teacher_steps):
-            t, after = ((micro_batch.t - k * self.step_size).clamp(min=0) for k in (step, step + 1))
-            hidden = denoise(
-                self.teacher, input_ids=tokens, timesteps=to_device(t, device), logits_positions=positions, **state
-            ).normed_hidden_state  # (P, D)
+            t, after = ((noise.t - k * self.step_size).clamp(min=0) for k in (step, step + 1))
+            now = replace(state, input_ids=tokens, t=to_device(t, device))
+            hidden = denoise(self.teacher, **now.seen()).normed_hidden_state  # (P, D)
             targets = hidden if targets is None else torch.where(to_device(waiting, device)[:, None], hidden, targets)
             revealed = waiting & (uniforms >= self.corruption.masked_probability(after)[rows])
             waiting = waiting & ~revealed
             if step < self.args.teacher_steps - 1:  # no pass sees the last draw
                 shown = revealed.nonzero().squeeze(1)
-                drawn = self._draw_tokens(hidden[to_device(shown, device)], positions[shown], micro_batch)
+                drawn = self._draw_tokens(hidden[to_device(shown, device)], positions[shown], noise)
                 tokens.view(-1)[to_device(positions[shown], device)] = drawn
         return targets
 
-    def _draw_tokens(self, hidden: torch.Tensor, positions: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
+    def _draw_tokens(self, hidden: torch.Tensor, positions: torch.Tensor, noise: Noise) -> torch.Tensor:
         """Tokens of the teacher at flat `positions`, each drawn from its sequence's own stream."""
-        length = micro_batch.uniforms.shape[1]
-        keys = ((*micro_batch.key, j, "draw") for j in micro_batch.places.tolist())
-        uniforms = torch.cat([torch.rand(length, generator=stream_generator(*k), dtype=torch.float64) for k in keys])
+        length, streams = noise.uniforms.shape[1], noise.streams("draw")
+        uniforms = torch.cat([torch.rand(length, generator=g, dtype=torch.float64) for g in streams])
         logits = self.teacher.get_output_embeddings()(hidden)
         return draw_tokens(logits, to_device(uniforms[positions], hidden.device), self.model.config.mask_token_id)[0]
 

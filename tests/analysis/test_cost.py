@@ -33,7 +33,7 @@ from fpmgm.trainers import (
     SDTTConfig,
     SDTTTrainer,
 )
-from fpmgm.trainers.batch import MicroBatch
+from fpmgm.trainers.batch import Noise
 
 from ..testing_utils import tiny_config, tiny_image_config, tiny_image_model, tiny_model
 from ..trainers.training_utils import token_rows
@@ -197,15 +197,15 @@ def test_flops_of_the_trainers_with_a_teacher_are_those_that_pytorch_counts(meth
     uniforms = torch.full((BATCH, LENGTH), 0.99)
     for row, masked in MASKED.items():
         uniforms[row, :masked] = 0.01
-    micro_batch = MicroBatch(
+    noise = Noise(
         key=(0,), places=torch.arange(BATCH), t=torch.full((BATCH,), 0.5), uniforms=uniforms,
-        iterations={"num_no_grad_iterations": 1, "num_iterations": 2}, share_of_positions=1.0,
-        share_of_a_sequence=1 / BATCH,
+        iterations={"num_no_grad_iterations": 1, "num_iterations": 2}, num_items=BATCH * LENGTH,
+        num_sequences=BATCH,
     )  # fmt: skip
 
     def step():
         inputs = {"input_ids": torch.ones(BATCH, LENGTH, dtype=torch.long)}
-        loss, _ = trainer.micro_batch_loss(model, inputs, micro_batch)
+        loss, _ = trainer.micro_batch_loss(model, inputs, noise)
         loss.backward()
 
     parts = method_work(model.config, method, BATCH, LENGTH, 7, 5, tiny_config(**teacher) if teacher else None)

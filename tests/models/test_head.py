@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from fpmgm.models import head
-from fpmgm.models.head import LMHead, chunked_loss
+from fpmgm.models.head import HeadLoss, LMHead, chunked_loss
 
 from ..testing_utils import tiny_model
 
@@ -28,74 +28,68 @@ def problem(dtype=torch.float64):
     return [x.to(dtype).requires_grad_() for x in (h, weight, bias)]
 
 
-def cross_entropy(labels, weights):
-    def loss(logits, rows):
-        losses = F.cross_entropy(logits, labels[rows], reduction="none") * weights[rows]
-        return losses.sum(), logits.argmax(dim=1) == labels[rows]
-
-    return loss
+def cross_entropy(logits, labels, weights):
+    return (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
 
 
-def reverse_and_forward_divergence(teacher):
-    def loss(logits, rows):
-        student, target = logits.log_softmax(1), teacher[rows].log_softmax(1)
-        divergence = (target.exp() * (target - student)).sum() + (student.exp() * (student - target)).sum()
-        return divergence, logits[:, 0]
-
-    return loss
+def both_divergences(student, target):
+    student, target = student.log_softmax(1), target.log_softmax(1)
+    return (target.exp() * (target - student)).sum() + (student.exp() * (student - target)).sum()
 
 
-@pytest.mark.parametrize("kind", ["cross_entropy", "divergence"])
-def test_chunks_equal_the_dense_computation(kind, rows_of_a_chunk):
-    inputs = problem()
-    teacher = torch.randn(POSITIONS, VOCABULARY, dtype=torch.float64)
-    head.forbid(teacher, MASK)
-    if kind == "cross_entropy":
-        loss = cross_entropy(torch.randint(MASK, (POSITIONS,)), torch.rand(POSITIONS, dtype=torch.float64))
-    else:
-        loss = reverse_and_forward_divergence(teacher)
-    sizes = []
+@pytest.mark.parametrize("kinds", [("cross_entropy",), ("divergence",), ("cross_entropy", "divergence")], ids="+".join)
+def test_chunks_equal_the_dense_computation(kinds, rows_of_a_chunk):
+    h, weight, bias = inputs = problem()
+    labels, weights = torch.randint(MASK, (POSITIONS,)), torch.rand(POSITIONS, dtype=torch.float64)
+    teacher = head.forbid(torch.randn(POSITIONS, VOCABULARY, dtype=torch.float64), MASK)
+    sizes, asked = [], {}
 
-    def watched(logits, rows):
+    def divergence(logits, rows):
         sizes.append(len(logits))
-        return loss(logits, rows)
+        return both_divergences(logits, teacher[rows])
 
-    total, statistics = chunked_loss(*inputs, MASK, watched)
+    if "cross_entropy" in kinds:
+        asked |= {"labels": labels, "weights": weights}
+    if "divergence" in kinds:
+        asked |= {"logits_loss": divergence, "logits_loss_weight": 0.7}
+    total, hits, further = chunked_loss(*inputs, HeadLoss(MASK, **asked))
     gradients = torch.autograd.grad(3 * total, inputs)
 
-    h, weight, bias = inputs
     column = torch.arange(VOCABULARY) == MASK
-    dense, expected_statistics = loss((h @ weight.T + bias).masked_fill(column, -1e6), slice(None))
-    expected = torch.autograd.grad(3 * dense, inputs)
-    torch.testing.assert_close(total, dense, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(statistics, expected_statistics)
+    logits = (h @ weight.T + bias).masked_fill(column, -1e6)
+    base = cross_entropy(logits, labels, weights) if "cross_entropy" in kinds else 0
+    added = both_divergences(logits, teacher) if "divergence" in kinds else torch.zeros(())
+    expected = torch.autograd.grad(3 * (base + 0.7 * added), inputs)
+    torch.testing.assert_close(total, base + 0.7 * added, rtol=1e-12, atol=1e-12)
+    assert further.item() == pytest.approx(added.item(), rel=1e-12)
+    assert hits.tolist() == ((logits.argmax(1) == labels).tolist() if "cross_entropy" in kinds else [])
     for gradient, reference in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-10, atol=1e-12)
-    assert max(sizes) == min(rows_of_a_chunk, POSITIONS)
-    assert sum(sizes) == POSITIONS
+    if "divergence" in kinds:
+        assert max(sizes) == min(rows_of_a_chunk, POSITIONS)
+        assert sum(sizes) == POSITIONS
 
 
 def test_only_wanted_gradients_are_made_and_none_without_grad():
     h, weight, bias = problem()
-    loss = cross_entropy(torch.zeros(POSITIONS, dtype=torch.long), torch.ones(POSITIONS))
-    total, _ = chunked_loss(h, weight.detach(), bias.detach(), MASK, loss)
-    total.backward()
-    assert h.grad is not None and weight.grad is None
     seen = []
 
     def watched(logits, rows):
         seen.append(logits.requires_grad)
-        return loss(logits, rows)
+        return logits[:, 0].sum()
 
+    loss = HeadLoss(MASK, labels=torch.zeros(POSITIONS, dtype=torch.long), logits_loss=watched)
+    total, *_ = chunked_loss(h, weight.detach(), bias.detach(), loss)
+    total.backward()
+    assert h.grad is not None and weight.grad is None
     with torch.no_grad():
-        assert not chunked_loss(h, weight, bias, MASK, watched)[0].requires_grad
-    assert seen == [False]
+        assert not chunked_loss(h, weight, bias, loss)[0].requires_grad
+    assert seen == [True, False]
 
 
 def test_no_position_gives_no_loss_and_no_gradient():
     h, weight, bias = problem()
-    loss = cross_entropy(torch.zeros(0, dtype=torch.long), torch.zeros(0))
-    total, hits = chunked_loss(h[:0], weight, bias, MASK, loss)
+    total, hits, _ = chunked_loss(h[:0], weight, bias, HeadLoss(MASK, torch.zeros(0, dtype=torch.long)))
     total.backward()
     assert total == 0 and len(hits) == 0
     assert weight.grad.abs().sum() == 0
@@ -103,11 +97,10 @@ def test_no_position_gives_no_loss_and_no_gradient():
 
 def test_under_autocast_gradients_have_their_parameters_types():
     h, weight, bias = problem(torch.float32)
-    loss = cross_entropy(torch.arange(POSITIONS) % MASK, torch.ones(POSITIONS))
-    exact, _ = chunked_loss(h, weight, bias, MASK, loss)
-    reference = torch.autograd.grad(exact, weight)[0]
+    loss = HeadLoss(MASK, torch.arange(POSITIONS) % MASK)
+    reference = torch.autograd.grad(chunked_loss(h, weight, bias, loss)[0], weight)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        total, _ = chunked_loss(h, weight, bias, MASK, loss)
+        total, *_ = chunked_loss(h, weight, bias, loss)
     total.backward()
     assert total.dtype == weight.grad.dtype == h.grad.dtype == torch.float32
     torch.testing.assert_close(weight.grad, reference, rtol=0.1, atol=0.1)
@@ -116,7 +109,7 @@ def test_under_autocast_gradients_have_their_parameters_types():
 
 def test_a_new_head_starts_at_zero_unless_its_weight_is_the_embeddings():
     for tied in (False, True):
-        layer = LMHead(SIZE, VOCABULARY, MASK, tied)
+        layer = LMHead(SIZE, VOCABULARY, tied)
         before = layer.weight.clone()
         layer.initialize()
         assert (layer.bias == 0).all()
@@ -223,13 +216,9 @@ def test_ligers_kernel_reads_bfloat16_and_its_gradients_are_no_further_from_exac
     inputs = [x.requires_grad_() for x in (h, weight, torch.zeros(VOCABULARY, device=device))]
     labels, weights = torch.arange(40, device=device) % MASK, torch.rand(40, generator=generator).to(device)
 
-    def gradients(overwrite):
-        def loss(logits, rows):
-            losses, likeliest = head.cross_entropy(logits, labels[rows], overwrite)
-            assert losses.dtype == torch.float32
-            return (losses * weights[rows]).sum(), likeliest
-
-        total, _ = chunked_loss(*inputs, MASK, loss)
+    def gradients(overwrite):  # beside another loss, the logits may not be overwritten
+        further = None if overwrite else (lambda logits, rows: logits.new_zeros(()))
+        total, *_ = chunked_loss(*inputs, HeadLoss(MASK, labels, weights, further))
         return total, *torch.autograd.grad(total, inputs)
 
     exact = gradients(overwrite=False)
@@ -252,3 +241,23 @@ def test_ligers_kernel_is_taken_where_it_is_installed_and_runs(monkeypatch, fres
         assert head.fused_cross_entropy("cpu") is on_a_cpu
         assert head.fused_cross_entropy("cuda") is kernel
         assert head.fused_cross_entropy("meta") is None
+
+
+def test_a_loss_of_the_logits_alone_has_its_weight_and_an_item_count_divides_the_cross_entropy():
+    model, ids = tiny_model().double(), torch.randint(10, (2, 6))
+    masked = torch.arange(12).view(2, 6) % 3 == 0
+    noisy, labels = ids.masked_fill(masked, 10), ids.masked_fill(~masked, -100)
+
+    def further(logits, rows):
+        return logits.log_softmax(1)[:, 3].sum()
+
+    positions = masked.flatten().nonzero().squeeze(1)
+    alone = model(noisy, logits_positions=positions, logits_loss=further, logits_loss_weight=0.3)
+    plain = model(noisy, labels=labels)
+    both = model(noisy, labels=labels, logits_loss=further, logits_loss_weight=0.0, num_items_in_batch=24)
+    assert alone.masked_accuracy is None
+    torch.testing.assert_close(alone.loss, 0.3 * alone.logits_loss)
+    torch.testing.assert_close(both.logits_loss, alone.logits_loss)
+    torch.testing.assert_close(both.loss, plain.loss / 2)  # 12 positions
+    with pytest.raises(ValueError, match="`logits_loss` needs"):
+        model(noisy, logits_loss=further)

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from fpmgm.models.noise import stream_generator
+from fpmgm.trainers import MGMTrainer
 
 from ..testing_utils import tiny_image_model
 from .training_utils import LENGTH, MASK, image_rows, token_rows, training_model, weights
@@ -73,30 +74,32 @@ class Step:
 
 
 class RecordSteps(TrainerCallback):
-    """Keeps each optimizer step of a run of `model`, with its rows in the order of the data."""
+    """Keeps each optimizer step of a run of a trainer that it watches, with its rows in the order of the data."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self):
         self.steps: list[Step] = []
-        self.hook = model.register_forward_pre_hook(self._record, with_kwargs=True)
 
-    def _record(self, module, args, kwargs):
-        if not module.training:
-            return
-        step, labels = self.steps[-1], kwargs["labels"]
-        clean = torch.where(labels == -100, kwargs["input_ids"], labels)
-        lengths = kwargs.get("attention_mask", torch.ones_like(clean)).sum(dim=1)
+    def watch(self, trainer: MGMTrainer) -> MGMTrainer:
+        """`trainer`, which from now on tells of every micro-batch."""
+        loss = trainer.micro_batch_loss
+        trainer.micro_batch_loss = lambda model, batch, noise: (self._record(batch, noise), loss(model, batch, noise))[
+            1
+        ]
+        trainer.add_callback(self)
+        return trainer
+
+    def _record(self, batch, noise):
+        step, clean = self.steps[-1], batch["input_ids"]
+        lengths = batch.get("attention_mask", torch.ones_like(clean)).sum(dim=1)
         step.rows += [ids[:length] for ids, length in zip(clean, lengths.tolist(), strict=True)]
-        step.classes += kwargs["class_labels"].tolist() if "class_labels" in kwargs else [None] * len(clean)
-        step.iterations = {name: kwargs[name] for name in ("num_no_grad_iterations", "num_iterations")}
+        step.classes += batch["class_labels"].tolist() if "class_labels" in batch else [None] * len(clean)
+        step.iterations = {name: noise.iterations[name] for name in ("num_no_grad_iterations", "num_iterations")}
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         self.steps.append(Step(weights(model)))
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.steps[-1].gradient = {name: p.grad.clone() for name, p in model.named_parameters()}
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.hook.remove()
 
 
 def with_weights(model: nn.Module, values: dict[str, torch.Tensor]) -> nn.Module:

@@ -89,12 +89,13 @@ def test_loss_and_gradient_are_those_of_the_formula(tmp_path, monkeypatch, name)
     options, architecture, batch = LOSSES[name]
     kind = IMAGES if name.startswith("images") else TEXT
     model = kind.model(**architecture).double()
-    record = RecordSteps(model)
+    record = RecordSteps()
     trainer = consistency_trainer(
-        tmp_path, model, callbacks=[record], train_dataset=kind.rows(6), max_steps=2,
+        tmp_path, model, train_dataset=kind.rows(6), max_steps=2,
         per_device_train_batch_size=batch, gradient_accumulation_steps=4 // batch, consistency_warmup_steps=3,
         consistency_weight=6.0, ema_decay=0.5, max_grad_norm=0.0, optim="sgd", learning_rate=0.05, **options,
     )  # fmt: skip
+    record.watch(trainer)
     trainer.train()
     assert [len(step.rows) for step in record.steps] == [4, 2]
     averaged = averages([step.weights for step in record.steps], decay=0.5)
@@ -219,7 +220,8 @@ def test_an_export_has_no_projection_and_training_goes_on(tmp_path):
     )
     trainer.train()
     trainer.save_model(str(tmp_path / "export"))
-    assert "consistency_projection.weight" in load_file(tmp_path / "checkpoint-2/model.safetensors")
+    beside = load_file(tmp_path / "checkpoint-2/consistency_projection.safetensors")
+    torch.testing.assert_close(beside["weight"], trainer.model.consistency_projection.weight, rtol=0, atol=0)
     assert load_file(tmp_path / "export/model.safetensors").keys() == weights(training_model()).keys()
     loaded, report = AutoModel.from_pretrained(tmp_path / "export", output_loading_info=True)
     assert not any(report.values())

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from fpmgm import convert_to_fixed_point
 from fpmgm.models import head
 from fpmgm.trainers import ConversionConfig, ConversionTrainer
+from fpmgm.trainers.distillation import warmed_up
 
 from .reference import (
     IMAGES,
@@ -58,12 +59,13 @@ def test_loss_and_gradient_are_those_of_the_formula(tmp_path, monkeypatch, name)
     options, of_model, of_its_teacher, batch = LOSSES[name]
     kind = IMAGES if name.startswith("images") else TEXT
     model, teacher = kind.model(0, **of_model).double(), kind.model(1, 0.2, **of_its_teacher).double()
-    record = RecordSteps(model)
+    record = RecordSteps()
     trainer = conversion_trainer(
-        tmp_path, teacher, model, callbacks=[record], train_dataset=kind.rows(6), max_steps=2,
+        tmp_path, teacher, model, train_dataset=kind.rows(6), max_steps=2,
         per_device_train_batch_size=batch, gradient_accumulation_steps=4 // batch, distillation_warmup_steps=3,
         distillation_weight=6.0, max_grad_norm=0.0, optim="sgd", learning_rate=0.05, **options,
     )  # fmt: skip
+    record.watch(trainer)
     trainer.train()
     assert [len(step.rows) for step in record.steps] == [4, 2]
     tau = options.get("distillation_temperature", 1.5)
@@ -82,13 +84,8 @@ def test_loss_and_gradient_are_those_of_the_formula(tmp_path, monkeypatch, name)
         assert line["divergence"] == pytest.approx(distance.item(), rel=1e-5)
 
 
-def test_the_weight_grows_linearly_and_stays(tmp_path):
-    trainer = conversion_trainer(
-        tmp_path, training_model(1), distillation_weight=0.1, distillation_warmup_steps=4, max_steps=1
-    )
-    found = []
-    for trainer.state.global_step in range(7):
-        found.append(trainer.distance_weight())
+def test_the_weight_grows_linearly_and_stays():
+    found = [warmed_up(0.1, step, 4) for step in range(7)]
     assert found == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1, 0.1])
 
 

@@ -87,10 +87,9 @@ def test_the_share_of_dropped_classes_is_that_of_the_configuration(tmp_path, dro
     assert abs(dropped.double().mean().item() - dropout) <= 4 * (dropout * (1 - dropout) / 512) ** 0.5
 
 
-@pytest.mark.parametrize("loss_on", ["masked", "all"])
-def test_the_loss_is_the_cross_entropy_of_its_positions(tmp_path, loss_on):
+def test_the_loss_is_the_cross_entropy_of_its_positions(tmp_path):
     model = tiny_image_model()
-    trainer = image_trainer(tmp_path, model, max_steps=1, loss_on=loss_on, optim="sgd", learning_rate=0.0)
+    trainer = image_trainer(tmp_path, model, max_steps=1, optim="sgd", learning_rate=0.0)
     calls = record_calls(model)
     trainer.train()
     ((kwargs, _),) = calls
@@ -102,16 +101,15 @@ def test_the_loss_is_the_cross_entropy_of_its_positions(tmp_path, loss_on):
     with torch.no_grad():
         logits = model.eval()(kwargs["input_ids"], class_labels=kwargs["class_labels"], **iterations).logits
     losses = cross_entropies(logits, codes)
-    expected = losses.mean() if loss_on == "all" else math.pi / 2 * (losses * masked).sum() / masked.numel()
+    expected = math.pi / 2 * (losses * masked).sum() / masked.numel()
     line = trainer.state.log_history[0]
     assert line["loss"] == pytest.approx(expected.item(), rel=1e-5)
     right = (logits[..., :MASK].argmax(-1) == codes)[masked].double().mean().item()
     assert line["masked_accuracy"] == pytest.approx(right, abs=1e-6)
 
 
-@pytest.mark.parametrize("loss_on", ["masked", "all"])
-def test_the_split_into_micro_batches_does_not_change_the_weights(tmp_path, loss_on):
-    arguments = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "loss_on": loss_on}
+def test_the_split_into_micro_batches_does_not_change_the_weights(tmp_path):
+    arguments = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
     results = []
     for batch, accumulation in ((8, 1), (2, 4)):
         trainer = image_trainer(
@@ -136,11 +134,10 @@ def test_images_without_classes_train(tmp_path):
 # --- evaluation and post-training ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss_on", ["masked", "all"])
-def test_evaluation_is_on_masked_tokens_with_every_class(tmp_path, loss_on):
+def test_evaluation_is_on_masked_tokens_with_every_class(tmp_path):
     data = image_rows(10, seed=1)
     model = tiny_image_model(class_dropout=0.9)
-    trainer = image_trainer(tmp_path, model, eval_dataset=data, per_device_eval_batch_size=4, seed=7, loss_on=loss_on)
+    trainer = image_trainer(tmp_path, model, eval_dataset=data, per_device_eval_batch_size=4, seed=7)
     total, shift = 0.0, torch.rand((), generator=stream_generator(7, "eval", "shift")).item()
     for j, row in enumerate(data):
         ratio = math.acos((shift + j * 0.6180339887498949) % 1) / (math.pi / 2)
@@ -183,13 +180,6 @@ def test_consistency_post_training_shows_teacher_and_student_one_class_and_neste
 def test_losses_that_a_model_does_not_have_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`loss_weighting`='elbo' must be one of \(None, 'uniform'\)"):
         image_trainer(tmp_path, loss_weighting="elbo")
-    with pytest.raises(ValueError, match=r"`loss_on`='all' must be one of \('masked',\) for 'fpmdlm'"):
-        make_trainer(tmp_path, loss_on="all")
-    with pytest.raises(ValueError, match="`loss_on`='visible'"):
-        image_trainer(tmp_path, loss_on="visible")
-    args = ConsistencyConfig(output_dir=str(tmp_path), use_cpu=True, loss_on="all", eval_strategy="no")
-    with pytest.raises(ValueError, match="`loss_on`='all' is for `MGMTrainer` alone"):
-        ConsistencyTrainer(model=tiny_image_model(), args=args)
 
 
 def test_rows_of_other_lengths_are_refused(tmp_path):
