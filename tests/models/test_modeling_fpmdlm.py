@@ -157,7 +157,7 @@ def test_logits_are_built_only_where_they_are_wanted():
     model.lm_head.register_forward_hook(lambda module, args, output: heads.append(output))
     assert model(**batch).logits is None
     labelled = int((batch["labels"] != -100).sum())
-    assert [hits.shape for _, hits in heads] == [(labelled,)]  # the loss needs no other position
+    assert [hits.shape for _, hits, _ in heads] == [(labelled,)]  # the loss needs no other position
     both = model(**batch, output_logits=True)
     torch.testing.assert_close(both.logits, model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits)
 
