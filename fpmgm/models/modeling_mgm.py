@@ -87,7 +87,7 @@ class DenoiserOptions(TypedDict, total=False):
         logits_positions (`torch.LongTensor`, *optional*): (P,) indices into the flattened B·L positions, with
             `labels` those that have one: logits and hidden states are (P, ·), and the last explicit block has queries
             there only. On the CPU they cost no wait for the device. `None`: everywhere.
-        output_logits (`bool`, *optional*): Whether to build logits. `None`: only without `labels`.
+        output_logits (`bool`, *optional*): Whether to build logits. `None`: only where no loss is asked for.
     """
 
     loss_weights: torch.Tensor | None
@@ -213,7 +213,7 @@ class MGMPreTrainedModel(PreTrainedModel):
         normed = self._normed(h, conditioning, selection)
 
         loss = accuracy = added = logits = None
-        if output_logits or (output_logits is None and labels is None):
+        if output_logits or (output_logits is None and labels is None and logits_loss is None):
             logits = self.lm_head(normed)  # (B, L, V) or (P, V)
         if labels is not None or logits_loss is not None:
             loss, accuracy, added = self._loss(
