@@ -11,10 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedTokenizerBase
 
 import fpmgm  # noqa: F401  (registers the models)
+from fpmgm.models.text_input import boundary_ids, read_tokenizer
 from fpmgm.trainers.arguments import parse_arguments
+
+
+BLANK = "<|mask|>"  # in prompts, whatever the tokenizer calls it
 
 
 @dataclass
@@ -40,12 +44,12 @@ class SampleArguments:
 def main(argv: list[str] | None = None) -> list[str]:
     """Write texts and show or save them."""
     (args,) = parse_arguments((SampleArguments,), __doc__, argv)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = read_tokenizer(args.model)
     model = AutoModel.from_pretrained(args.model).to(args.device)
     names = ("budget", "num_steps", "allocation", "reuse", "temperature", "top_k", "top_p")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     out = model.generate(
-        input_ids=None if args.prompt is None else encode_prompt(tokenizer, args.prompt),
+        input_ids=None if args.prompt is None else encode_prompt(tokenizer, args.prompt, model.config.mask_token_id),
         batch_size=args.num_samples,
         length=args.length,
         seed=args.seed,
@@ -55,7 +59,8 @@ def main(argv: list[str] | None = None) -> list[str]:
     )
     texts = tokenizer.batch_decode(out.sequences)
     if args.output is not None:
-        Path(args.output).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+        Path(args.output).write_text("\n".join(lines) + "\n", encoding="utf-8")
     else:
         for text in texts:
             print(f"\n{text}")
@@ -63,12 +68,30 @@ def main(argv: list[str] | None = None) -> list[str]:
     return texts
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
-    """(1, L) ids of a prompt, `<|mask|*N>` standing for N blanks, between BOS and EOS."""
-    prompt = re.sub(r"<\|mask\|\*(\d+)>", lambda match: tokenizer.mask_token * int(match[1]), prompt)
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return torch.tensor([[bos, *ids, tokenizer.eos_token_id]])
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, mask_token_id: int) -> torch.Tensor:
+    """(1, L) ids of a prompt between BOS and EOS, where there are such; `<|mask|*N>` stands for N blanks.
+
+    A space before a blank is left out: in text it belongs to the token of the next word, which is to be written.
+    """
+    names = {re.escape(name) for name in (BLANK, tokenizer.mask_token) if name is not None}
+    blank = re.compile(rf" ?(?:{'|'.join(names)}|<\|mask\|\*(?P<count>\d+)>)")
+    bos, eos = boundary_ids(tokenizer)
+    ids, end = [bos], 0
+    for found in blank.finditer(prompt):
+        ids += encode_part(tokenizer, prompt[end : found.start()], first=end == 0)
+        ids += [mask_token_id] * int(found["count"] or 1)
+        end = found.end()
+    ids += [*encode_part(tokenizer, prompt[end:], first=end == 0), eos]
+    return torch.tensor([[token for token in ids if token is not None]])
+
+
+def encode_part(tokenizer: PreTrainedTokenizerBase, text: str, first: bool) -> list[int]:
+    """Ids of a part of a prompt; what stands behind a blank gets no space of its own, as a text's beginning may."""
+    line_end = [] if first else tokenizer("\n", add_special_tokens=False)["input_ids"]
+    ids = tokenizer("\n" * (not first) + text, add_special_tokens=False)["input_ids"]
+    if ids[: len(line_end)] == line_end:
+        return ids[len(line_end) :]
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
 
 from dataclasses import dataclass, field
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from fpmgm.data import add_mask_token, load_text, pack, train_tokenizer
+from fpmgm.models.text_input import read_tokenizer
 
 
 @dataclass
@@ -30,6 +31,16 @@ class DataArguments:
     tokenizer_vocab_size: int = field(default=2048, metadata={"help": "Size of a tokenizer that is trained here."})
     num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise; null: one."})
 
+    def __post_init__(self):
+        if self.eval_text_files is not None or self.eval_split is not None:
+            self._refuse("eval_share", "`eval_text_files` or `eval_split`")
+        if self.eval_text_files is not None:
+            self._refuse("eval_split", "`eval_text_files`")
+
+    def _refuse(self, name: str, beside: str) -> None:
+        if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+            raise ValueError(f"`{name}`={getattr(self, name)} does nothing beside {beside}: leave it out.")
+
     @property
     def description(self) -> str:
         """For the model's card."""
@@ -40,7 +51,7 @@ def load_tokenizer(data: DataArguments, model_name: str | None) -> PreTrainedTok
     """The tokenizer named, the model's, or one trained on the training text; with a mask token."""
     name = data.tokenizer or model_name
     if name is not None:
-        return add_mask_token(AutoTokenizer.from_pretrained(name))
+        return add_mask_token(read_tokenizer(name))
     text = load_text(data.text_files, data.dataset_name, data.dataset_config, data.train_split, data.text_column)
     return train_tokenizer(text["text"], data.tokenizer_vocab_size)
 
@@ -49,7 +60,7 @@ def load_blocks(data: DataArguments, tokenizer: PreTrainedTokenizerBase, length:
     """Blocks to train and to validate on."""
     source = (data.dataset_name, data.dataset_config)
     text = load_text(data.text_files, *source, data.train_split, data.text_column, data.streaming)
-    train_blocks = pack(text, tokenizer, length, data.num_proc)
+    train_blocks = pack(text, tokenizer, length, None if data.streaming else data.num_proc)
     if data.eval_text_files is not None or data.eval_split is not None:
         files = data.eval_text_files
         eval_source = (None, None) if files is not None else source
@@ -58,6 +69,8 @@ def load_blocks(data: DataArguments, tokenizer: PreTrainedTokenizerBase, length:
     elif data.streaming:
         raise ValueError("`streaming`=True needs `eval_split` or `eval_text_files`: a stream has no last blocks.")
     else:
+        if not 0 < data.eval_share < 1:
+            raise ValueError(f"`eval_share`={data.eval_share} must lie between 0 and 1: a share of the blocks.")
         held_out = max(1, round(data.eval_share * len(train_blocks)))
         if held_out >= len(train_blocks):
             raise ValueError(f"the text gives {len(train_blocks)} block(s), too few to hold some out: give more text.")

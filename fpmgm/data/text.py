@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Documents from local files or the hub, packed into blocks of equal length."""
 
+from collections.abc import Iterable
 from functools import partial
+from glob import escape
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-
-READERS = {  # suffix → reader of `datasets`, and its options: a .txt file is one document
-    ".txt": ("text", {"sample_by": "document"}),
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".parquet": ("parquet", {}),
-}
+from ..models.budget import check_whole
+from ..models.text_input import boundary_ids, encode_text
+from .text_files import READERS, check_encoding, explain, kind, list_files
 
 
 def load_text(
-    text_files: str | list[str] | None = None,
+    text_files: str | Path | Iterable[str | Path] | None = None,
     dataset_name: str | None = None,
     dataset_config: str | None = None,
     split: str = "train",
@@ -27,45 +25,48 @@ def load_text(
     """Documents, one per row of the column `"text"`.
 
     Args:
-        text_files (`str` or `list[str]`, *optional*): Local .txt (one document each), .jsonl, .json or .parquet files,
-            also with .gz. `None`: `dataset_name`.
+        text_files (`str`, `Path` or `Iterable` of them, *optional*): Local .txt (one document each), .jsonl, .json or
+            .parquet files in UTF-8, also with .gz, or folders of them. Names are taken literally. `None`:
+            `dataset_name`.
         dataset_name (`str`, *optional*): Hub name, instead of files.
         dataset_config (`str`, *optional*): Configuration of the hub dataset. `None`: its default.
-        split (`str`, defaults to `"train"`): Split of the hub dataset, such as `"train[:-100000]"`.
+        split (`str`, defaults to `"train"`): Split of the hub dataset, or a part of it, such as `"train[:-100000]"`.
+            All files together are the split `"train"`.
         column (`str`, defaults to `"text"`): Column that holds the text.
         streaming (`bool`, defaults to `False`): Read while training instead of caching first.
 
     Raises:
-        `ValueError`: for a missing or empty file, an unknown suffix, a missing column, or not exactly one source.
+        `ValueError`: for a file that is missing, empty, of an unknown suffix or not UTF-8, a missing column, or not
+            exactly one source.
     """
     if (text_files is None) == (dataset_name is None):
         raise ValueError(
             f"`text_files`={text_files} and `dataset_name`={dataset_name}: give one of them as the source of text."
         )
+    if dataset_config is not None and dataset_name is None:
+        raise ValueError(f"`dataset_config`={dataset_config!r} is of a `dataset_name`, not of files: leave it out.")
     if text_files is None:
         dataset = load_dataset(dataset_name, dataset_config, split=split, streaming=streaming)
     else:
-        files = [text_files] if isinstance(text_files, str) else list(text_files)
-        reader, options = _reader(files)
-        dataset = load_dataset(reader, data_files=files, split="train", streaming=streaming, **options)
+        dataset = _load_files(list_files(text_files), split, streaming)
     columns = dataset.column_names
     if columns is not None and column not in columns:
         raise ValueError(f"`column`={column!r} is not among the columns {columns} of the data: name one of them.")
     return dataset.rename_column(column, "text") if column != "text" else dataset
 
 
-def _reader(files: list[str]) -> tuple[str, dict]:
+def _load_files(files: list[Path], split: str, streaming: bool) -> Dataset | IterableDataset:
+    reader, options = READERS[kind(files[0])]
     for file in files:
-        if not Path(file).is_file():
-            raise ValueError(f"`text_files`: {file!r} does not exist.")
-        if Path(file).stat().st_size == 0:
-            raise ValueError(f"`text_files`: {file!r} is empty.")
-    suffixes = {Path(file.removesuffix(".gz")).suffix for file in files}
-    if len(suffixes) != 1 or not suffixes <= set(READERS):
-        raise ValueError(
-            f"`text_files` end in {sorted(suffixes)}: give files of one kind of {tuple(READERS)} (or .gz)."
-        )
-    return READERS[suffixes.pop()]
+        check_encoding(file, whole=streaming)  # a stream would meet a bad byte in the midst of training
+    literal = [escape(str(file.absolute())) for file in files]  # `datasets` reads names as patterns
+    try:
+        return load_dataset(reader, data_files=literal, split=split, streaming=streaming, **options)
+    except Exception as error:
+        reason = explain(files)
+        if reason is None:
+            raise
+        raise ValueError(reason) from error
 
 
 def pack(
@@ -76,24 +77,35 @@ def pack(
 ) -> Dataset | IterableDataset:
     """Blocks of `length` ids: BOS, `length` − 2 tokens of the concatenated documents (EOS after each), EOS.
 
-    This is the packing of MDLM's OpenWebText runs. What is left at the end of 1,000 documents is dropped.
+    This is the packing of MDLM's OpenWebText runs. What is left at the end of 1,000 documents is dropped, and so are
+    rows without text. Special tokens' names in a document are text.
 
     Args:
-        dataset (`Dataset` or `IterableDataset`): Rows with `"text"`.
-        tokenizer (`PreTrainedTokenizerBase`): Has an EOS token; BOS defaults to it.
+        dataset (`Dataset` or `IterableDataset`): Rows with `"text"`, as of [`load_text`].
+        tokenizer (`PreTrainedTokenizerBase`): Has EOS (or SEP); BOS defaults to CLS, or else to EOS.
         length (`int`): Block length, at least 3.
         num_proc (`int`, *optional*): Processes. `None`: this one.
 
     Raises:
-        `ValueError`: if the text is shorter than one block, or the tokenizer has no EOS token.
+        `ValueError`: if the text is shorter than one block, a row holds something else than text, or the tokenizer
+            has no EOS token.
     """
-    if length < 3:
-        raise ValueError(f"`length`={length} must be at least 3: each block holds BOS, EOS and what is between.")
-    if tokenizer.eos_token_id is None:
+    length = check_whole("length", length, minimum=3, unit="tokens (BOS, EOS and what is between)")
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise ValueError(f"`dataset` is of type {type(dataset).__name__}: give a `Dataset`, such as `load_text`'s.")
+    columns = dataset.column_names
+    if columns is not None and "text" not in columns:
+        raise ValueError(f'`dataset` has the columns {columns}, and no "text": rename one of them to it.')
+    bos, eos = boundary_ids(tokenizer)
+    if eos is None:
         raise ValueError("`tokenizer` has no EOS token: set `tokenizer.eos_token`, which ends every document.")
-    options = {"batched": True, "remove_columns": dataset.column_names or ["text"]}
-    function = partial(_pack_documents, tokenizer=tokenizer, length=length)
+    function = partial(_pack_documents, tokenizer=tokenizer, length=length, bos=bos, eos=eos)
+    options = {"batched": True, "with_indices": True, "remove_columns": columns or ["text"]}
     if isinstance(dataset, IterableDataset):
+        if num_proc is not None:
+            raise ValueError(
+                f"`num_proc`={num_proc} is for data that is read before training, not a stream: leave it out."
+            )
         return dataset.map(function, **options)
     blocks = dataset.map(function, num_proc=num_proc, desc="packing", **options)
     if len(blocks) == 0:
@@ -103,14 +115,15 @@ def pack(
     return blocks
 
 
-def _pack_documents(rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, length: int) -> dict[str, list]:
-    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    eos, inner = tokenizer.eos_token_id, length - 2
-    texts = [text for text in rows["text"] if text]
-    if not texts:
-        return {"input_ids": []}
-    # verbose=False: documents longer than the tokenizer's model_max_length are what packing is for
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    stream = [token for ids in encoded for token in (*ids, eos)]
+def _pack_documents(
+    rows: dict[str, list], indices: list[int], tokenizer: PreTrainedTokenizerBase, length: int, bos: int, eos: int
+) -> dict[str, list]:
+    texts, inner = [], length - 2
+    for index, text in zip(indices, rows["text"], strict=True):
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"row {index} of the text is {text!r}, of type {type(text).__name__}: give strings.")
+        if text:
+            texts.append(text)
+    stream = [token for ids in encode_text(tokenizer, texts) for token in (*ids, eos)]
     starts = range(0, len(stream) - inner + 1, inner)
     return {"input_ids": [[bos, *stream[start : start + inner], eos] for start in starts]}

@@ -5,7 +5,7 @@ Shapes: B texts of a batch, L tokens of the longest, V the judge's vocabulary.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_gguf_available
 
+from ..models.budget import check_whole
+from ..models.text_input import encode_text, read_tokenizer, text_list
 from .store import ResultStore, digest, fingerprint, finish
 
 
@@ -36,21 +38,27 @@ class Judge:
 def load_judge(
     judge: "str | Path | Judge" = "gpt2-large",
     device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> Judge:
     """Load a judge; one that is loaded already is returned as it is.
 
     Args:
-        judge (`str`, defaults to `"gpt2-large"`): Hub name or folder of a causal language model, or a `.gguf` file
-            (its architecture must be one that transformers reads).
+        judge (`str`, `Path` or [`Judge`], defaults to `"gpt2-large"`): Hub name or folder of a causal language model,
+            or a `.gguf` file (its architecture must be one that transformers reads).
         device (`str` or `torch.device`, *optional*): Where to run. `None`: the GPU where there is one.
-        dtype (`torch.dtype`, defaults to `torch.float32`): Of the weights.
+        dtype (`torch.dtype`, *optional*): Of the weights. `None`: `torch.float32`.
 
     Raises:
-        `ValueError`: for a `.gguf` file that does not exist.
+        `ValueError`: for a `.gguf` file that does not exist, a folder without a tokenizer that can be read, or the
+            place or type of a judge that is loaded already.
         `ImportError`: for a `.gguf` file where the package gguf is not installed.
     """
     if isinstance(judge, Judge):
+        if device is not None or dtype is not None:
+            raise ValueError(
+                f"`device`={device} and `dtype`={dtype} are for a judge that is to be loaded, not for {judge.name!r}: "
+                "leave them out, or move `judge.model` before."
+            )
         return judge
     name, source, options = str(judge), str(judge), {}
     if Path(judge).is_dir():
@@ -63,13 +71,13 @@ def load_judge(
             raise ImportError("a .gguf judge needs gguf: pip install 'fpmgm[eval]'")
         name, source, options = path.name, str(path.parent), {"gguf_file": path.name}
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    tokenizer = read_tokenizer(source, **options)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.float32, **options)
     return Judge(name, model.to(device).eval(), tokenizer)
 
 
 def generative_perplexity(
-    texts: list[str],
+    texts: Iterable[str],
     judge: str | Path | Judge = "gpt2-large",
     *,
     batch_size: int = 8,
@@ -81,11 +89,12 @@ def generative_perplexity(
     """How well a causal language model predicts generated texts, by both means in use (Section E.1).
 
     A text is tokenized anew by the judge and cut to `max_length`. Its first token is given, not predicted (unless
-    `add_start_token`). Of the judge's end-of-text tokens in a text only the first is scored. With `torch.distributed`
+    `add_start_token`). The judge's end of text is a token in a text, of which only the first is scored; the names of
+    its other special tokens are text. With `torch.distributed`
     initialized, the processes share the batches and all return the same.
 
     Args:
-        texts (`list[str]`): Generated texts.
+        texts (`Iterable[str]`): Generated texts.
         judge (`str`, `Path` or [`Judge`], defaults to `"gpt2-large"`): See [`load_judge`].
         batch_size (`int`, defaults to 8): Texts per batch.
         max_length (`int`, defaults to 1024): Tokens of a text that are read.
@@ -103,13 +112,13 @@ def generative_perplexity(
     Raises:
         `ValueError`: if no text has a token to score, `max_length` is beyond the judge, or it has no BOS to add.
     """
-    judge = load_judge(judge)
+    judge, texts, batch_size = load_judge(judge), text_list(texts), check_whole("batch_size", batch_size, 1, "texts")
     _check(judge, max_length, add_start_token)
     protocol = {
         "metric": "generative perplexity",
         "judge": judge.name,
         "judge_weights": judge.weights,
-        "tokenization": "the text, anew, by the judge's tokenizer",
+        "tokenization": "the text, anew, by the judge's tokenizer; of special tokens only the end of text is one",
         "max_length": max_length,
         "first_token": "predicted from BOS" if add_start_token else "given",
         "end_of_text": "the first of a text is scored, later ones are not",
@@ -170,7 +179,7 @@ def token_log_probabilities(
 ) -> list[tuple[float, int, bool]]:
     """For each text of one batch: the sum of log p over its scored tokens, their number, and whether it was cut."""
     tokenizer, device = judge.tokenizer, judge.model.device
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    encoded = _encode(tokenizer, texts)
     if add_start_token:
         encoded = [[tokenizer.bos_token_id, *ids] for ids in encoded]
     rows = [torch.tensor(ids[:max_length], dtype=torch.long) for ids in encoded]
@@ -190,7 +199,22 @@ def token_log_probabilities(
     return list(zip(sums, counts, cut, strict=True))
 
 
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Ids of texts in which `tokenizer`'s end of text stands where one ended, and all else is plain text."""
+    end = tokenizer.eos_token
+    parts = [[text] if end is None else text.split(end) for text in texts]
+    ids = iter(encode_text(tokenizer, [part for text in parts for part in text]))
+    rows = []
+    for text in parts:
+        row = next(ids)
+        for _ in text[1:]:
+            row = [*row, tokenizer.eos_token_id, *next(ids)]
+        rows.append(row)
+    return rows
+
+
 def _check(judge: Judge, max_length: int, add_start_token: bool) -> None:
+    check_whole("max_length", max_length, minimum=2, unit="tokens")
     longest = getattr(judge.model.config, "max_position_embeddings", max_length)
     if not 2 <= max_length <= longest:
         raise ValueError(

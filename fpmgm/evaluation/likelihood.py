@@ -8,7 +8,7 @@ Shapes: N sequences, B of a batch, L tokens of the longest, P masked positions o
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
+from ..models.budget import check_whole
 from ..models.noise import (
     antithetic_times,
     loss_weight,
@@ -25,21 +27,28 @@ from ..models.noise import (
     masked_probability,
     stream_generator,
 )
+from ..models.text_input import token_rows
 from .store import ResultStore, digest, fingerprint, finish
+
+
+logger = logging.get_logger(__name__)
+
+FIRST_DRAWS, MOST_DRAWS = 4, 256  # where `num_draws` is left to the error
+RELATIVE_ERROR = 0.02  # of a perplexity, the standard error over draws
 
 
 def elbo_perplexity(
     model: PreTrainedModel,
-    sequences: Sequence[Sequence[int]],
+    sequences: Iterable[Sequence[int]],
     *,
-    num_draws: int = 1,
+    num_draws: int | None = None,
     num_iterations: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
     cache_dir: str | Path | None = None,
     progress_bar: bool = False,
 ) -> dict[str, Any]:
-    """Upper bound of the perplexity per token, by `num_draws` passes over the text with antithetic times.
+    """Upper bound of the perplexity per token, by passes over the text with antithetic times.
 
     In a pass each sequence is masked once; the N times are spread evenly over the interval from a shift of the pass.
     The noise depends on `seed`, the pass and the sequence's place only: two models, or two numbers of iterations, see
@@ -47,9 +56,10 @@ def elbo_perplexity(
 
     Args:
         model (`PreTrainedModel`): A masked generative model of text.
-        sequences (`Sequence[Sequence[int]]`): N sequences of token ids of at most the model's length, as in training
-            (see `fpmgm.data.pack`).
-        num_draws (`int`, defaults to 1): Passes R.
+        sequences (`Dataset` or `Iterable[Sequence[int]]`): N sequences of token ids of at most the model's length, as
+            in training: what `fpmgm.data.pack` gives.
+        num_draws (`int`, *optional*): Passes R. `None`: as many as bring the standard error of the perplexity under
+            2 %, from 4 to 256.
         num_iterations (`int`, *optional*): Fixed-point iterations. `None`: the model's `num_fixed_point_iterations`.
         batch_size (`int`, defaults to 8): Sequences per batch.
         seed (`int`, defaults to 0): Of times and masks.
@@ -57,48 +67,92 @@ def elbo_perplexity(
         progress_bar (`bool`, defaults to `False`): Whether to show the batches.
 
     Returns:
-        `dict`: `perplexity`; `nats_per_token`, its logarithm; `standard_error_draws`, that of `nats_per_token` over
-        the passes, the noise of the estimate for this text (`None` for one pass); `standard_error_texts`, over the
-        sequences, what another text of the same kind may change; and the `protocol`.
+        `dict`: `perplexity`, with `perplexity_standard_error` over the passes (`None` for one pass); `nats_per_token`,
+        its logarithm; `standard_error_draws`, that of `nats_per_token` over the passes, the noise of the estimate for
+        this text; `standard_error_texts`, over the sequences, what another text of the same kind may change; and the
+        `protocol`.
 
     Raises:
-        `ValueError`: if there is no sequence, or iterations are asked of a model without fixed-point layers.
+        `ValueError`: if there is no sequence, one is empty, too long, no row of ids or holds the mask id, or
+            iterations are asked of a model without fixed-point layers.
     """
-    if len(sequences) == 0 or min(map(len, sequences)) == 0:
-        raise ValueError("`sequences` must hold at least one sequence, and none of them empty.")
-    layers = model.config.num_fixed_point_layers
-    if num_iterations is not None and layers == 0:
-        raise ValueError(f"`num_iterations`={num_iterations}, but the model has no fixed-point layers: leave it out.")
-    if num_iterations is None and layers:
-        num_iterations = model.config.num_fixed_point_iterations
+    rows = token_rows(sequences, mask_token_id=model.config.mask_token_id)
+    _check_rows(rows, model.config)
+    check_whole("batch_size", batch_size, minimum=1, unit="sequences")
+    if num_draws is not None:
+        check_whole("num_draws", num_draws, minimum=1, unit="passes")
+    num_iterations = _iterations(num_iterations, model.config)
     protocol = {
         "metric": "negative ELBO per token",
         "model": model.name_or_path,
         "model_weights": fingerprint(model),
-        "text": digest([list(map(int, row)) for row in sequences]),
-        "num_sequences": len(sequences),
-        "num_tokens": sum(map(len, sequences)),
-        "num_draws": num_draws,
+        "text": digest(rows),
+        "num_sequences": len(rows),
+        "num_tokens": sum(map(len, rows)),
         "times": "antithetic over the sequences of a pass, in [1e-3, 1]",
         "num_iterations": num_iterations,
         "seed": seed,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    # Passes are independent: more of them go on from fewer.
-    store = ResultStore(cache_dir, {k: v for k, v in protocol.items() if k != "num_draws"})
-    count = len(sequences)
+    store = ResultStore(cache_dir, protocol)  # passes are independent: more of them go on from fewer
+    count = len(rows)
     spans = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-    batches = [(draw, rows) for draw in range(num_draws) for rows in spans]
+    lengths = torch.tensor([len(row) for row in rows])
 
-    def bound(index: int) -> list[float]:
-        draw, rows = batches[index]
-        noise = corruption(rows, count, model.config.max_position_embeddings, (seed, "likelihood", draw))
-        return negative_elbo(model, [sequences[row] for row in rows], *noise, num_iterations).tolist()
+    def passes(number: int) -> torch.Tensor:
+        """(`number`, N) −ELBO of each pass and sequence."""
+        batches = [(draw, span) for draw in range(number) for span in spans]
 
-    keys = [[f"{draw}:{row}" for row in rows] for draw, rows in batches]
-    found = finish(store, keys, bound, "likelihood" if progress_bar else None)
-    nats = torch.tensor([[found[f"{draw}:{row}"] for row in range(count)] for draw in range(num_draws)])  # (R, N)
-    return {**_summary(nats.double(), torch.tensor([len(row) for row in sequences])), "protocol": protocol}
+        def bound(index: int) -> list[float]:
+            draw, span = batches[index]
+            noise = corruption(span, count, model.config.max_position_embeddings, (seed, "likelihood", draw))
+            return negative_elbo(model, [rows[row] for row in span], *noise, num_iterations).tolist()
+
+        keys = [[f"{draw}:{row}" for row in span] for draw, span in batches]
+        found = finish(store, keys, bound, "likelihood" if progress_bar else None)
+        return torch.tensor([[found[f"{draw}:{row}"] for row in range(count)] for draw in range(number)]).double()
+
+    nats = passes(FIRST_DRAWS if num_draws is None else num_draws)
+    while num_draws is None and (needed := _draws_needed(nats, lengths)) > len(nats):
+        nats = passes(needed)
+    return {**_summary(nats, lengths), "protocol": {**protocol, "num_draws": len(nats)}}
+
+
+def _check_rows(rows: list[list[int]], config) -> None:
+    if not rows or min(map(len, rows)) == 0:
+        raise ValueError("`sequences` must hold at least one sequence, and none of them empty.")
+    for i, row in enumerate(rows):
+        if len(row) > config.max_position_embeddings or not 0 <= min(row) <= max(row) < config.vocab_size:
+            raise ValueError(
+                f"`sequences`[{i}] has {len(row)} tokens, ids from {min(row)} to {max(row)}: the model reads "
+                f"{config.max_position_embeddings} of a vocabulary of {config.vocab_size}."
+            )
+
+
+def _iterations(num_iterations: int | None, config) -> int | None:
+    if config.num_fixed_point_layers == 0:
+        if num_iterations is not None:
+            raise ValueError(
+                f"`num_iterations`={num_iterations}, but the model has no fixed-point layers: leave it out."
+            )
+        return None
+    if num_iterations is None:
+        return config.num_fixed_point_iterations
+    return check_whole("num_iterations", num_iterations, minimum=1, unit="fixed-point iterations")
+
+
+def _draws_needed(nats: torch.Tensor, lengths: torch.Tensor) -> int:
+    """Passes that the standard error asks for, from those done (R, N); at most twice as many at a time."""
+    done, error = len(nats), _summary(nats, lengths)["standard_error_draws"]
+    if error <= RELATIVE_ERROR:
+        return done
+    if done >= MOST_DRAWS:
+        logger.warning(
+            f"After {done} passes the standard error of the perplexity is {error:.1%}: give more text, or say by "
+            "`num_draws` how many passes you want."
+        )
+        return done
+    return min(math.ceil(done * (error / RELATIVE_ERROR) ** 2), 2 * done, MOST_DRAWS)
 
 
 def corruption(rows: range, total: int, length: int, key: tuple) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,9 +216,12 @@ def _summary(nats: torch.Tensor, lengths: torch.Tensor) -> dict[str, float | Non
     deviations = nats.mean(dim=0) - mean * lengths  # (N,) of a ratio of sums
     count = len(lengths)
     spread = (deviations.square().sum() * count / max(count - 1, 1)).sqrt() / tokens
+    perplexity = math.exp(min(mean, 700))
+    error = draws.std().item() / math.sqrt(len(draws)) if len(draws) > 1 else None
     return {
-        "perplexity": math.exp(min(mean, 700)),
+        "perplexity": perplexity,
+        "perplexity_standard_error": None if error is None else perplexity * error,
         "nats_per_token": mean,
-        "standard_error_draws": draws.std().item() / math.sqrt(len(draws)) if len(draws) > 1 else None,
+        "standard_error_draws": error,
         "standard_error_texts": spread.item() if count > 1 else None,
     }

@@ -2,25 +2,27 @@
 """MAUVE: the gap between the distributions of generated and of human text (Section F.1.5)."""
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..models.budget import check_whole
+from ..models.text_input import encode_text, text_list
 from .judge import Judge, load_judge
 from .store import ResultStore, digest, finish
 
 
 def mauve_score(
-    texts: list[str],
-    references: list[str],
+    texts: Iterable[str],
+    references: Iterable[str],
     featurizer: str | Path | Judge | Callable[[list[str]], np.ndarray] = "gpt2-large",
     *,
     num_samples: int = 5000,
-    max_length: int = 1024,
-    batch_size: int = 8,
+    max_length: int | None = None,
+    batch_size: int | None = None,
     scaling_factor: float = 5.0,
     seed: int = 25,
     cache_dir: str | Path | None = None,
@@ -31,27 +33,31 @@ def mauve_score(
     protocol only.
 
     Args:
-        texts, references (`list[str]`): Generated and human texts; the first `num_samples` of each are used.
+        texts, references (`Iterable[str]`): Generated and human texts; the first `num_samples` of each are used.
         featurizer (`str`, `Path`, [`Judge`] or `Callable`, defaults to `"gpt2-large"`): A causal language model, whose
             last hidden state at a text's last token is its feature, or a function from texts to an array (N, D).
         num_samples (`int`, defaults to 5000): Texts on each side.
-        max_length (`int`, defaults to 1024): Tokens of a text that a language model reads.
-        batch_size (`int`, defaults to 8): Texts per batch of a language model.
+        max_length (`int`, *optional*): Tokens of a text that a language model reads. `None`: 1024.
+        batch_size (`int`, *optional*): Texts per batch of a language model. `None`: 8.
         scaling_factor (`float`, defaults to 5.0): The constant c of the divergence curve.
         seed (`int`, defaults to 25): Of the clustering; both defaults are the package's.
-        cache_dir (`str` or `Path`, *optional*): Keeps the features of finished batches. `None`: nothing is kept.
+        cache_dir (`str` or `Path`, *optional*): Keeps a language model's features of finished batches. `None`: nothing
+            is kept.
 
     Returns:
         `dict`: `mauve` in (0, 1], higher is closer; `mauve_star`, its smoothed variant; and the `protocol`.
 
     Raises:
-        `ValueError`: if either side has fewer than `num_samples` texts.
+        `ValueError`: if either side has fewer than `num_samples` texts, or a function is given what only a language
+            model takes.
         `ImportError`: if mauve-text is not installed.
     """
     try:
         from mauve import compute_mauve
     except ImportError as error:
         raise ImportError("MAUVE needs mauve-text: pip install 'fpmgm[eval]'") from error
+    check_whole("num_samples", num_samples, minimum=1, unit="texts")
+    texts, references = text_list(texts), text_list(references, "references")
     for name, given in (("texts", texts), ("references", references)):
         if len(given) < num_samples:
             raise ValueError(
@@ -59,9 +65,15 @@ def mauve_score(
                 "`num_samples` for both sides (scores of different numbers do not compare)."
             )
     if callable(featurizer):
+        given = {"max_length": max_length, "batch_size": batch_size, "cache_dir": cache_dir}
+        given = {name: value for name, value in given.items() if value is not None}
+        if given:
+            raise ValueError(f"{given} is for a language model, but `featurizer` is a function: leave it out.")
         name, features = getattr(featurizer, "__name__", type(featurizer).__name__), featurizer
     else:
         judge = load_judge(featurizer)
+        max_length = 1024 if max_length is None else check_whole("max_length", max_length, minimum=1, unit="tokens")
+        batch_size = 8 if batch_size is None else check_whole("batch_size", batch_size, minimum=1, unit="texts")
         name = f"{judge.name}, last hidden state at the last token"
 
         def features(chunk: list[str]) -> np.ndarray:
@@ -75,7 +87,7 @@ def mauve_score(
         "protocol": {
             "metric": "MAUVE",
             "featurizer": name,
-            "max_length": None if callable(featurizer) else max_length,
+            "max_length": max_length,
             "num_samples": num_samples,
             "num_references": num_samples,
             "num_buckets": found.num_buckets,
@@ -110,7 +122,7 @@ def last_token_features(
 
 @torch.no_grad()
 def _batch_features(judge: Judge, texts: list[str], max_length: int) -> np.ndarray:
-    encoded = judge.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    encoded = encode_text(judge.tokenizer, texts)
     rows = [torch.tensor((ids or [judge.tokenizer.eos_token_id])[:max_length]) for ids in encoded]
     input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, L)
     lengths = torch.tensor([len(row) for row in rows])

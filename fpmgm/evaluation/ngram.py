@@ -5,12 +5,14 @@ Its perplexity sees local fluency only and is no stand-in for a large language m
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from ..models.budget import check_whole
+from ..models.text_input import token_rows
 from .judge import summary
 
 
@@ -21,13 +23,14 @@ class NGramJudge:
     the context h, h′ is h without its first token, and p_0 is uniform. An unseen context leaves p_{n−1}.
 
     Args:
-        sequences (`np.ndarray`): (N, L) token ids of the training text; an n-gram never spans two rows.
+        sequences (`Dataset`, `np.ndarray` or `Iterable`): N rows of L token ids of the training text, such as
+            `fpmgm.data.pack` gives; an n-gram never spans two rows.
         vocab_size (`int`): Number of token ids, V.
         order (`int`, defaults to 4): Longest n-gram; V to this power must stay below 2⁶³.
         name (`str`, *optional*): What its scores carry. `None`: such as `"4-gram model"`.
 
     Raises:
-        `ValueError`: if the vocabulary is too large for the order, or ids lie outside it.
+        `ValueError`: if the vocabulary is too large for the order, ids lie outside it, or rows differ in length.
 
     Example:
 
@@ -39,11 +42,19 @@ class NGramJudge:
     ```
     """
 
-    def __init__(self, sequences: np.ndarray, vocab_size: int, order: int = 4, name: str | None = None):
+    def __init__(
+        self, sequences: np.ndarray | Iterable[Sequence[int]], vocab_size: int, order: int = 4, name: str | None = None
+    ):
+        check_whole("vocab_size", vocab_size, minimum=1, unit="token ids")
+        check_whole("order", order, minimum=1, unit="tokens")
         if vocab_size**order >= 2**63:
             raise ValueError(f"`vocab_size`={vocab_size} to the power `order`={order} exceeds 2**63: lower the order.")
         self.vocab_size, self.order, self.name = vocab_size, order, name or f"{order}-gram model"
         sequences = self._checked(sequences)
+        if sequences.shape[1] < order:
+            raise ValueError(
+                f"`order`={order} is longer than the rows of {sequences.shape[1]} tokens: lower the order."
+            )
         self.tables = [self._count(sequences, n) for n in range(1, order + 1)]
 
     @cached_property
@@ -52,9 +63,17 @@ class NGramJudge:
         grams, counts = self.tables[-1][:2]
         return hashlib.blake2b(grams.tobytes() + counts.tobytes(), digest_size=8).hexdigest()
 
-    def _checked(self, sequences: np.ndarray) -> np.ndarray:
-        sequences = np.asarray(sequences, dtype=np.int64)
-        if sequences.size and not 0 <= sequences.min() <= sequences.max() < self.vocab_size:
+    def _checked(self, sequences: np.ndarray | Iterable[Sequence[int]]) -> np.ndarray:
+        if not (isinstance(sequences, np.ndarray) and sequences.ndim == 2 and sequences.dtype.kind in "iu"):
+            rows = token_rows(sequences)
+            lengths = sorted({len(row) for row in rows})
+            if len(lengths) > 1:
+                raise ValueError(f"`sequences` have {lengths[:5]} tokens: give rows of one length.")
+            sequences = np.array(rows)
+        if sequences.size == 0:
+            raise ValueError("`sequences` hold no token: give one or more rows of one length.")
+        sequences = sequences.astype(np.int64)
+        if not 0 <= sequences.min() <= sequences.max() < self.vocab_size:
             raise ValueError(
                 f"`sequences` hold ids from {sequences.min()} to {sequences.max()}, the vocabulary {self.vocab_size}: "
                 "judge and model must have one tokenizer."
@@ -72,7 +91,7 @@ class NGramJudge:
         contexts, first, distinct = np.unique(grams // self.vocab_size, return_index=True, return_counts=True)
         return grams, counts, contexts, np.add.reduceat(counts, first), distinct
 
-    def log_probabilities(self, sequences: np.ndarray) -> np.ndarray:
+    def log_probabilities(self, sequences: np.ndarray | Iterable[Sequence[int]]) -> np.ndarray:
         """(B, L) natural log-probability of each token given those before it in its row."""
         sequences = self._checked(sequences)
         probabilities = np.full(sequences.shape, 1 / self.vocab_size)
@@ -88,17 +107,17 @@ class NGramJudge:
             probabilities[:, n - 1 :] = np.where(seen >= 0, (c + kinds * lower) / np.maximum(total + kinds, 1), lower)
         return np.log(probabilities)
 
-    def perplexity(self, sequences: np.ndarray) -> float:
+    def perplexity(self, sequences: np.ndarray | Iterable[Sequence[int]]) -> float:
         """exp of the mean over sequences of the mean negative log-probability; the first token, BOS, is given."""
         return float(np.exp(-self.log_probabilities(sequences)[:, 1:].mean(axis=1).mean()))
 
-    def generative_perplexity(self, sequences: Sequence[Sequence[int]]) -> dict[str, Any]:
+    def generative_perplexity(self, sequences: np.ndarray | Iterable[Sequence[int]]) -> dict[str, Any]:
         """What [`fpmgm.evaluation.generative_perplexity`] returns, of (B, L) token ids instead of texts.
 
         Raises:
             `ValueError`: if ids lie outside the vocabulary, or L is 1.
         """
-        log_p = self.log_probabilities(np.asarray(sequences))[:, 1:]
+        log_p = self.log_probabilities(sequences)[:, 1:]
         protocol = {
             "metric": "generative perplexity",
             "judge": self.name,

@@ -5,15 +5,19 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from ..models.budget import check_whole
+from ..models.text_input import token_rows
+
 
 def unigram_entropy(sequences: np.ndarray | Iterable[Sequence[int]]) -> float:
     """Mean over sequences of the entropy, in nats, of the tokens that a sequence uses (equation 5).
 
     Args:
-        sequences (`np.ndarray`): (B, L) token ids, or B sequences of any lengths above 0.
+        sequences (`np.ndarray`): (B, L) token ids, or B sequences of any lengths above 0; blocks of
+            `fpmgm.data.pack` too.
 
     Raises:
-        `ValueError`: if there is no sequence, or an empty one.
+        `ValueError`: for text instead of ids, if there is no sequence, or an empty one.
 
     >>> round(unigram_entropy(np.array([[1, 1, 2, 2], [3, 3, 3, 3]])), 4)
     0.3466
@@ -31,12 +35,13 @@ def distinct_n(sequences: np.ndarray | Iterable[Sequence[int]], n: int = 2) -> f
         n (`int`, defaults to 2): Tokens of an n-gram, at least 1.
 
     Raises:
-        `ValueError`: if no sequence holds an n-gram.
+        `ValueError`: for text instead of ids, or if no sequence holds an n-gram.
 
     >>> distinct_n([[1, 2, 1, 2], [1, 2, 3]], n=2)
     0.6
     """
-    grams = [gram for row in sequences for gram in _ngrams(row, n)]
+    check_whole("n", n, minimum=1, unit="tokens")
+    grams = [gram for row in token_rows(sequences) for gram in _ngrams(row, n)]
     if not grams:
         raise ValueError(f"`sequences` hold no n-gram of `n`={n} tokens: give longer ones.")
     return len(set(grams)) / len(grams)
@@ -50,11 +55,12 @@ def repetition_rate(sequences: np.ndarray | Iterable[Sequence[int]], n: int = 4)
         n (`int`, defaults to 4): Tokens of an n-gram, at least 1.
 
     Raises:
-        `ValueError`: if there is no sequence, or one shorter than `n`.
+        `ValueError`: for text instead of ids, if there is no sequence, or one shorter than `n`.
 
     >>> repetition_rate([[1, 2, 1, 2], [1, 2, 3, 4]], n=2)
     0.16666666666666669
     """
+    check_whole("n", n, minimum=1, unit="tokens")
 
     def repeated(row: Sequence[int]) -> float:
         grams = _ngrams(row, n)
@@ -64,7 +70,7 @@ def repetition_rate(sequences: np.ndarray | Iterable[Sequence[int]], n: int = 4)
 
 
 def _each(sequences, measure, shortest: int = 1) -> list[float]:
-    rows = list(sequences)
+    rows = token_rows(sequences)
     lengths = [len(row) for row in rows]
     if not rows or min(lengths) < shortest:
         raise ValueError(
@@ -81,5 +87,4 @@ def _entropy(row: Sequence[int]) -> float:
 
 
 def _ngrams(row: Sequence[int], n: int) -> list[tuple[int, ...]]:
-    row = np.asarray(row).tolist()
     return [tuple(row[i : i + n]) for i in range(len(row) - n + 1)]

@@ -3,6 +3,7 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import datasets
 import pytest
@@ -10,7 +11,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fpmgm.data import load_text, pack
+from fpmgm.data import load_text, pack, train_tokenizer
 
 
 DOCUMENTS = ["one two  three", "a line\n\nand one after an empty line\n", "žluťoučký kůň 😀", "end"]
@@ -75,11 +76,42 @@ def test_packing_refuses_what_it_cannot_pack():
     data, tokenizer = as_text([[1, 2, 3]]), word_tokenizer(eos_token="<eos>")
     with pytest.raises(ValueError, match="EOS"):
         pack(data, word_tokenizer(), 4)
+    with pytest.raises(ValueError, match="`dataset` is of type list: give a `Dataset`"):
+        pack(["w1 w2"], tokenizer, 4)
+    with pytest.raises(ValueError, match=r"`dataset` has the columns \['content'\], and no \"text\""):
+        pack(data.rename_column("text", "content"), tokenizer, 4)
+    with pytest.raises(ValueError, match="`num_proc`=2 is for data that is read before training"):
+        pack(data.to_iterable_dataset(), tokenizer, 4, num_proc=2)
+    with pytest.raises(ValueError, match="`length`='8'"):
+        pack(data, tokenizer, "8")
     with pytest.raises(ValueError, match="`length`=2"):
         pack(data, tokenizer, 2)
     assert len(pack(data, tokenizer, 6)) == 1
     with pytest.raises(ValueError, match="`length`=7"):
         pack(data, tokenizer, 7)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_mask_tokens_name_in_a_document_is_text(streaming):
+    tokenizer = train_tokenizer(["a masked model fills masks"], 262)
+    text = "a masked model fills <|mask|> tokens and <|endoftext|> ones"
+    data = Dataset.from_dict({"text": [text]})
+    (block,) = pack(data.to_iterable_dataset() if streaming else data, tokenizer, 2 + 43)
+    inner = block["input_ids"][1:-1]
+    assert not {tokenizer.mask_token_id, tokenizer.eos_token_id} & set(inner)
+    assert text.startswith(tokenizer.decode(inner)) and "<|mask|>" in tokenizer.decode(inner)
+
+
+def test_a_row_that_holds_no_text_is_named():
+    data = Dataset.from_list([{"text": "w1 w2"}] * 1100).to_list()
+    with pytest.raises(ValueError, match=r"row 1050 of the text is 1.5, of type float"):
+        list(pack(floats(data, 1050), word_tokenizer(eos_token="<eos>"), 4))
+
+
+def floats(rows: list[dict], at: int) -> datasets.IterableDataset:
+    """Rows of which one holds a number."""
+    rows[at] = {"text": 1.5}
+    return datasets.IterableDataset.from_generator(lambda: iter(rows))
 
 
 def write(folder, kind: str, documents: list[str], column: str = "text") -> list[str]:
@@ -150,3 +182,111 @@ def test_wrong_sources_are_refused(tmp_path):
         load_text([good, *write(tmp_path, "parquet", DOCUMENTS)])
     with pytest.raises(ValueError, match="`text_files`"):
         load_text([])
+
+
+# --- names of files --------------------------------------------------------------------------------------------------
+
+
+LITERAL = ["books[1].txt", "a*.txt", "what?.txt", "run[1]/x.txt", ".hidden/x.txt", "TEXT.TXT", "with space.Txt"]
+MATCHED = ["books1.txt", "ab.txt", "what1.txt", "run1/x.txt"]  # what the names match as patterns
+
+
+def put(folder, names: list[str], text: str) -> list[str]:
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"{name}: {text}", encoding="utf-8")
+    return [str(folder / name) for name in names]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_names_of_files_are_no_patterns(tmp_path, monkeypatch, streaming):
+    files, _ = put(tmp_path, LITERAL, "right"), put(tmp_path, MATCHED, "wrong")
+    data = load_text(map(tmp_path.__truediv__, LITERAL), streaming=streaming)  # a generator of paths
+    assert [row["text"] for row in data] == [f"{name}: right" for name in LITERAL]
+    for file, name in zip(files, LITERAL, strict=True):
+        assert [row["text"] for row in load_text(file, streaming=streaming)] == [f"{name}: right"]
+    monkeypatch.chdir(tmp_path / "run[1]")
+    assert [row["text"] for row in load_text("x.txt", streaming=streaming)] == ["run[1]/x.txt: right"]
+
+
+def test_a_folder_is_its_files(tmp_path):
+    folder, empty = tmp_path / "books", tmp_path / "empty"
+    folder.mkdir()
+    empty.mkdir()
+    put(folder, ["b.txt", "a.txt", "in[1]/c.TXT", ".git/d.txt", "notes.md"], "text")
+    expected = ["a.txt: text", "b.txt: text", "in[1]/c.TXT: text"]
+    assert load_text(folder)["text"][:] == load_text([str(folder)])["text"][:] == expected
+    with pytest.raises(ValueError, match=r"the folder '.*/empty' has no files of \('\.txt',"):
+        load_text(empty)
+
+
+def test_a_part_of_the_files_is_a_split(tmp_path):
+    files = write(tmp_path, "jsonl", DOCUMENTS)
+    assert load_text(files, split="train[1:3]")["text"][:] == DOCUMENTS[1:3]
+    with pytest.raises(ValueError, match="validation"):
+        load_text(files, split="validation")
+    with pytest.raises(ValueError, match="`dataset_config`='small' is of a `dataset_name`"):
+        load_text(files, dataset_config="small")
+
+
+# --- what is in them -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.gz"])
+@pytest.mark.parametrize(
+    ("encoding", "named"),
+    [("latin-1", r"byte 0xe9 at position \d+\), probably latin-1"), ("utf-16", "UTF-16"), ("utf-16-le", "UTF-16")],
+)
+def test_another_encoding_is_named_with_its_file(tmp_path, kind, encoding, named, streaming):
+    good, bad = tmp_path / f"good.{kind}", tmp_path / f"bad.{kind}"
+    for path, name in ((good, "utf-8"), (bad, encoding)):
+        data = (json.dumps({"text": "a cafe and a café " * 20}, ensure_ascii=False) + "\n").encode(name)
+        path.write_bytes(gzip.compress(data) if kind.endswith("gz") else data)
+    with pytest.raises(ValueError, match=rf"bad\.{kind}' is not UTF-8.*{named}.*iconv"):
+        load_text([good, bad], streaming=streaming)
+
+
+def test_a_bad_byte_far_behind_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr("fpmgm.data.text_files.AT_ONCE", 5)
+    path = tmp_path / "long.txt"
+    path.write_bytes("žluťoučký ".encode() * 3 + b"\xff")
+    with pytest.raises(ValueError, match=r"long\.txt' is not UTF-8 \(byte 0xff at position 42\)"):
+        load_text(path, streaming=True)
+    path.write_bytes("cut in a ů".encode()[:-1])
+    with pytest.raises(ValueError, match=r"long\.txt' is not UTF-8 \(byte 0xc5 at position 9\)"):
+        load_text(path)
+    path.write_bytes("žluťoučký ".encode() * 3 + b"\xff")
+    with pytest.raises(ValueError, match=r"long\.txt' is not UTF-8 \(byte 0xff at position 42\)"):
+        load_text(path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path, kind, streaming):
+    files = write(tmp_path, kind, ["one", "two"])
+    for file in map(Path, files):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert [row["text"] for row in load_text(files, streaming=streaming)] == ["one", "two"]
+
+
+def test_rows_without_text_are_left_out(tmp_path):
+    lines = ['{"id": 1}', '{"text": "the cat sat"}', "null", "", '{"text": null, "id": 2}', '{"text": "on the mat"}']
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    data = load_text(tmp_path / "rows.jsonl")
+    tokenizer = train_tokenizer(data["text"], 258)
+    joined = [token for row in pack(data, tokenizer, 3) for token in row["input_ids"][1:-1]]
+    assert tokenizer.decode(joined) == "the cat sat<|endoftext|>on the mat<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": ', "line 3 of .*rows.jsonl' is no JSON"),
+        ('"a text"', "line 3 of .*rows.jsonl' is '\"a text\"': give objects"),
+    ],
+)
+def test_a_broken_line_is_named_with_its_file(tmp_path, line, message):
+    (tmp_path / "rows.jsonl").write_text(f'{{"text": "a"}}\n\n{line}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        load_text(tmp_path / "rows.jsonl")

@@ -59,6 +59,24 @@ def test_impossible_sizes_are_refused():
         train_tokenizer(TEXTS, 5000)
 
 
+def test_documents_are_strings(tokenizer):
+    assert train_tokenizer([None, *TEXTS, None], SIZE).get_vocab() == tokenizer.get_vocab()
+    with pytest.raises(ValueError, match=r"`texts`\[1\] is 3, of type int"):
+        train_tokenizer(["a", 3], 258)
+    with pytest.raises(ValueError, match="`texts` is one string"):
+        train_tokenizer("a text", 258)
+
+
+def test_a_blank_takes_the_space_before_it(tokenizer):
+    """In training text no space stands alone between words: a blank leaves none for the model to wonder at."""
+    blank, written = tokenizer.mask_token, tokenizer(" mat")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(written)[0].startswith("Ġ")
+    expected = tokenizer("on the mat, and")["input_ids"]
+    prompt = tokenizer(f"on the {blank * len(written)}, and")["input_ids"]
+    holes = iter(written)
+    assert [next(holes) if id_ == tokenizer.mask_token_id else id_ for id_ in prompt] == expected
+
+
 def test_a_mask_token_is_added_once(tokenizer):
     assert len(add_mask_token(tokenizer)) == SIZE
     assert tokenizer.mask_token_id == SIZE - 1
@@ -69,4 +87,5 @@ def test_gpt2_gets_the_mask_of_the_published_checkpoints():
     tokenizer = add_mask_token(AutoTokenizer.from_pretrained(SHARED / "data/tokenizer_gpt2"))
     assert tokenizer.mask_token_id == 50257
     assert len(tokenizer) == 50258
+    assert tokenizer("returns <|mask|>")["input_ids"] == [*tokenizer("returns")["input_ids"], 50257]
     assert tokenizer.eos_token_id == 50256

@@ -53,7 +53,7 @@ def test_features_are_the_last_hidden_state_at_the_last_token(tmp_path, monkeypa
     judge = tiny_judge()
     found = last_token_features(judge, TEXTS, max_length=24, batch_size=4)
     for text, feature in zip(TEXTS, found, strict=True):
-        ids = judge.tokenizer(text)["input_ids"][:24] or [judge.tokenizer.eos_token_id]
+        ids = judge.tokenizer(text, split_special_tokens=True)["input_ids"][:24] or [judge.tokenizer.eos_token_id]
         state = judge.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0, -1]
         np.testing.assert_allclose(feature, state.numpy(), rtol=1e-5, atol=1e-6)
     last_token_features(judge, TEXTS[:4], max_length=24, batch_size=4, cache_dir=tmp_path)

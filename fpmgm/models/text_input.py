@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text and token ids as users give them: plain text to ids, rows of ids, tokenizers of folders."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+
+def text_list(texts: Iterable[str], name: str = "texts") -> list[str]:
+    """`texts` as a list; a `ValueError` that names what is no text."""
+    if isinstance(texts, str | Mapping) or not isinstance(texts, Iterable):
+        raise ValueError(f"`{name}` is of type {type(texts).__name__}: give several texts, such as a list of strings.")
+    texts = list(texts)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"`{name}`[{i}] is {text!r}, of type {type(text).__name__}: give strings.")
+    return texts
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
+    """Token ids of plain texts, without special tokens: what a text says is text, also where it says `<|mask|>`.
+
+    A vocabulary may hold a special token's name among its ordinary tokens (Unigram, words): it is unknown then.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Any.
+        texts (`Iterable[str]`): Plain texts; to place special tokens is the caller's.
+
+    Raises:
+        `ValueError`: for what is no text, or text that the tokenizer can only read as its mask token.
+
+    Example:
+
+    ```python
+    >>> from fpmgm.data import train_tokenizer
+    >>> tokenizer = train_tokenizer(["the cat sat on the mat"], 258)
+    >>> len(tokenizer("<|mask|>")["input_ids"]), len(encode_text(tokenizer, ["<|mask|>"])[0])
+    (1, 8)
+
+    ```
+    """
+    texts = text_list(texts)
+    if not texts:
+        return []
+    # verbose=False: texts longer than the tokenizer's model_max_length are cut or packed by the caller.
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    rows = tokenizer(texts, split_special_tokens=True, **options)["input_ids"]
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    return [_without_special(tokenizer, row, special, i) if special & set(row) else row for i, row in enumerate(rows)]
+
+
+def _without_special(tokenizer: PreTrainedTokenizerBase, row: list[int], special: set[int], i: int) -> list[int]:
+    """`row` with unknown tokens where the tokenizer reads special ones out of plain text."""
+    if tokenizer.unk_token_id is not None:
+        return [tokenizer.unk_token_id if token in special else token for token in row]
+    if tokenizer.mask_token_id in row:
+        raise ValueError(
+            f"`texts`[{i}] holds {tokenizer.mask_token!r}, which the tokenizer can only read as its mask token: take "
+            "it out of the text, or give the tokenizer an `unk_token`."
+        )
+    return row
+
+
+def boundary_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, int | None]:
+    """What begins and what ends a text: BOS and EOS, or else CLS and SEP, as MDLM has it; `None` where there is none.
+
+    A tokenizer without either begins texts with what ends them.
+    """
+    begin = _first(tokenizer.bos_token_id, tokenizer.cls_token_id)
+    end = _first(tokenizer.eos_token_id, tokenizer.sep_token_id)
+    return _first(begin, end), end
+
+
+def _first(*ids: int | None) -> int | None:
+    return next((token for token in ids if token is not None), None)
+
+
+def read_tokenizer(name: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name.
+
+    Args:
+        name (`str` or `Path`): Folder or hub name.
+        options: Of `AutoTokenizer.from_pretrained`.
+
+    Raises:
+        `ValueError`: names the folder that holds none, or a broken one, and says why.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(str(name), **options)
+    except Exception as error:  # broken files end in almost any exception, few of which name the file
+        raise ValueError(f"no tokenizer can be read from {str(name)!r}: {type(error).__name__}: {error}") from error
+
+
+def token_rows(sequences: Any, name: str = "sequences", mask_token_id: int | None = None) -> list[list[int]]:
+    """Rows of token ids as plain lists, from whatever holds them.
+
+    Args:
+        sequences (`Dataset`, `torch.Tensor`, `np.ndarray` or `Iterable`): Rows of ids, or of a dataset with
+            `input_ids`, as `fpmgm.data.pack` gives them.
+        name (`str`, defaults to `"sequences"`): Of the argument, for messages.
+        mask_token_id (`int`, *optional*): An id that no row may hold. `None`: any may be there.
+
+    Raises:
+        `ValueError`: for text, or a row that is not made of whole numbers, or holds the mask id; it names the row.
+
+    >>> token_rows([{"input_ids": [1, 2]}, torch.tensor([3])])
+    [[1, 2], [3]]
+    """
+    if isinstance(sequences, str | Mapping) or not isinstance(sequences, Iterable):
+        raise ValueError(f"`{name}` is of type {type(sequences).__name__}: give rows of token ids.")
+    rows = [_token_row(row, f"`{name}`[{i}]") for i, row in enumerate(sequences)]
+    for i, row in enumerate(rows if mask_token_id is not None else []):
+        if mask_token_id in row:
+            raise ValueError(
+                f"`{name}`[{i}] holds the mask id {mask_token_id} at position {row.index(mask_token_id)}: a mask is "
+                "no text. Leave the row out, or encode its text with `split_special_tokens=True`."
+            )
+    return rows
+
+
+def _token_row(row: Any, name: str) -> list[int]:
+    if isinstance(row, Mapping):
+        if "input_ids" not in row:
+            raise ValueError(f"{name} has the columns {sorted(row)}, and no `input_ids`: pack the text first.")
+        row = row["input_ids"]
+    if isinstance(row, str):
+        raise ValueError(f"{name} is the text {row[:40]!r}: give token ids, such as `tokenizer(text).input_ids`.")
+    try:
+        ids = torch.as_tensor(row)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} is no row of token ids: {error}.") from error
+    if ids.dim() != 1 or (ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)):
+        kind = str(ids.dtype).removeprefix("torch.")
+        raise ValueError(f"{name} is of shape {tuple(ids.shape)} and type {kind}: give a row of whole numbers.")
+    return ids.tolist()

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text on its way into recipes: prompts with blanks, and where training text comes from."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import BertTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from fpmgm.data import train_tokenizer
+from tests.testing_utils import tiny_model
+
+
+sys.path.append(str(Path(__file__).parents[2] / "recipes"))
+
+import sample
+from text_data import DataArguments, load_blocks, load_tokenizer
+
+
+def trained() -> PreTrainedTokenizerBase:
+    return train_tokenizer(["the cat sat on the mat, the cat sat"] * 3, 270)
+
+
+def saved_without_lstrip() -> PreTrainedTokenizerBase:
+    """As tokenizers that were made elsewhere."""
+    tokenizer = Tokenizer.from_str(trained().backend_tokenizer.to_str().replace('"lstrip":true', '"lstrip":false'))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", mask_token="<|mask|>")
+
+
+def without_a_mask() -> PreTrainedTokenizerBase:
+    return PreTrainedTokenizerFast(tokenizer_object=trained().backend_tokenizer, bos_token="<|endoftext|>")
+
+
+def metaspace() -> PreTrainedTokenizerBase:
+    """Puts a space before the beginning of a text, as Llama's first tokenizer does."""
+    pieces = [("<unk>", 0.0), ("▁", -3.0), *((f"▁{word}", -2.0) for word in ("the", "cat", "sat", "mat")), (",", -2.0)]
+    tokenizer = Tokenizer(models.Unigram([*pieces, ("\n", -2.0), ("<mask>", -2.0)], unk_id=0))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token="<mask>", unk_token="<unk>")
+
+
+def word_pieces() -> PreTrainedTokenizerBase:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "mat", ","]
+    return BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+
+
+FRAMES = {  # what stands before and behind
+    trained: ([0], [0]),
+    saved_without_lstrip: ([0], [0]),
+    without_a_mask: ([0], []),
+    metaspace: ([], []),
+    word_pieces: ([2], [3]),
+}
+
+
+@pytest.mark.parametrize("make", FRAMES)
+@pytest.mark.parametrize("blank", ["<|mask|*{}>", "<|mask|>"])
+def test_a_prompt_is_tokenized_as_the_text_that_it_becomes(make, blank):
+    tokenizer, mask, (begin, end) = make(), 999, FRAMES[make]
+    before, hole, after = "the cat", " sat", " the mat, the"
+    whole = tokenizer(before + hole + after, add_special_tokens=False)["input_ids"]
+    written = tokenizer(hole if make is not metaspace else hole[1:], add_special_tokens=False)["input_ids"]
+    blanks = blank.format(len(written)) if "*" in blank else blank * len(written)
+    for space in ("", " "):
+        (ids,) = sample.encode_prompt(tokenizer, f"{before}{space}{blanks}{after}", mask).tolist()
+        found = iter(written)
+        assert [next(found) if token == mask else token for token in ids] == [*begin, *whole, *end]
+
+
+def test_line_ends_before_a_blank_stay_and_the_tokenizers_own_mask_is_a_blank():
+    tokenizer = trained()
+    (ids,) = sample.encode_prompt(tokenizer, "the\n\n<|mask|*2>,", 269).tolist()
+    assert tokenizer.decode(ids) == "<|endoftext|>the\n\n<|mask|><|mask|>,<|endoftext|>"
+    (ids,) = sample.encode_prompt(word_pieces(), "the [MASK] sat<|mask|>", 4).tolist()
+    assert word_pieces().decode(ids) == "[CLS] the [MASK] sat [MASK] [SEP]"
+
+
+def test_sampling_needs_neither_bos_nor_eos(tmp_path):
+    vocabulary = {"<unk>": 0, **{word: i for i, word in enumerate("abcdefghi", 1)}, "<mask>": 10}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token="<mask>").save_pretrained(tmp_path)
+    tiny_model().save_pretrained(tmp_path)
+    options = [
+        "--model",
+        str(tmp_path),
+        "--budget",
+        "12",
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path / "texts.jsonl"),
+    ]
+    (text,) = sample.main([*options, "--prompt", "a b <|mask|*2> c"])
+    assert len(text.split()) == 5 and text.split()[:2] == ["a", "b"] and text.split()[-1] == "c"
+    saved = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert saved == [{"text": text}]
+    (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=f"no tokenizer can be read from '{tmp_path}'"):
+        sample.main(options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eval_text_files": ["a.txt"], "eval_share": 0.1}, "`eval_share`=0.1 does nothing beside `eval_text_files`"),
+        ({"eval_text_files": ["a.txt"], "eval_split": "test"}, "`eval_split`=test does nothing beside"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        DataArguments(text_files=["b.txt"], **options)
+
+
+def test_rows_without_text_train_a_tokenizer_and_are_packed(tmp_path):
+    rows = [{"text": "the cat sat on the mat" if i % 2 else None, "id": i} for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    data = DataArguments(text_files=[str(tmp_path)], tokenizer_vocab_size=262, eval_share=0.2)
+    tokenizer = load_tokenizer(data, None)
+    train, validation = load_blocks(data, tokenizer, 16)
+    tokens = 30 * (len(tokenizer("the cat sat on the mat")["input_ids"]) + 1)
+    assert len(train) + len(validation) == tokens // 14 and len(validation) == round(0.2 * (tokens // 14))
+    data.eval_share = 1.5
+    with pytest.raises(ValueError, match=r"`eval_share`=1.5 must lie between 0 and 1"):
+        load_blocks(data, tokenizer, 16)
