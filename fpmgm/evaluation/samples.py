@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..models.budget import explicit_plan, plan_budget
 from .store import ResultStore, fingerprint, finish
 
 
@@ -112,6 +113,15 @@ def sampling_protocol(
         "seed": seed,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
+
+
+def check_plan(model: PreTrainedModel, options: dict[str, Any]) -> None:
+    """Raise at once what `generate` would raise of these options in the midst of an evaluation."""
+    config, _ = model.generation_config.updated(**options).tuned(given=options)
+    if config.iterations is None:
+        plan_budget(model.config, config.budget, config.num_steps, config.allocation)
+    else:
+        explicit_plan(model.config, config.iterations, config.num_steps)
 
 
 def timed_batch(model: PreTrainedModel, seeds: list[int], length: int | None, options: dict[str, Any]) -> dict:

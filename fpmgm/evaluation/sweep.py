@@ -9,11 +9,10 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..models.budget import explicit_plan, plan_budget
 from .judge import Judge, decode_for, generative_perplexity
 from .mauve import mauve_score
 from .ngram import NGramJudge
-from .samples import sample_sequences
+from .samples import check_plan, sample_sequences
 from .store import rank
 from .text import distinct_n, repetition_rate, unigram_entropy
 
@@ -101,11 +100,7 @@ def _check(model: PreTrainedModel, settings: Sequence[dict[str, Any]]) -> None:
     if not settings:
         raise ValueError("`settings` is empty: give at least one, such as {}, the checkpoint's defaults.")
     for setting in settings:
-        config, _ = model.generation_config.updated(**setting).tuned(given=setting)
-        if config.iterations is None:
-            plan_budget(model.config, config.budget, config.num_steps, config.allocation)
-        else:
-            explicit_plan(model.config, config.iterations, config.num_steps)
+        check_plan(model, setting)
 
 
 def measure_samples(

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from fpmgm.data import train_tokenizer
 from fpmgm.evaluation.lm_eval import MGMLM, PROTOCOLS, make_table
+from fpmgm.evaluation.lm_eval.__main__ import main
 from fpmgm.models.noise import stream_generator
 
 from ..testing_utils import tiny_model
@@ -49,9 +52,9 @@ def scores(lm: MGMLM, *pairs: tuple[str, str]) -> list[tuple[float, bool]]:
 @torch.no_grad()
 def losses(model, ids: list[int], masks: list[tuple[bool, ...]], time: float = 1.0) -> np.ndarray:
     """Σ over masked positions of −log p(token) for each mask, from the logits of every position."""
-    ids, masked = torch.tensor(ids), torch.tensor(masks)
-    logits = model(ids.masked_fill(masked, MASK), timesteps=torch.full((len(masked),), time)).logits
-    logits[..., MASK] = -torch.inf
+    ids, masked, blank = torch.tensor(ids), torch.tensor(masks), model.config.mask_token_id
+    logits = model(ids.masked_fill(masked, blank), timesteps=torch.full((len(masked),), time)).logits
+    logits[..., blank] = -torch.inf
     token_losses = -logits.log_softmax(dim=-1).gather(2, ids.expand(len(masked), -1)[..., None])[..., 0]
     return (token_losses * masked).sum(dim=1).numpy()
 
@@ -96,7 +99,7 @@ def reference_score(lm: MGMLM, prefix: list[int], target: list[int], time: float
     """The same draws without any saving: every draw by itself, logits everywhere, told its own time or `time`."""
     joint = lm.protocol_name == "pgm"
     ids, start = ([EOS, *prefix, *target, EOS], 1 + len(prefix)) if joint else (prefix + target, len(prefix))
-    stop = start + len(target)
+    stop = start + max(1, len(target))  # an empty target is EOS
     first, last = (0, len(ids)) if joint else (start, stop)
     noise = stream_generator(lm.seed, lm.protocol_name, tuple(ids), start, stop)
     total = 0.0
@@ -247,6 +250,12 @@ def test_a_text_does_not_depend_on_its_batch_and_repeats_differ():
         ({"seed": 0.5}, r"`seed`=0.5 must be a whole number"),
         ({"reuse": "some"}, r"`reuse`='some' must be one of"),
         ({"budget": 0}, r"`budget`=0"),
+        ({"budget": 1}, r"`budget`=1"),  # pays no step
+        ({"budget": 12, "num_steps": 9}, r"`budget`=12"),
+        ({"budget": "96"}, r"`budget`='96'"),
+        ({"mc_num": "8"}, r"`mc_num`='8'"),
+        ({"dtype": "float32"}, r"`dtype`='float32' and `revision`='main' are for a model that is to be loaded"),
+        ({"revision": "v2"}, r"`revision`='v2' are for a model that is to be loaded"),
     ],
 )
 def test_wrong_arguments_say_what_is_allowed(arguments, message):
@@ -266,6 +275,105 @@ def test_a_score_that_is_no_number_is_an_error():
     model.lm_head.weight.data[3] = torch.nan
     with pytest.raises(ValueError, match="a score is not finite"):
         scores(evaluated(model, mc_num=2), ("a", " b"))
+
+
+# --- what a text holds -----------------------------------------------------------------------------------------------
+
+
+def spelling(protocol: str = "llada", length: int = 64, **arguments) -> MGMLM:
+    """A model of letters, whose tokenizer can spell the name of its mask."""
+    tokenizer = train_tokenizer(["no pair of letters twice"], 258)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    model = tiny_model(
+        vocab_size=len(tokenizer), mask_token_id=tokenizer.mask_token_id, max_position_embeddings=length
+    )
+    return MGMLM(model.double(), tokenizer=tokenizer, protocol=protocol, mc_num=4, device="cpu", **arguments)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_the_masks_name_in_a_task_is_text(protocol, monkeypatch):
+    lm = spelling(protocol)
+    mask, seen = lm.tokenizer.mask_token, []
+    plain = lm.tokenizer(f"a {mask} b", split_special_tokens=True)["input_ids"]
+    end = lm.tokenizer("<|endoftext|>", split_special_tokens=True)["input_ids"]
+    assert lm.tok_encode(f"a {mask} b") == plain and lm.tok_encode("<|endoftext|>") == end
+    for pair in ((f"a {mask} b", " c"), ("c", f" {mask}"), ("", mask)):
+        [(score, _)] = scores(lm, pair)
+        prefix, target = (lm.tokenizer(text, split_special_tokens=True)["input_ids"] for text in pair)
+        assert score == pytest.approx(reference_score(lm, prefix, target), rel=1e-9)
+    rolled = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (f"a {mask} b",), 0)], disable_tqdm=True)
+    assert math.isfinite(rolled[0])
+
+    def generate(input_ids, **options):
+        seen.append(input_ids.tolist()[0])
+        return input_ids.clamp(max=257)
+
+    monkeypatch.setattr(lm.model, "generate", generate)
+    write(lm, (f"a {mask} b", {"max_gen_toks": 3}))
+    begin = [lm.tokenizer.eos_token_id] if protocol == "pgm" else []
+    assert seen == [[*begin, *plain, *[lm.tokenizer.mask_token_id] * 3]]
+    with pytest.raises(ValueError, match=f"a request holds the mask id {lm.tokenizer.mask_token_id}"):
+        lm._loglikelihood_tokens([(("", ""), [lm.tokenizer.mask_token_id], [1])], disable_tqdm=True)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_an_empty_continuation_is_the_end_of_the_text(protocol):
+    lm = evaluated(protocol=protocol, mc_num=6)
+    empty, blank, other, longer = scores(lm, ("a b", ""), ("a b", " "), ("a b", " c"), ("a b", " c d e"))
+    assert empty == blank and not empty[1]
+    if protocol == "pgm":  # EOS is there for every option, and the score a mean over all tokens
+        assert empty[0] == pytest.approx(reference_score(lm, [1, 2], []), rel=1e-9)
+    else:
+        assert empty[0] == pytest.approx(reference_score(lm, [1, 2], [EOS]), rel=1e-9)
+        assert empty[0] < -0.1 and longer[0] < other[0] < -0.1
+    lm = MGMLM(tiny_model(), tokenizer=tiny_tokenizer(), protocol="llada", device="cpu")
+    lm.end = None
+    with pytest.raises(ValueError, match="a continuation has no token"):
+        scores(lm, ("a", ""))
+
+
+def test_a_continuation_that_melts_into_the_context_is_tokenized_apart():
+    lm = spelling()
+    lm.tokenizer = train_tokenizer(["abab"] * 9, 259)
+    assert lm.tok_encode("ab") == [257] and lm._encode("a", "b") == (lm.tok_encode("a"), lm.tok_encode("b"))
+
+
+def test_stop_strings_may_be_none(monkeypatch):
+    lm = evaluated()
+    monkeypatch.setattr(lm.model, "generate", lambda input_ids, **_: input_ids.masked_fill(input_ids == MASK, 4))
+    texts = write(lm, *(("a", {"max_gen_toks": 2, "until": until}) for until in (None, [], [None, "x"], "", ["d"])))
+    assert texts == ["d d"] * 4 + [""]
+
+
+CHAT = (
+    "{% for message in messages %}{% if message.role == 'system' and loop.length > 2 %}"
+    "{{ raise_exception('no system') }}{% endif %}<|turn|>{{ message.role }}:{{ message.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|turn|>assistant:{% endif %}"
+)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_chat_template_writes_tokens_and_a_question_text(protocol):
+    lm = spelling(protocol)
+    messages = [{"role": "user", "content": "a <|mask|>?"}]
+    with pytest.raises(ValueError, match="needs a tokenizer with a `chat_template`"):
+        lm.apply_chat_template(messages)
+    turn = lm.tokenizer.convert_tokens_to_ids("<|turn|>")
+    assert turn not in spelling(protocol).tok_encode("<|turn|>user")  # without a chat it is text
+    lm.tokenizer.chat_template = CHAT
+    text = lm.apply_chat_template(messages)
+    assert text == "<|turn|>user:a <|mask|>?<|turn|>assistant:"
+    assert text == lm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = lm.tok_encode(text)
+    assert ids.count(turn) == 2 and lm.tokenizer.mask_token_id not in ids and lm.tokenizer.decode(ids) == text
+    prefilled = lm.apply_chat_template([*messages, {"role": "assistant", "content": "b"}], add_generation_prompt=False)
+    assert prefilled.endswith("<|turn|>assistant:b")
+    system = {"role": "system", "content": "s"}
+    assert "system" not in lm.apply_chat_template([system, *messages, messages[0]])
+    assert lm.chat_template(True) == CHAT
+    lm.tokenizer.chat_template = "<|endoftext|>" + CHAT
+    (prefix, target) = lm._encode(lm.apply_chat_template(messages), "b")
+    assert (prefix[0] == lm.begin) == (protocol != "pgm") and target == lm.tok_encode("b")
 
 
 # --- through lm-eval -------------------------------------------------------------------------------------------------
@@ -325,6 +433,20 @@ def test_results_and_table_name_the_protocol(folder):
         assert sample["acc"] == (best == sample["doc"]["answer"])
 
 
+def test_a_chat_template_is_applied(folder, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}i {{ message.content }} {% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    arguments = {"pretrained": str(folder / "model"), "tokenizer": str(tmp_path), "mc_num": 8}
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    options = {"task_manager": manager, "device": "cpu", "bootstrap_iters": 0, "apply_chat_template": True}
+    results = simple_evaluate("fpmgm", arguments, tasks=["tiny_choice"], **options)
+    plain = run(folder, tasks=["tiny_choice"])
+    for sample, other in zip(results["samples"]["tiny_choice"], plain["samples"]["tiny_choice"], strict=True):
+        assert sample["arguments"][0][0].startswith("i a ")
+        assert sample["resps"] != other["resps"]
+
+
 def test_a_cache_of_another_protocol_is_refused(folder, tmp_path):
     cache = str(tmp_path / "answers")
     first = run(folder, tasks=["tiny_choice"], use_cache=cache)
@@ -347,6 +469,33 @@ def test_adapters_are_merged(folder, tmp_path):
     by_name = MGMLM(str(tmp_path), tokenizer=base, mc_num=4, device="cpu")
     for lm in (merged, by_name):
         assert [s for s, _ in scores(lm, *PAIRS)] == pytest.approx([s for s, _ in expected], rel=1e-4)
+
+
+README_COMMAND = next(
+    line for line in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").splitlines()
+    if line.startswith("fpmgm-eval ")
+)  # fmt: skip
+
+
+def test_the_readmes_command_runs_on_any_machine(folder, tmp_path, monkeypatch, capsys):
+    command = README_COMMAND.replace("quickstart/fp_mdlm", str(folder / "model"))
+    command = command.replace("openbookqa,arc_easy", "tiny_choice,tiny_rolling").replace("outputs/", f"{tmp_path}/")
+    assert "--device" not in command and "tiny_choice" in command and f"{tmp_path}/" in command
+    monkeypatch.setattr("sys.argv", [*command.split(), "--include_path", str(folder)])
+    monkeypatch.setattr("lm_eval.utils.make_table", make_table)  # put back afterwards
+    tasks = partial(TaskManager, include_defaults=False)  # to read lm-eval's own takes long
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", tasks)
+    main()
+    assert "tiny_choice (pgm, 1024 draws)" in capsys.readouterr().out
+    [saved] = (tmp_path / "eval").rglob("results_*.json")
+    assert json.loads(saved.read_text(encoding="utf-8"))["config"]["protocol"] == "pgm"
+
+
+def test_a_gpu_that_is_not_there_is_named(folder):
+    with pytest.raises(ValueError, match=r"`device`='cuda:0', but PyTorch sees no GPU here"):
+        MGMLM(folder / "model", device="cuda:0")
+    default = MGMLM.create_from_arg_obj({"pretrained": folder / "model"}, {"device": "cuda:0"})  # lm-eval's
+    assert default.device == torch.device("cpu")
 
 
 def command(folder: Path, output: Path, *launcher: str) -> str:

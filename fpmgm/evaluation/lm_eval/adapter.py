@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from inspect import signature
 from itertools import groupby
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +23,13 @@ from transformers.utils import logging
 from ... import __version__
 from ...models.budget import check_whole
 from ...models.noise import stream_generator
+from ...models.text_input import boundary_ids, encode_text
+from ..samples import check_plan
+from .chat import encode_chat, render_chat
 from .loading import (
     DEFAULT_BATCH_SIZE,
     check_batch_size,
+    check_device,
     check_iterations,
     check_max_length,
     check_seed,
@@ -45,9 +50,10 @@ class MGMLM(TemplateLM):
     """A masked diffusion language model for lm-eval. The arguments are lm-eval's `--model_args`.
 
     Args:
-        pretrained (`str` or `PreTrainedModel`): Folder or hub name, of an adapter too; or a model (with `tokenizer`).
-        tokenizer (`str` or `PreTrainedTokenizerBase`, *optional*): `None`: that of `pretrained`.
-        peft (`str`, *optional*): Folder or hub name of a PEFT adapter to merge into the weights. `None`: none.
+        pretrained (`str`, `Path` or `PreTrainedModel`): Folder or hub name, of an adapter too; or a model (with
+            `tokenizer`).
+        tokenizer (`str`, `Path` or `PreTrainedTokenizerBase`, *optional*): `None`: that of `pretrained`.
+        peft (`str` or `Path`, *optional*): Folder or hub name of an adapter to merge into the weights. `None`: none.
         revision (`str`, defaults to `"main"`): Of `pretrained` on the hub.
         trust_remote_code (`bool`, defaults to `False`): For checkpoints of classes that this package does not have.
         device (`str`, *optional*): `None`: each process its own GPU, or the CPU where there is none.
@@ -93,9 +99,9 @@ class MGMLM(TemplateLM):
 
     def __init__(
         self,
-        pretrained: str | torch.nn.Module,
+        pretrained: str | Path | torch.nn.Module,
         tokenizer: Any = None,
-        peft: str | None = None,
+        peft: str | Path | None = None,
         revision: str = "main",
         trust_remote_code: bool = False,
         device: str | None = None,
@@ -120,7 +126,7 @@ class MGMLM(TemplateLM):
         self.protocol_name, self.protocol, self.seed = protocol, PROTOCOLS[protocol], check_seed(seed)
         self.mc_num = self.protocol.mc_num if mc_num is None else check_whole("mc_num", mc_num, 1, "draws")
         self.batch_size = check_batch_size(batch_size)
-        self._start_processes(device)
+        self._start_processes(check_device(device))
         self.model = load_model(pretrained, peft, revision, dtype, trust_remote_code).to(self._device)
         self.tokenizer = load_tokenizer(tokenizer, pretrained, revision, trust_remote_code)
         check_tokenizer(self.tokenizer, self.model.config, self.protocol.joint)
@@ -129,12 +135,14 @@ class MGMLM(TemplateLM):
         self.denoiser = Denoiser(self.model, self.model.config.mask_token_id, self.iterations)
         generation = {"budget": budget, "num_steps": num_steps, "reuse": reuse}
         self.generation = {name: value for name, value in generation.items() if value is not None}
-        self.model.generation_config.updated(**self.generation)  # a wrong value is an error now, not hours later
+        check_plan(self.model, self.generation)  # a wrong value is an error now, not hours later
         self.source = {
-            "pretrained": getattr(pretrained, "name_or_path", pretrained),
+            "pretrained": str(getattr(pretrained, "name_or_path", pretrained)),
             "revision": revision,
-            "peft": peft,
+            "peft": None if peft is None else str(peft),
         }
+        self.begin, self.end = boundary_ids(self.tokenizer)
+        self.chat = False  # whether prompts come from a chat template
         self.truncated = 0  # requests so far that were longer than `max_length`
 
     # --- what lm-eval asks for besides answers ---
@@ -143,6 +151,8 @@ class MGMLM(TemplateLM):
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> "MGMLM":
         """The model of `--model_args`, to which the protocol's name is added: lm-eval prints them above its table."""
         given = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        if given.get("device") == "cuda:0" and not torch.cuda.is_available():
+            del given["device"]  # lm-eval's default, whatever the machine
         lm = cls(**{**given, **arg_dict})
         arg_dict.setdefault("protocol", lm.protocol_name)
         return lm
@@ -191,11 +201,32 @@ class MGMLM(TemplateLM):
     @property
     def eot_token_id(self) -> int | None:
         """The tokenizer's end of text."""
-        return self.tokenizer.eos_token_id
+        return self.end
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids, without special tokens unless asked for: the protocol places them."""
-        return self.tokenizer(string, add_special_tokens=bool(add_special_tokens), **kwargs)["input_ids"]
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
+        """Token ids of a plain text, or of a chat template's: their special tokens are placed by the protocol.
+
+        Raises:
+            `ValueError`: for `add_special_tokens=True`.
+        """
+        if add_special_tokens:
+            raise ValueError("`add_special_tokens`=True: the protocol places BOS and EOS, leave it out.")
+        return encode_chat(self.tokenizer, string) if self.chat else encode_text(self.tokenizer, [string])[0]
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The messages in the tokenizer's template; from then on, special tokens in prompts are the template's."""
+        self.chat = True
+        return render_chat(self.tokenizer, chat_history, add_generation_prompt)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template that `--apply_chat_template` asks for, as lm-eval selects it."""
+        self.chat = self.chat or bool(chat_template)
+        return super().chat_template(chat_template)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What lm-eval tells the prompts of several templates by."""
+        return self.tokenizer.name_or_path.replace("/", "__")
 
     # --- several processes ---
 
@@ -259,19 +290,24 @@ class MGMLM(TemplateLM):
         return [answers[item] for item in items]
 
     def _encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        apart = self._encode_prompt(context), self.tok_encode(continuation)
         if self.protocol.joint or context == "":
-            return self.tok_encode(context), self.tok_encode(continuation)
-        return self._encode_pair(context, continuation)
+            return apart
+        prefix, target = self._encode_pair(context, continuation)
+        return (prefix, target) if target else apart  # together, all of the continuation may melt into the context
+
+    def _encode_prompt(self, context: str) -> list[int]:
+        """Ids of a context; a BOS that a chat template wrote is left to the protocol that has its own."""
+        ids = self.tok_encode(context)
+        return ids[1:] if self.protocol.joint and ids[:1] == [self.begin] else ids
 
     def _assemble(self, prefix: list[int], target: list[int]) -> Request:
-        item = assemble(prefix, target, self.protocol, self.max_length, self._bos(), self.tokenizer.eos_token_id)
+        if self.denoiser.mask_token_id in (*prefix, *target):
+            raise ValueError(f"a request holds the mask id {self.denoiser.mask_token_id}: a mask is no text.")
+        item = assemble(prefix, target, self.protocol, self.max_length, self.begin, self.end)
         whole = len(prefix) + len(target) + 2 * self.protocol.joint
         self._count_truncated(len(item.input_ids) < whole)
         return item
-
-    def _bos(self) -> int | None:
-        bos = self.tokenizer.bos_token_id
-        return self.tokenizer.eos_token_id if bos is None else bos
 
     def _count_truncated(self, truncated: bool) -> None:
         if truncated and self.truncated == 0:
@@ -298,7 +334,7 @@ class MGMLM(TemplateLM):
         if not all(map(isfinite, totals)):
             raise ValueError(
                 "a score is not finite: check the checkpoint with `all(p.isfinite().all() for p in "
-                f"model.parameters())`, and the task's texts for the mask token {self.tokenizer.mask_token!r}."
+                "model.parameters())`."
             )
         return [total / self.mc_num for total in totals]
 
@@ -349,16 +385,17 @@ class MGMLM(TemplateLM):
 
     def _job(self, number: int, context: str, gen_kwargs: dict[str, Any], repeat: int) -> Job:
         options = normalize_gen_kwargs(gen_kwargs, default_max_gen_toks=min(256, self.max_length // 2))
-        until, new_tokens, sample = options.pop("until"), options.pop("max_gen_toks"), options.pop("do_sample")
+        until = [stop for stop in options.pop("until") if stop]  # lm-eval's `until: null` is a list of `None`
+        new_tokens, sample = options.pop("max_gen_toks"), options.pop("do_sample")
         options["temperature"] = options.get("temperature", 1.0) if sample else 0.0
-        begin = [self._bos()] if self.protocol.joint else []
+        begin = [self.begin] if self.protocol.joint else []
         room = self.max_length - len(begin) - new_tokens
         if room < 1:
             raise ValueError(
                 f"`max_gen_toks`={new_tokens} leaves no room for a prompt in `max_length`={self.max_length}: pass a "
                 "smaller one, such as `--gen_kwargs max_gen_toks=32`."
             )
-        prompt = self.tok_encode(context)
+        prompt = self._encode_prompt(context)
         self._count_truncated(len(prompt) > room)
         seed = stream_generator(self.seed, "generate_until", context, repeat).initial_seed()
         return Job(number, begin + prompt[-room:], new_tokens, until, {**self.generation, **options}, seed)

@@ -134,9 +134,22 @@ def assemble(
 ) -> Request:
     """The sequence that the model sees; what does not fit into `max_length` is cut off on the left.
 
+    An empty target says that the text ends: it is EOS. A sum over no token would beat every other target.
+
+    Raises:
+        `ValueError`: for an empty target where there is no EOS.
+
     >>> assemble([1, 2, 3], [4, 5], PROTOCOLS["pgm"], 6, bos=0, eos=9)
     Request(input_ids=(0, 2, 3, 4, 5, 9), start=3, stop=5)
+    >>> assemble([1, 2, 3], [], PROTOCOLS["llada"], 6, bos=0, eos=9)
+    Request(input_ids=(1, 2, 3, 9), start=3, stop=4)
     """
+    if not target and eos is None:
+        raise ValueError("a continuation has no token, and the tokenizer no EOS that could stand for it: give it one.")
+    if not target and protocol.joint:
+        text = prefix[-(max_length - 2) :]
+        return Request((bos, *text, eos), len(text) + 1, len(text) + 2)
+    target = target or [eos]
     room = max_length - 2 if protocol.joint else max_length
     text = (prefix + target)[-room:]
     start = len(text) - min(len(target), room)

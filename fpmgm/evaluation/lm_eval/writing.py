@@ -7,6 +7,8 @@ import torch
 from lm_eval.models.utils import postprocess_generated_text
 from transformers import PreTrainedTokenizerBase
 
+from ...models.text_input import boundary_ids
+
 
 class Job(NamedTuple):
     """A text to write: `prompt` ids, then `new_tokens` masks, cut before a string of `until`.
@@ -49,6 +51,7 @@ def write(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, jobs: list
 
 def read(tokenizer: PreTrainedTokenizerBase, tokens: list[int], until: list[str]) -> str:
     """The text before the first end-of-text token and the first string of `until`."""
-    if tokenizer.eos_token_id in tokens:
-        tokens = tokens[: tokens.index(tokenizer.eos_token_id)]
+    end = boundary_ids(tokenizer)[1]
+    if end in tokens:
+        tokens = tokens[: tokens.index(end)]
     return postprocess_generated_text(tokenizer.decode(tokens, skip_special_tokens=True), until, None)

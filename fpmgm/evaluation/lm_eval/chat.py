@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts that a chat template wrote: its special tokens are tokens, as in lm-eval, and the mask's name is text."""
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ...models.text_input import encode_text
+
+
+logger = logging.get_logger(__name__)
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], generation_prompt: bool) -> str:
+    """The messages in the tokenizer's template, without the system's where the template takes none.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Has a `chat_template`.
+        messages (`list[dict]`): `role` and `content` of each.
+        generation_prompt (`bool`): End with the beginning of an answer, or else let the last message go on.
+
+    Raises:
+        `ValueError`: if the tokenizer has no template.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "`apply_chat_template` needs a tokenizer with a `chat_template`: set one and save the tokenizer, or leave "
+            "the option out."
+        )
+    options = {"tokenize": False, "add_generation_prompt": generation_prompt}
+    options["continue_final_message"] = not generation_prompt
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except TemplateError:
+        others = [message for message in messages if message["role"] != "system"]
+        if len(others) == len(messages):
+            raise
+        logger.warning_once("The chat template takes no system message: it is left out, as lm-eval does.")
+        return tokenizer.apply_chat_template(others, **options)
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of what [`render_chat`] wrote; special tokens are read as such, but the mask is none of them."""
+    mask = tokenizer.mask_token
+    parts = [text] if mask is None else text.split(mask)
+    rows = tokenizer(parts, add_special_tokens=False, verbose=False)["input_ids"]
+    name = encode_text(tokenizer, [mask])[0] if len(parts) > 1 else []
+    return [token for i, row in enumerate(rows) for token in (*(name if i else []), *row)]
