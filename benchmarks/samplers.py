@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import fpmgm  # noqa: F401  (registers the models)
+from fpmgm.command_line import ModelName, parse_arguments
 from fpmgm.evaluation import provenance, sweep
-from fpmgm.trainers.arguments import parse_arguments
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "recipes"))
@@ -40,7 +40,7 @@ SAMPLERS = {
 class SamplersArguments(JudgedSamplesArguments):
     """What is compared."""
 
-    model: str = field(metadata={"help": "Folder or hub name."})
+    model: ModelName = field(metadata={"help": "Folder or hub name."})
     budgets: list[int] = field(default_factory=lambda: [48, 96, 192], metadata={"help": "Block evaluations."})
     num_samples: int = field(default=256, metadata={"help": "Texts a row."})
     output_dir: str = field(default="outputs/samplers", metadata={"help": "Keeps finished batches."})

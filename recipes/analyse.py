@@ -38,12 +38,12 @@ from fpmgm.analysis import (
     plot_start_distances,
     sampled_trajectory,
 )
+from fpmgm.command_line import LocalPath, ModelName, parse_arguments
 from fpmgm.conversion import layer_similarity, strongest_boundary
 from fpmgm.data import load_text, pack
 from fpmgm.evaluation import provenance
 from fpmgm.evaluation.store import ResultStore, digest, fingerprint, finish
 from fpmgm.models.reuse import REUSE_STATES, REUSES
-from fpmgm.trainers.arguments import parse_arguments
 
 
 STATES = {"changed": "newly revealed", "masked": "still masked", "unchanged": "visible", "remasked": "masked again"}
@@ -53,11 +53,11 @@ STATES = {"changed": "newly revealed", "masked": "still masked", "unchanged": "v
 class AnalysisArguments:
     """Which models, on which states, how far they are solved."""
 
-    model: list[str] = field(metadata={"help": "Folders or hub names; of several the first is compared with."})
-    text_files: list[str] | None = field(
+    model: list[ModelName] = field(metadata={"help": "Folders or hub names; of several the first is compared with."})
+    text_files: list[LocalPath] | None = field(
         default=None, metadata={"help": "Held-out text to mask; null: what the first model writes."}
     )
-    codes_dir: str | None = field(default=None, metadata={"help": "Image codes to mask, from prepare_images.py."})
+    codes_dir: LocalPath | None = field(default=None, metadata={"help": "Codes to mask, from prepare_images.py."})
     split: str = field(default="validation", metadata={"help": "Split of the codes."})
     num_sequences: int = field(default=32, metadata={"help": "Sequences."})
     length: int | None = field(default=None, metadata={"help": "Tokens of a text; null: the model's longest."})

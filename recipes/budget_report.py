@@ -18,8 +18,8 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import fpmgm  # noqa: F401  (registers the models)
+from fpmgm.command_line import LocalPath, ModelName, parse_arguments
 from fpmgm.evaluation import Judge, NGramJudge, budget_table, evaluate_budgets, provenance
-from fpmgm.trainers.arguments import parse_arguments
 from judged_samples import JudgedSamplesArguments, cut, device_of, measure_text, open_judge, open_model
 
 
@@ -27,7 +27,7 @@ from judged_samples import JudgedSamplesArguments, cut, device_of, measure_text,
 class EvaluationArguments(JudgedSamplesArguments):
     """What to sample and how to judge it; an option of sampling left out takes the checkpoint's default."""
 
-    model: list[str] = field(metadata={"help": "Folders or hub names."})
+    model: list[ModelName] = field(metadata={"help": "Folders or hub names."})
     budgets: list[int] = field(default_factory=lambda: [96, 192, 384, 768], metadata={"help": "Block evaluations."})
     reuse: list[str] | None = field(default=None, metadata={"help": "none, full, 3sr; null: the checkpoint's."})
     top_p: list[float] | None = field(default=None, metadata={"help": "Nucleus sampling; 1: all tokens."})
@@ -35,8 +35,8 @@ class EvaluationArguments(JudgedSamplesArguments):
     num_steps: int | None = field(default=None, metadata={"help": "Denoising steps; null: from the budget."})
     allocation: str | None = field(default=None, metadata={"help": "fixed, decreasing, increasing, cosine, ..."})
     num_samples: int = field(default=1024, metadata={"help": "Texts per row; the paper's MAUVE takes 5000."})
-    reference_files: list[str] | None = field(default=None, metadata={"help": "Human text: gives MAUVE."})
-    text_files: list[str] | None = field(default=None, metadata={"help": "Text to score like samples, cut alike."})
+    reference_files: list[LocalPath] | None = field(default=None, metadata={"help": "Human text: gives MAUVE."})
+    text_files: list[LocalPath] | None = field(default=None, metadata={"help": "Text to score like samples."})
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:

@@ -15,10 +15,10 @@ from transformers import set_seed
 
 from fpmgm import convert_to_fixed_point
 from fpmgm.analysis import plot_similarity
+from fpmgm.command_line import parse_arguments
 from fpmgm.conversion import PAPER_MAP, auto_layer_map
 from fpmgm.trainers import ConversionConfig, ConversionTrainer
-from fpmgm.trainers.arguments import LoraArguments, parse_arguments
-from fpmgm.trainers.peft import lora_config
+from fpmgm.trainers.peft import LoraArguments, lora_config
 from image_data import CodesArguments, keep_preparation
 from text_data import DataArguments
 from train_and_export import StartArguments, load_model, load_rows, train_with_before_and_after
@@ -43,8 +43,8 @@ class ConvertArguments:
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Convert, adapt, evaluate, export; returns the metrics before and after."""
-    types = (StartArguments, ConvertArguments, LoraArguments, DataArguments, CodesArguments, ConversionConfig)
-    start, convert, lora, text, codes, args = parse_arguments(types, __doc__, argv)
+    types = (StartArguments, DataArguments, CodesArguments, ConvertArguments, LoraArguments, ConversionConfig)
+    start, text, codes, convert, lora, args = parse_arguments(types, __doc__, argv)
     teacher = load_model(start.model_name_or_path)
     with args.main_process_first(desc="data"):
         rows = load_rows(text, codes, teacher.config, start.model_name_or_path)

@@ -23,9 +23,9 @@ from sklearn.svm import SVC
 from tqdm.auto import tqdm
 
 from fpmgm import FPMaskGITConfig, FPMaskGITModel
+from fpmgm.command_line import parse_arguments
 from fpmgm.evaluation import provenance
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
-from fpmgm.trainers.arguments import parse_arguments
 
 
 GREY_LEVELS, CLASSES, SIDE = 17, 10, 8
@@ -48,7 +48,7 @@ class DigitsArguments:
 
 def main(argv: list[str] | None = None) -> dict:
     """Run everything; returns what `results.json` holds."""
-    (args,) = parse_arguments((DigitsArguments,), __doc__.split("\n\n")[0], argv)
+    (args,) = parse_arguments((DigitsArguments,), __doc__, argv)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     transformers.logging.set_verbosity_error()

@@ -34,7 +34,7 @@ from fpmgm.analysis.planning import (
     seconds,
     sent_bytes,
 )
-from fpmgm.trainers.arguments import parse_arguments
+from fpmgm.command_line import parse_arguments
 
 
 class Hardware(NamedTuple):

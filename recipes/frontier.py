@@ -16,6 +16,7 @@ from accelerate import PartialState
 
 import fpmgm  # noqa: F401  (registers the models)
 from fpmgm.analysis import plot_frontier
+from fpmgm.command_line import ModelName, parse_arguments
 from fpmgm.evaluation import (
     common_entropies,
     evaluate_budgets,
@@ -23,7 +24,6 @@ from fpmgm.evaluation import (
     provenance,
     undominated,
 )
-from fpmgm.trainers.arguments import parse_arguments
 from judged_samples import JudgedSamplesArguments, device_of, open_judge, open_model
 
 
@@ -31,7 +31,7 @@ from judged_samples import JudgedSamplesArguments, device_of, open_judge, open_m
 class FrontierArguments(JudgedSamplesArguments):
     """What to sweep; other options of sampling are the checkpoints' defaults."""
 
-    model: list[str] = field(metadata={"help": "Folders or hub names."})
+    model: list[ModelName] = field(metadata={"help": "Folders or hub names."})
     budgets: list[int] = field(default_factory=lambda: [96], metadata={"help": "Block evaluations."})
     temperature: list[float] | None = field(default=None, metadata={"help": "Temperatures to sweep."})
     top_p: list[float] | None = field(default=None, metadata={"help": "Nucleus probabilities to sweep, instead."})

@@ -11,6 +11,7 @@ from datasets import DatasetDict
 from transformers import PreTrainedConfig, TrainingArguments
 from transformers.utils import cached_file
 
+from fpmgm.command_line import DatasetName, LocalPath, ModelName
 from fpmgm.conversion import load_image_tokenizer
 from fpmgm.data import load_codes, load_images, make_image_processor, prepare_codes
 from fpmgm.data.images import PREPARATION
@@ -20,8 +21,8 @@ from fpmgm.data.images import PREPARATION
 class PictureArguments:
     """Where the pictures come from."""
 
-    image_dir: str | None = field(default=None, metadata={"help": "Folder of splits of class folders."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub dataset, instead of a folder."})
+    image_dir: LocalPath | None = field(default=None, metadata={"help": "Folder of splits of class folders."})
+    dataset_name: DatasetName | None = field(default=None, metadata={"help": "Hub dataset, instead of a folder."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub dataset."})
     train_split: str = field(default="train", metadata={"help": "Folder or split to train on."})
     eval_split: str | None = field(default="val", metadata={"help": "Folder or split to validate on; null: none."})
@@ -33,7 +34,7 @@ class PictureArguments:
 class EncodingArguments:
     """How pictures become codes."""
 
-    tokenizer: str | None = field(
+    tokenizer: ModelName | None = field(
         default=None, metadata={"help": "Folder or hub name of an image tokenizer, or a file of LlamaGen or XQGAN."}
     )
     tokenizer_subfolder: str = field(default="", metadata={"help": "Where in that folder, such as vq."})
@@ -46,7 +47,7 @@ class EncodingArguments:
 class CodesArguments:
     """The codes to train on."""
 
-    codes_dir: str | None = field(default=None, metadata={"help": "Folder of codes, as prepare_images.py writes it."})
+    codes_dir: LocalPath | None = field(default=None, metadata={"help": "Folder that prepare_images.py wrote."})
     eval_images: int | None = field(default=None, metadata={"help": "Most pictures to validate on; null: all."})
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from accelerate import PartialState
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from fpmgm.command_line import LocalPath, ModelName
 from fpmgm.data import load_text, pack
 from fpmgm.evaluation import Judge, NGramJudge, load_judge, measure_samples
 
@@ -18,8 +19,8 @@ class JudgedSamplesArguments:
 
     length: int | None = field(default=None, metadata={"help": "Tokens of a text; null: the model's longest."})
     batch_size: int = field(default=8, metadata={"help": "Texts per call of the model."})
-    judge: str = field(default="gpt2-large", metadata={"help": "Causal language model: hub name, folder, .gguf file."})
-    judge_text_files: list[str] | None = field(
+    judge: ModelName = field(default="gpt2-large", metadata={"help": "Causal model: hub name, folder, .gguf file."})
+    judge_text_files: list[LocalPath] | None = field(
         default=None, metadata={"help": "Text of a 4-gram judge, instead of `judge`: cheap, for small models."}
     )
     judge_blocks: int | None = field(default=None, metadata={"help": "Blocks that the 4-gram judge reads; null: all."})

@@ -17,18 +17,18 @@ from accelerate import PartialState
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import fpmgm  # noqa: F401  (registers the models)
+from fpmgm.command_line import DatasetName, LocalPath, ModelName, parse_arguments
 from fpmgm.data import load_text, pack
 from fpmgm.evaluation import elbo_perplexity, provenance
-from fpmgm.trainers.arguments import parse_arguments
 
 
 @dataclass
 class LikelihoodArguments:
     """Which text under which models."""
 
-    model: list[str] = field(metadata={"help": "Folders or hub names."})
-    text_files: list[str] | None = field(default=None, metadata={"help": "Local files, each a corpus."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub dataset, instead of local files."})
+    model: list[ModelName] = field(metadata={"help": "Folders or hub names."})
+    text_files: list[LocalPath] | None = field(default=None, metadata={"help": "Local files, each a corpus."})
+    dataset_name: DatasetName | None = field(default=None, metadata={"help": "Hub dataset, instead of local files."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub dataset."})
     split: str = field(default="validation", metadata={"help": "Split of the hub dataset."})
     text_column: str = field(default="text", metadata={"help": "Column of the text."})

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from datasets import DatasetDict
 
-from fpmgm.trainers.arguments import parse_arguments
+from fpmgm.command_line import parse_arguments
 from image_data import EncodingArguments, PictureArguments, encode_pictures
 
 

@@ -22,10 +22,10 @@ from transformers import PreTrainedTokenizerBase
 
 from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion
 from fpmgm.analysis import plot_denoising
+from fpmgm.command_line import LocalPath, parse_arguments
 from fpmgm.data import load_text, pack, train_tokenizer
 from fpmgm.evaluation import NGramJudge, provenance, unigram_entropy
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
-from fpmgm.trainers.arguments import parse_arguments
 from installed_english import paragraphs
 
 
@@ -42,7 +42,7 @@ REUSES = {"fp_mdlm": ("none", "full", "3sr"), "mdlm": ("none",)}
 class QuickstartArguments:
     """Sizes that fit ten minutes on two slow cores."""
 
-    text_files: list[str] | None = field(default=None, metadata={"help": "Your text; null: what is installed."})
+    text_files: list[LocalPath] | None = field(default=None, metadata={"help": "Your text; null: what is installed."})
     output_dir: str = field(default="quickstart", metadata={"help": "Where everything is written."})
     vocab_size: int = field(default=320, metadata={"help": "Tokens of the byte-pair tokenizer."})
     length: int = field(default=64, metadata={"help": "Tokens of a text."})

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModel, PreTrainedTokenizerBase
 
 import fpmgm  # noqa: F401  (registers the models)
+from fpmgm.command_line import ModelName, parse_arguments
 from fpmgm.models.text_input import boundary_ids, read_tokenizer
-from fpmgm.trainers.arguments import parse_arguments
 
 
 BLANK = "<|mask|>"  # in prompts, whatever the tokenizer calls it
@@ -25,7 +25,7 @@ BLANK = "<|mask|>"  # in prompts, whatever the tokenizer calls it
 class SampleArguments:
     """What to write; an option left out takes the model's own default (generation_config.json)."""
 
-    model: str = field(metadata={"help": "Folder or hub name."})
+    model: ModelName = field(metadata={"help": "Folder or hub name."})
     prompt: str | None = field(default=None, metadata={"help": "Text with <|mask|> or <|mask|*N> where to write."})
     num_samples: int = field(default=1, metadata={"help": "Texts to write."})
     length: int | None = field(default=None, metadata={"help": "Tokens of a text; null: the model's longest."})

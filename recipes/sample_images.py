@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from fpmgm import FPMaskGITPipeline, FPMaskGITPipelineOutput, make_grid, reveal_frames, save_animation
-from fpmgm.trainers.arguments import parse_arguments
+from fpmgm.command_line import LocalPath, ModelName, parse_arguments
 
 
 GENERATION = ("budget", "num_steps", "allocation", "reuse", "order", "temperature", "top_k", "top_p")
@@ -27,12 +27,12 @@ GENERATION += ("guidance_scale", "guidance_schedule")
 class SampleImagesArguments:
     """What to draw; an option left out takes the model's own default (model/generation_config.json)."""
 
-    model: str = field(metadata={"help": "Folder or hub name of a pipeline."})
+    model: ModelName = field(metadata={"help": "Folder or hub name of a pipeline."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
     class_labels: list[str] | None = field(default=None, metadata={"help": "Names or ids; null: no class."})
     num_images_per_class: int = field(default=1, metadata={"help": "Pictures of each class."})
-    image: str | None = field(default=None, metadata={"help": "A picture to keep a part of."})
-    mask: str | None = field(default=None, metadata={"help": "Of its size, white where it is drawn anew."})
+    image: LocalPath | None = field(default=None, metadata={"help": "A picture to keep a part of."})
+    mask: LocalPath | None = field(default=None, metadata={"help": "Of its size, white where it is drawn anew."})
     budget: int | None = field(default=None, metadata={"help": "Block evaluations per picture."})
     num_steps: int | None = field(default=None, metadata={"help": "Denoising steps; null: from the budget."})
     allocation: str | None = field(default=None, metadata={"help": "fixed, decreasing, increasing, cosine, ..."})

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import fpmgm  # noqa: F401  (registers the models)
 from fpmgm.analysis import plot_allocations, plot_checkpoints, plot_gammas, plot_latency, plot_plans
+from fpmgm.command_line import LocalPath, ModelName, parse_arguments
 from fpmgm.evaluation import (
     compare_values,
     evaluate_budgets,
@@ -35,7 +36,6 @@ from fpmgm.evaluation import (
 from fpmgm.evaluation.store import fingerprint
 from fpmgm.models.budget import ALLOCATIONS, explicit_plan
 from fpmgm.models.reuse import REUSES
-from fpmgm.trainers.arguments import parse_arguments
 from fpmgm.trainers.checkpoints import missing_files
 from fpmgm.trainers.ema import EMA_FILE
 from judged_samples import (
@@ -57,7 +57,7 @@ class SweepArguments(JudgedSamplesArguments):
     """What all sweeps share."""
 
     num_samples: int = field(default=256, metadata={"help": "Texts per row."})
-    text_files: list[str] | None = field(default=None, metadata={"help": "Human text to score like samples."})
+    text_files: list[LocalPath] | None = field(default=None, metadata={"help": "Human text to score like samples."})
 
     @property
     def models(self) -> list[str]:
@@ -69,7 +69,7 @@ class SweepArguments(JudgedSamplesArguments):
 class PlansArguments(SweepArguments):
     """Denoising steps against fixed-point iterations."""
 
-    model: str = field(metadata={"help": "Folder or hub name."})
+    model: ModelName = field(metadata={"help": "Folder or hub name."})
     num_steps: list[int] = field(default_factory=lambda: [8, 16, 32, 64, 128], metadata={"help": "Denoising steps."})
     iterations: list[int] = field(default_factory=lambda: [1, 2, 4, 6, 8], metadata={"help": "Of every step."})
     reuse: str = field(default="3sr", metadata={"help": "none, full, 3sr."})
@@ -83,7 +83,7 @@ class PlansArguments(SweepArguments):
 class AllocationsArguments(SweepArguments):
     """Allocations of iterations over steps."""
 
-    model: str = field(metadata={"help": "Folder or hub name."})
+    model: ModelName = field(metadata={"help": "Folder or hub name."})
     budgets: list[int] = field(default_factory=lambda: BUDGETS, metadata={"help": "Block evaluations."})
     num_steps: int | None = field(default=None, metadata={"help": "Denoising steps; null: from each budget."})
     reuse: list[str] = field(default_factory=lambda: list(REUSES), metadata={"help": "none, full, 3sr."})
@@ -94,7 +94,7 @@ class AllocationsArguments(SweepArguments):
 class GammasArguments(SweepArguments):
     """γ of three-state reuse, by a grid."""
 
-    model: str = field(metadata={"help": "Folder, whose generation_config.json `write` changes, or hub name."})
+    model: ModelName = field(metadata={"help": "Folder, whose generation_config.json `write` changes, or hub name."})
     budgets: list[int] = field(default_factory=lambda: BUDGETS, metadata={"help": "Block evaluations."})
     gamma_masked: list[str] = field(
         default_factory=lambda: ["0.6:0.9", "0.6:0.95", "0.75:0.9", "0.75:0.95", "0.85:0.9", "0.85:0.95"],
@@ -110,8 +110,8 @@ class GammasArguments(SweepArguments):
 class CheckpointsArguments(SweepArguments):
     """The checkpoints of a run, with the weights that each would export."""
 
-    model: str = field(metadata={"help": "output_dir of a run that kept its checkpoints (save_total_limit null)."})
-    before: str | None = field(default=None, metadata={"help": "The model that the run began with: step 0."})
+    model: LocalPath = field(metadata={"help": "output_dir of a run that kept its checkpoints."})
+    before: ModelName | None = field(default=None, metadata={"help": "The model that the run began with: step 0."})
     budgets: list[int] = field(default_factory=lambda: BUDGETS, metadata={"help": "Block evaluations."})
     reuse: str = field(default="none", metadata={"help": "none (the paper's), full, 3sr."})
 
@@ -125,7 +125,7 @@ class CheckpointsArguments(SweepArguments):
 class LatencyArguments(SweepArguments):
     """Models and reuse, by quality and time."""
 
-    model: list[str] = field(metadata={"help": "Folders or hub names."})
+    model: list[ModelName] = field(metadata={"help": "Folders or hub names."})
     budgets: list[int] = field(default_factory=lambda: BUDGETS, metadata={"help": "Block evaluations."})
     reuse: list[str] = field(default_factory=lambda: ["none", "3sr"], metadata={"help": "none, full, 3sr."})
     warmup_batches: int = field(default=2, metadata={"help": "Batches before the clock starts."})

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
+from fpmgm.command_line import DatasetName, LocalPath, ModelName
 from fpmgm.data import add_mask_token, load_text, pack, train_tokenizer
 from fpmgm.models.text_input import read_tokenizer
 
@@ -13,9 +14,9 @@ from fpmgm.models.text_input import read_tokenizer
 class DataArguments:
     """Where the text comes from and how it is cut into blocks."""
 
-    text_files: list[str] | None = field(default=None, metadata={"help": "Local .txt, .jsonl, .parquet files."})
-    eval_text_files: list[str] | None = field(default=None, metadata={"help": "Local files to validate on."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub dataset, instead of local files."})
+    text_files: list[LocalPath] | None = field(default=None, metadata={"help": "Local .txt, .jsonl, .parquet files."})
+    eval_text_files: list[LocalPath] | None = field(default=None, metadata={"help": "Local files to validate on."})
+    dataset_name: DatasetName | None = field(default=None, metadata={"help": "Hub dataset, instead of local files."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub dataset."})
     train_split: str = field(default="train", metadata={"help": "Split of the hub dataset, e.g. train[:-100000]."})
     eval_split: str | None = field(default=None, metadata={"help": "Split of the hub dataset to validate on."})
@@ -25,7 +26,7 @@ class DataArguments:
     eval_blocks: int | None = field(default=None, metadata={"help": "Most blocks to validate on; null: all."})
     text_column: str = field(default="text", metadata={"help": "Column of the text."})
     streaming: bool = field(default=False, metadata={"help": "Read the training text while training."})
-    tokenizer: str | None = field(
+    tokenizer: ModelName | None = field(
         default=None, metadata={"help": "Hub name or folder; null: that of the model to go on from, or train one."}
     )
     tokenizer_vocab_size: int = field(default=2048, metadata={"help": "Size of a tokenizer that is trained here."})

@@ -11,9 +11,9 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, PreTraine
 from transformers.utils import cached_file
 
 from fpmgm import load_halton_maskgit, load_mdlm
+from fpmgm.command_line import ModelName, parse_arguments
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig, last_checkpoint
-from fpmgm.trainers.arguments import LoraArguments, parse_arguments
-from fpmgm.trainers.peft import lora_config
+from fpmgm.trainers.peft import LoraArguments, lora_config
 from image_data import CodesArguments, check_model_reads, describe_codes, keep_preparation, load_code_rows
 from text_data import DataArguments, load_blocks, load_tokenizer
 
@@ -22,7 +22,7 @@ from text_data import DataArguments, load_blocks, load_tokenizer
 class StartArguments:
     """What training starts from."""
 
-    model_name_or_path: str = field(
+    model_name_or_path: ModelName = field(
         metadata={
             "help": "Folder or hub name of a model of this library, an original MDLM or its Lightning .ckpt, or a "
             "Halton-MaskGIT .pth."
@@ -34,7 +34,7 @@ class StartArguments:
 class OptionalStartArguments:
     """What training starts from, if not from fresh weights."""
 
-    model_name_or_path: str | None = field(
+    model_name_or_path: ModelName | None = field(
         default=None, metadata={"help": "Folder or hub name of a model to go on from; null: fresh weights."}
     )
 
@@ -122,8 +122,8 @@ def post_train(
     trainer_class: type[MGMTrainer], config_class: type[MGMTrainingConfig], description: str, argv: list[str] | None
 ) -> dict[str, float]:
     """A recipe that goes on from a model with another trainer; returns the metrics before and after."""
-    types = (StartArguments, LoraArguments, DataArguments, CodesArguments, config_class)
-    start, lora, text, codes, args = parse_arguments(types, description, argv)
+    types = (StartArguments, DataArguments, CodesArguments, LoraArguments, config_class)
+    start, text, codes, lora, args = parse_arguments(types, description, argv)
     model = load_model(start.model_name_or_path)
     with args.main_process_first(desc="data"):
         rows = load_rows(text, codes, model.config, start.model_name_or_path)

@@ -11,14 +11,14 @@ With pictures, `codes_dir` is prepared first, as by prepare_images.py. Codebook,
 from the codes. The same command goes on from where it was. What is exported to `output_dir` holds the EMA weights.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 
 from transformers import set_seed
 
 from fpmgm import FPMaskGITConfig, FPMaskGITModel
+from fpmgm.command_line import model_arguments, parse_arguments
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
-from fpmgm.trainers.arguments import LoraArguments, model_arguments, parse_arguments
-from fpmgm.trainers.peft import lora_config
+from fpmgm.trainers.peft import LoraArguments, lora_config
 from image_data import (
     CodesArguments,
     EncodingArguments,
@@ -32,21 +32,28 @@ from image_data import (
 from train_and_export import OptionalStartArguments, check_adapter, check_architecture, load_model, train_and_export
 
 
+@dataclass
+class MadeCodesArguments(CodesArguments):
+    """The codes to train on, which are made first where pictures are given."""
+
+    codes_dir: str | None = field(default=None, metadata={"help": "Folder of codes, there already or to be made."})
+
+
 ModelArguments = model_arguments(FPMaskGITConfig, exclude=("codebook_size", "grid_size", "num_classes"))
 TYPES = (
-    ModelArguments,
     OptionalStartArguments,
-    LoraArguments,
-    CodesArguments,
+    MadeCodesArguments,
     PictureArguments,
     EncodingArguments,
+    ModelArguments,
+    LoraArguments,
     MGMTrainingConfig,
 )
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Prepare, train, evaluate, export; returns the metrics of the exported weights."""
-    architecture, start, lora, codes, pictures, encoding, args = parse_arguments(TYPES, __doc__, argv)
+    start, codes, pictures, encoding, architecture, lora, args = parse_arguments(TYPES, __doc__, argv)
     check_adapter(lora, start)
     if codes.codes_dir is None:
         raise ValueError("`codes_dir` is needed: give the folder that holds the codes, or where they are to be made.")

@@ -14,9 +14,9 @@ from dataclasses import asdict
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase, set_seed
 
 from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion
+from fpmgm.command_line import model_arguments, parse_arguments
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
-from fpmgm.trainers.arguments import LoraArguments, model_arguments, parse_arguments
-from fpmgm.trainers.peft import lora_config
+from fpmgm.trainers.peft import LoraArguments, lora_config
 from text_data import DataArguments, load_blocks, load_tokenizer
 from train_and_export import OptionalStartArguments, check_adapter, check_architecture, train_and_export
 
@@ -28,8 +28,8 @@ ModelArguments = model_arguments(
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train, evaluate, export; returns the metrics of the exported weights."""
-    types = (ModelArguments, OptionalStartArguments, LoraArguments, DataArguments, MGMTrainingConfig)
-    model_args, start, lora, data, args = parse_arguments(types, __doc__, argv)
+    types = (OptionalStartArguments, DataArguments, ModelArguments, LoraArguments, MGMTrainingConfig)
+    start, data, model_args, lora, args = parse_arguments(types, __doc__, argv)
     check_adapter(lora, start)
 
     with args.main_process_first(desc="data"):

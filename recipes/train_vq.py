@@ -17,12 +17,12 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import JanusVQVAEConfig, set_seed
 
+from fpmgm.command_line import parse_arguments
 from fpmgm.data import make_image_processor
 from fpmgm.data.images import centre_crop, read_image
 from fpmgm.evaluation import to_uint8
 from fpmgm.models.modeling_vqgan import VQGANModel
 from fpmgm.trainers import ImageTokenizerConfig, ImageTokenizerTrainer, last_checkpoint
-from fpmgm.trainers.arguments import parse_arguments
 from image_data import PictureArguments, read_pictures
 
 

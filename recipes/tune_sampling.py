@@ -18,8 +18,8 @@ from pathlib import Path
 from accelerate import PartialState
 
 import fpmgm  # noqa: F401  (registers the models)
+from fpmgm.command_line import ModelName, parse_arguments
 from fpmgm.evaluation import evaluate_budgets, provenance, sampling_candidates, successive_halving
-from fpmgm.trainers.arguments import parse_arguments
 from judged_samples import JudgedSamplesArguments, device_of, open_judge, open_model
 
 
@@ -27,7 +27,7 @@ from judged_samples import JudgedSamplesArguments, device_of, open_judge, open_m
 class TuningArguments(JudgedSamplesArguments):
     """What to tune, on which judge, with how many texts."""
 
-    model: str = field(metadata={"help": "Folder, whose generation_config.json is rewritten, or hub name."})
+    model: ModelName = field(metadata={"help": "Folder, whose generation_config.json is rewritten, or hub name."})
     budgets: list[int] = field(default_factory=lambda: [96, 192, 384, 768], metadata={"help": "Block evaluations."})
     num_candidates: int = field(default=27, metadata={"help": "Plans tried for a budget, the defaults among them."})
     num_samples: list[int] = field(default_factory=lambda: [32, 96, 288], metadata={"help": "Texts of each rung."})

@@ -5,12 +5,11 @@ PEFT is imported only where it is used. Nothing in `models` knows of it: an adap
 iteration, and the solver and its gradient are those of the merged matrix.
 """
 
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers.utils import is_peft_available, logging
-
-from .arguments import LoraArguments
 
 
 if TYPE_CHECKING:
@@ -23,6 +22,26 @@ LORA_TARGET_MODULES = {
     "fpmdlm": ["qkv_proj", "o_proj", "up_proj", "down_proj"],
     "fpmaskgit": ["qkv_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
+
+
+@dataclass
+class LoraArguments:
+    """Whether to train low-rank adapters instead of the weights; the names are those of TRL's recipes."""
+
+    use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters on frozen weights."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "The adapters are scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout before the adapters; 0 keeps F one map for all iterations."}
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules to adapt, or all-linear; null: the projections of the blocks."}
+    )
+
+    def __post_init__(self):
+        given = [f.name for f in fields(self) if f.name != "use_peft" and getattr(self, f.name) != f.default]
+        if given and not self.use_peft:
+            raise ValueError(f"{given} do nothing without `use_peft`: add --use_peft, or leave them out.")
 
 
 def register_target_modules() -> None:

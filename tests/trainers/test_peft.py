@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModel
 
 from fpmgm.trainers import peft as ours
-from fpmgm.trainers.arguments import LoraArguments
+from fpmgm.trainers.peft import LoraArguments
 
 from .training_utils import LENGTH, MASK, VOCABULARY, make_trainer, token_rows, training_model, weights
 
