@@ -146,7 +146,7 @@ WITHOUT_EXTRAS = """
 import importlib.util
 for name in ("datasets", "accelerate", "peft", "matplotlib", "lm_eval", "deepspeed", "PIL"):
     assert importlib.util.find_spec(name) is None, name
-import fpmgm
+import fpmgm, fpmgm.command_line
 assert fpmgm.FPMDLMForMaskedDiffusion(fpmgm.FPMDLMConfig(
     vocab_size=11, mask_token_id=10, hidden_size=8, num_attention_heads=2, intermediate_size=8, conditioning_size=4,
     max_position_embeddings=4,
