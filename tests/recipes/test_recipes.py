@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ from text_data import DataArguments
 from train_and_export import OptionalStartArguments, StartArguments
 
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES, DOCS = (Path(__file__).parents[2] / name for name in ("recipes", "docs"))
 
 
 SMALL = ["--hidden_size", "16", "--num_attention_heads", "2", "--intermediate_size", "32", "--conditioning_size", "8"]
@@ -83,6 +84,21 @@ def test_every_yaml_is_read_by_its_recipe(config, monkeypatch):
     read = {name: value for instance in parse_arguments(types, "", argv) for name, value in vars(instance).items()}
     assert {name: read[name] for name in values} == values
     assert parse_arguments(types, "", [*argv, "--max_steps", "7"])[-1].max_steps == 7
+
+
+def test_every_yaml_starts_from_what_a_command_in_its_first_lines_makes():
+    texts = {path.name: path.read_text(encoding="utf-8") for path in RECIPES.glob("configs/*.yaml")}
+    makers = {yaml.safe_load(text)["output_dir"]: name for name, text in texts.items()}
+    assert len(makers) == len(texts)
+    starts = {name: yaml.safe_load(text).get("model_name_or_path") for name, text in texts.items()}
+    starts = {name: start for name, start in starts.items() if (start or "").startswith("outputs/")}
+    assert {name: f"--config recipes/configs/{makers[start]}" in texts[name] for name, start in starts.items()} == (
+        dict.fromkeys(starts, True)
+    )
+    # The order in which the documents give them.
+    commands = re.findall(r"--config recipes/configs/(\w+_small\.yaml)", (DOCS / "posttraining.md").read_text("utf-8"))
+    assert {name for name in starts if "small" in name} <= set(commands)
+    assert all(makers[starts[name]] in commands[:place] for place, name in enumerate(commands) if name in starts)
 
 
 @pytest.mark.parametrize("config", sorted(RECIPES.glob("accelerate/*.yaml")), ids=lambda path: path.name)
