@@ -36,6 +36,7 @@ from fpmgm.analysis import (
     plot_residuals,
     plot_similarity,
     plot_start_distances,
+    running_layers,
     sampled_trajectory,
 )
 from fpmgm.command_line import LocalPath, ModelName, parse_arguments
@@ -108,7 +109,7 @@ def main(argv: list[str] | None = None) -> dict:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "analysis.json").write_text(json.dumps(found, indent=1) + "\n")
         (folder / "analysis.md").write_text(markdown(found))
-        draw(folder, solvers, divergences, similarities, args)
+        draw(folder, models, solvers, divergences, similarities, args)
         print(f"\n{markdown(found)}\n{folder}/analysis.json and pictures")
     return found
 
@@ -273,7 +274,9 @@ def rounded(values: torch.Tensor) -> list | float | None:
     return [rounded(value) for value in values]
 
 
-def draw(folder: Path, solvers: dict, divergences: dict, similarities: dict, args: AnalysisArguments) -> None:
+def draw(
+    folder: Path, models: dict, solvers: dict, divergences: dict, similarities: dict, args: AnalysisArguments
+) -> None:
     """All pictures."""
     if solvers:
         plot_movement(solvers, folder / "movement.png")
@@ -281,7 +284,7 @@ def draw(folder: Path, solvers: dict, divergences: dict, similarities: dict, arg
         plot_residuals(solvers, folder / "residuals.png")
     plot_lagged_divergence(divergences, folder / "lagged_divergence.png", tuple(args.lags))
     for name, values in similarities.items():
-        plot_similarity(values, folder / f"cka_{name}.png")
+        plot_similarity(values, folder / f"cka_{name}.png", running_layers(models[name].config))
 
 
 def markdown(found: dict) -> str:

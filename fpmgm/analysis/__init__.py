@@ -10,7 +10,7 @@ if not is_matplotlib_available():
 from .denoising import plot_denoising
 from .divergence import lagged_divergence, overall, plot_lagged_divergence
 from .frontier import plot_frontier
-from .similarity import plot_similarity
+from .similarity import plot_similarity, running_layers
 from .solver import SolverMeasurements, joined, measure_solver
 from .solver_pictures import plot_movement, plot_residuals, plot_start_distances
 from .sweeps import plot_allocations, plot_checkpoints, plot_gammas, plot_latency, plot_plans
@@ -37,5 +37,6 @@ __all__ = [
     "plot_residuals",
     "plot_similarity",
     "plot_start_distances",
+    "running_layers",
     "sampled_trajectory",
 ]

@@ -38,7 +38,7 @@ def logarithmic_perplexity(axes: Axes, label: str) -> None:
     """A logarithmic vertical axis with plain numbers, as many as fit: perplexities may span little."""
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(LogFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))
     axes.set_ylabel(label)
 
 

@@ -8,16 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
 
 from .axes import entropy_axis, logarithmic_perplexity, logarithmic_seconds, logarithmic_values
 
 
 PERPLEXITY, ENTROPY = "generative_perplexity", "unigram_entropy"
 TITLES = {PERPLEXITY: "generative perplexity", ENTROPY: "unigram entropy (nats)"}
-COLORS = {PERPLEXITY: "viridis_r", ENTROPY: "viridis"}  # brighter is better
-LEAST_SPAN = {PERPLEXITY: 0.2, ENTROPY: 0.1}  # of a map's colours, in nats: small differences must look small
+COLORS = {  # light, so that black numbers are read on them
+    PERPLEXITY: ListedColormap(colormaps["Blues"](np.linspace(0.6, 0, 256))),
+    ENTROPY: ListedColormap(colormaps["Greens"](np.linspace(0, 0.6, 256))),
+}
+BARS = {PERPLEXITY: "× the lowest perplexity (dark: better)", ENTROPY: "nats (dark: more varied words)"}
+LEAST_SPAN = {PERPLEXITY: 0.2, ENTROPY: 0.1}  # of the colours, in nats: small differences must look small
+FRAME = "#e07b1f"
+WITHIN_ERROR = "framed: the lowest, and what lies within two standard errors of it"
 MARKERS = "osD^vP*X"
 
 
@@ -35,13 +45,14 @@ def plot_plans(rows: list[dict[str, Any]], config, path: str | Path, judge: str,
         `Path` of the picture.
     """
     steps, iterations = _values(rows, "num_steps"), _values(rows, "iterations")
-    figure = Figure(figsize=(3 + 1.5 * len(iterations), 1.7 + 0.55 * len(steps)), layout="constrained")
-    for axes, measure in zip(figure.subplots(1, 2), TITLES, strict=True):
-        _heat_map(axes, rows, measure, "num_steps", "iterations", below=0.25)  # a line may cross the middle
+    figure = Figure(figsize=(7, 2.2 + 0.8 * len(steps)), layout="constrained")
+    for axes, measure in zip(figure.subplots(2, 1, sharex=True), TITLES, strict=True):
+        image = _heat_map(axes, rows, measure, "num_steps", "iterations", below=0.25)  # a line may cross the middle
         for budget in budgets:
             _budget_line(axes, config, steps, iterations, budget)
-        axes.set(xlabel="fixed-point iterations per step", ylabel="denoising steps")
-    figure.suptitle(f"judge: {judge}; red: equal budgets of block evaluations", fontsize=9)
+        axes.set(ylabel="denoising steps", xlabel="fixed-point iterations per step" if measure == ENTROPY else "")
+        _share_colors(figure, [image], [axes], measure, location="right")
+    figure.suptitle(f"judge: {judge}; {WITHIN_ERROR};\ndashed: equal budgets of block evaluations", fontsize=9)
     figure.savefig(path, dpi=120)
     return Path(path)
 
@@ -77,31 +88,32 @@ def plot_allocations(rows: list[dict[str, Any]], path: str | Path, judge: str) -
 
 
 def plot_gammas(rows: list[dict[str, Any]], path: str | Path, judge: str) -> Path:
-    """Heat maps over the γ of masked and of revealed tokens: a column per budget (Tables 4 and 5).
+    """Heat maps over the γ of masked and of revealed tokens: a row per budget (Tables 4 and 5).
 
     Args:
         rows (`list[dict]`): Rows that set `budget`, `gamma_masked`, `gamma_changed` and `gamma_unchanged`; each of the
-            latter has columns of its own.
+            latter has rows of its own.
         path (`str` or `Path`): Picture to write; the suffix is the format.
         judge (`str`): Name of the judge, for the title.
 
     Returns:
         `Path` of the picture.
     """
-    columns = [(b, g) for g in _values(rows, "gamma_unchanged") for b in _values(rows, "budget")]
-    changed, masked = _values(rows, "gamma_changed"), _values(rows, "gamma_masked")
-    size = (1.5 + len(columns) * (1.2 + 0.75 * len(changed)), 1.6 + 2 * (0.7 + 0.42 * len(masked)))
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(2, len(columns), squeeze=False)
-    for column, (budget, unchanged) in enumerate(columns):
-        cell = _where(rows, budget=budget, gamma_unchanged=unchanged)
-        for axes, measure in zip(panels[:, column], TITLES, strict=True):
-            _heat_map(axes, cell, measure, "gamma_masked", "gamma_changed")
-            axes.set_xlabel("γ of revealed tokens")
+    settings = [(b, g) for g in _values(rows, "gamma_unchanged") for b in _values(rows, "budget")]
+    height = 1.1 + 0.34 * len(_values(rows, "gamma_masked"))
+    figure = Figure(figsize=(7, 1.6 + height * len(settings)), layout="constrained")
+    panels = figure.subplots(len(settings), 2, sharex=True, sharey=True, squeeze=False)
+    images = {measure: [] for measure in TITLES}
+    for (budget, unchanged), pair in zip(settings, panels, strict=True):
+        cells = _where(rows, budget=budget, gamma_unchanged=unchanged)
+        for axes, measure in zip(pair, TITLES, strict=True):
+            images[measure].append(_heat_map(axes, cells, measure, "gamma_masked", "gamma_changed"))
             axes.set_title(f"{TITLES[measure]}\nbudget {budget}, γ unchanged {unchanged:g}", fontsize=9)
-    for axes in panels[:, 0]:
-        axes.set_ylabel("γ of masked tokens, from all\nmasked to all visible")
-    figure.suptitle(f"judge: {judge}", fontsize=9)
+    for column, measure in enumerate(TITLES):
+        panels[-1, column].set_xlabel("γ of revealed tokens")
+        _share_colors(figure, images[measure], list(panels[:, column]), measure, location="bottom")
+    figure.supylabel("γ of masked tokens, from all masked to all visible", fontsize=9)
+    figure.suptitle(f"judge: {judge}\n{WITHIN_ERROR}", fontsize=9)
     figure.savefig(path, dpi=120)
     return Path(path)
 
@@ -218,24 +230,43 @@ def _label_rows(panels: np.ndarray, judge: str) -> None:
 
 def _heat_map(
     axes: Axes, rows: list[dict[str, Any]], measure: str, vertical: str, horizontal: str, below: float = 0.0
-) -> None:
-    """A cell for each pair of values with its number, `below` its middle."""
+) -> AxesImage:
+    """A cell for each pair of values with its number, `below` its middle; its colour is yet to be scaled."""
     ys, xs = _values(rows, vertical), _values(rows, horizontal)
-    values = np.full((len(ys), len(xs)), np.nan)
+    values, errors = np.full((2, len(ys), len(xs)), np.nan)
     for row in rows:
-        values[ys.index(_options(row)[vertical]), xs.index(_options(row)[horizontal])] = row[measure]
-    nats = np.log(values) if measure == PERPLEXITY else values
-    low, high = np.nanmin(nats), np.nanmax(nats)
-    wider = max(0, LEAST_SPAN[measure] - (high - low)) / 2
-    colors = {"cmap": COLORS[measure], "vmin": low - wider, "vmax": high + wider}
-    image = axes.imshow(nats, origin="lower", aspect="auto", **colors)
+        cell = ys.index(_options(row)[vertical]), xs.index(_options(row)[horizontal])
+        values[cell], errors[cell] = row[measure], row.get(f"{measure}_standard_error") or np.nan
+    lowest = np.unravel_index(np.nanargmin(values), values.shape)
+    colors = np.log(values / values[lowest]) if measure == PERPLEXITY else values
+    image = axes.imshow(colors, origin="lower", aspect="auto", cmap=COLORS[measure])
     for y, x in np.argwhere(~np.isnan(values)):
-        brightness = np.dot(image.cmap(image.norm(nats[y, x]))[:3], (0.3, 0.6, 0.1))
-        color = "black" if brightness > 0.5 else "white"
-        axes.text(x, y - below, _short(values[y, x]), ha="center", va="center", fontsize=8, color=color)
+        axes.text(x, y - below, _short(values[y, x]), ha="center", va="center", fontsize=9)
+    if measure == PERPLEXITY:
+        for y, x in np.argwhere(values - values[lowest] <= 2 * np.hypot(errors, errors[lowest])):
+            axes.add_patch(Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, fill=False, edgecolor=FRAME, linewidth=1.6))
     axes.set_xticks(range(len(xs)), [str(x) for x in xs])
     axes.set_yticks(range(len(ys)), [str(y) for y in ys])
     axes.set_title(TITLES[measure], fontsize=10)
+    return image
+
+
+def _share_colors(figure: Figure, images: list[AxesImage], panels: list[Axes], measure: str, location: str) -> None:
+    """One scale of colours for all `images`, wide enough for small differences to look small, and its bar."""
+    low = min(image.get_array().min() for image in images)
+    high = max(image.get_array().max() for image in images)
+    wider = max(0, LEAST_SPAN[measure] - (high - low))
+    if measure == PERPLEXITY:
+        high += wider  # the lowest keeps the darkest colour
+    else:
+        low, high = low - wider / 2, high + wider / 2
+    for image in images:
+        image.set_clim(low, high)
+    bar = figure.colorbar(images[0], ax=panels, location=location, aspect=30, label=BARS[measure])
+    if measure == PERPLEXITY:
+        fine, coarse = (1, 1.05, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5), (1, 1.5, 2, 3, 5, 10, 20, 50, 100, 1000)
+        ticks = [ratio for ratio in (fine if high < 0.4 else coarse) if np.log(ratio) <= high]
+        bar.set_ticks(np.log(ticks), labels=[f"{ratio:g}" for ratio in ticks])
 
 
 def _short(value: float) -> str:
@@ -253,6 +284,6 @@ def _budget_line(axes: Axes, config, steps: list[int], iterations: list[int], bu
     if not inside.any():
         return
     y = np.interp(paid, steps, range(len(steps)))
-    axes.plot(x[inside], y[inside], color="tab:red", linestyle="--", linewidth=1)
+    axes.plot(x[inside], y[inside], color="#555555", linestyle="--", linewidth=1)
     end = (x[inside][-1], y[inside][-1])
-    axes.annotate(str(budget), end, fontsize=8, color="tab:red", xytext=(3, -3), textcoords="offset points")
+    axes.annotate(str(budget), end, fontsize=8, color="#555555", xytext=(4, -3), textcoords="offset points")
