@@ -15,6 +15,7 @@ from fpmgm.command_line import DatasetName, LocalPath, ModelName
 from fpmgm.conversion import load_image_tokenizer
 from fpmgm.data import load_codes, load_images, make_image_processor, prepare_codes
 from fpmgm.data.images import PREPARATION
+from fpmgm.trainers.run_record import describe_files, digest
 
 
 @dataclass
@@ -104,6 +105,12 @@ def describe_codes(preparation: dict) -> str:
     """For the model's card."""
     pictures, classes = preparation["counts"]["train"]["pictures"], preparation["classes"]
     return f"codes of {pictures:,} pictures of {len(classes)} classes"
+
+
+def describe_rows(codes: CodesArguments, preparation: dict) -> dict:
+    """What a checkpoint records of the codes: their files' contents, and how they were made."""
+    files = describe_files([codes.codes_dir], "*.arrow")
+    return {"codes": files, "preparation": digest(preparation), "eval_images": codes.eval_images}
 
 
 def keep_preparation(codes: CodesArguments, args: TrainingArguments) -> None:

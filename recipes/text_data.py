@@ -2,12 +2,14 @@
 """The text of a recipe: where it comes from, its tokenizer, and the blocks it is cut into."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from fpmgm.command_line import DatasetName, LocalPath, ModelName
 from fpmgm.data import add_mask_token, load_text, pack, train_tokenizer
 from fpmgm.models.text_input import read_tokenizer
+from fpmgm.trainers.run_record import describe_files
 
 
 @dataclass
@@ -48,9 +50,14 @@ class DataArguments:
         return self.dataset_name or f"{len(self.text_files)} local file(s)"
 
 
-def load_tokenizer(data: DataArguments, model_name: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer named, the model's, or one trained on the training text; with a mask token."""
-    name = data.tokenizer or model_name
+def load_tokenizer(
+    data: DataArguments, model_name: str | None, checkpoint: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer named, that of the `checkpoint` to resume from, the model's, or one trained on the training text;
+    with a mask token."""
+    if checkpoint is not None and not (Path(checkpoint) / "tokenizer_config.json").is_file():
+        checkpoint = None
+    name = data.tokenizer or checkpoint or model_name
     if name is not None:
         return add_mask_token(read_tokenizer(name))
     text = load_text(data.text_files, data.dataset_name, data.dataset_config, data.train_split, data.text_column)
@@ -80,3 +87,13 @@ def load_blocks(data: DataArguments, tokenizer: PreTrainedTokenizerBase, length:
     if data.eval_blocks is not None:
         eval_blocks = eval_blocks.select(range(min(data.eval_blocks, len(eval_blocks))))
     return train_blocks, eval_blocks
+
+
+def describe_text(data: DataArguments) -> dict:
+    """What a checkpoint records of the text: its files' contents, or where it is on the hub."""
+    names = ("dataset_name", "dataset_config", "train_split", "eval_split", "eval_share", "eval_blocks", "text_column")
+    return {
+        "text_files": describe_files(data.text_files),
+        "eval_text_files": describe_files(data.eval_text_files),
+        **{name: getattr(data, name) for name in names},
+    }

@@ -7,15 +7,32 @@ from pathlib import Path
 from typing import NamedTuple
 
 from datasets import Dataset
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import (
+    AutoModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.utils import cached_file
 
 from fpmgm import load_halton_maskgit, load_mdlm
 from fpmgm.command_line import ModelName, parse_arguments
-from fpmgm.trainers import MGMTrainer, MGMTrainingConfig, last_checkpoint
+from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
+from fpmgm.trainers.checkpoints import checkpoint_to_resume, has_checkpoints
+from fpmgm.trainers.lock import hold_folder
 from fpmgm.trainers.peft import LoraArguments, lora_config
-from image_data import CodesArguments, check_model_reads, describe_codes, keep_preparation, load_code_rows
-from text_data import DataArguments, load_blocks, load_tokenizer
+from fpmgm.trainers.run_record import Origin, describe_files
+from image_data import (
+    CodesArguments,
+    check_model_reads,
+    describe_codes,
+    describe_rows,
+    keep_preparation,
+    load_code_rows,
+)
+from text_data import DataArguments, describe_text, load_blocks, load_tokenizer
 
 
 @dataclass
@@ -46,6 +63,24 @@ class Rows(NamedTuple):
     validation: Dataset
     tokenizer: PreTrainedTokenizerBase | None
     description: str
+    data: dict
+
+
+def run_checkpoint(args: TrainingArguments) -> str | None:
+    """The checkpoint that the run in `output_dir` goes on from; `None`: it begins.
+
+    Raises:
+        `ValueError`: if there are checkpoints, but none is whole, or not the one named.
+    """
+    return checkpoint_to_resume(args.resume_from_checkpoint or has_checkpoints(args.output_dir), args.output_dir)
+
+
+def describe_start(name: str | None) -> list[dict] | str | None:
+    """What a checkpoint records of the model that training started from: the contents of its files, or its name."""
+    path = Path(name) if name is not None else None
+    if path is None or not path.exists():
+        return name
+    return describe_files(sorted(path.glob("*.safetensors")) if path.is_dir() else [path])
 
 
 def load_model(name: str) -> PreTrainedModel:
@@ -58,8 +93,11 @@ def load_model(name: str) -> PreTrainedModel:
     return load_mdlm(name) if config.get("model_type") == "mdlm" else AutoModel.from_pretrained(name)
 
 
-def load_rows(text: DataArguments, codes: CodesArguments, config: PreTrainedConfig, model_name: str) -> Rows:
-    """Blocks of text, or codes of pictures for an image model."""
+def load_rows(
+    text: DataArguments, codes: CodesArguments, config: PreTrainedConfig, model_name: str, checkpoint: str | None
+) -> Rows:
+    """Blocks of text, by the tokenizer of the `checkpoint` to resume from or of the model; or codes of pictures for an
+    image model."""
     if (config.model_type == "fpmaskgit") != (codes.codes_dir is not None):
         raise ValueError(
             f"`codes_dir`={codes.codes_dir!r} does not fit `model_name_or_path`={model_name!r}, which is of "
@@ -68,10 +106,11 @@ def load_rows(text: DataArguments, codes: CodesArguments, config: PreTrainedConf
     if codes.codes_dir is not None:
         train_rows, eval_rows, preparation = load_code_rows(codes)
         check_model_reads(config, model_name, preparation)
-        return Rows(train_rows, eval_rows, None, describe_codes(preparation))
-    tokenizer = load_tokenizer(text, model_name)
+        data = describe_rows(codes, preparation)
+        return Rows(train_rows, eval_rows, None, describe_codes(preparation), data)
+    tokenizer = load_tokenizer(text, model_name, checkpoint)
     blocks = load_blocks(text, tokenizer, config.max_position_embeddings)
-    return Rows(*blocks, tokenizer, text.description)
+    return Rows(*blocks, tokenizer, text.description, describe_text(text))
 
 
 def check_architecture(architecture, config: PreTrainedConfig, model_name: str) -> None:
@@ -89,14 +128,13 @@ def check_adapter(lora: LoraArguments, start: OptionalStartArguments) -> None:
         raise ValueError("`use_peft` adapts a trained model: give `model_name_or_path`.")
 
 
-def train_and_export(trainer: Trainer) -> dict[str, float]:
-    """Train from the last checkpoint, if there is one; evaluate, export, push with `--push_to_hub`.
+def train_and_export(trainer: Trainer, checkpoint: str | None) -> dict[str, float]:
+    """Train from `checkpoint`, if there is one; evaluate, export, push with `--push_to_hub`.
 
     Returns:
         `dict[str, float]` of the exported weights' metrics.
     """
-    last = trainer.args.resume_from_checkpoint or last_checkpoint(trainer.args.output_dir)
-    trained = trainer.train(resume_from_checkpoint=last).metrics
+    trained = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if trained["train_steps_per_second"] > 0:  # else an earlier run was cut off after its last step
         trainer.save_metrics("train", trained)
     metrics = trainer.evaluate()
@@ -105,11 +143,11 @@ def train_and_export(trainer: Trainer) -> dict[str, float]:
     return metrics
 
 
-def train_with_before_and_after(trainer: Trainer) -> dict[str, float]:
+def train_with_before_and_after(trainer: Trainer, checkpoint: str | None) -> dict[str, float]:
     """[`train_and_export`], with validation perplexity before and after printed and saved beside the model."""
     before = trainer.evaluate(metric_key_prefix="before")
     trainer.save_metrics("before", before)
-    metrics = train_and_export(trainer)
+    metrics = train_and_export(trainer, checkpoint)
     if trainer.is_world_process_zero():
         print(
             f"validation perplexity: before {before['before_perplexity']:.2f}, after {metrics['eval_perplexity']:.2f}"
@@ -124,9 +162,14 @@ def post_train(
     """A recipe that goes on from a model with another trainer; returns the metrics before and after."""
     types = (StartArguments, DataArguments, CodesArguments, LoraArguments, config_class)
     start, text, codes, lora, args = parse_arguments(types, description, argv)
-    model = load_model(start.model_name_or_path)
+    with hold_folder(args.output_dir, take=args.should_save):
+        return _post_train(trainer_class, start.model_name_or_path, text, codes, lora, args)
+
+
+def _post_train(trainer_class, model_name: str, text, codes, lora, args) -> dict[str, float]:
+    model, checkpoint = load_model(model_name), run_checkpoint(args)
     with args.main_process_first(desc="data"):
-        rows = load_rows(text, codes, model.config, start.model_name_or_path)
+        rows = load_rows(text, codes, model.config, model_name, checkpoint)
     args.data_description = args.data_description or rows.description
     keep_preparation(codes, args)
     trainer = trainer_class(
@@ -136,5 +179,6 @@ def post_train(
         eval_dataset=rows.validation,
         processing_class=rows.tokenizer,
         peft_config=lora_config(lora),
+        origin=Origin(rows.data, {"start": describe_start(model_name)}),
     )
-    return train_with_before_and_after(trainer)
+    return train_with_before_and_after(trainer, checkpoint)

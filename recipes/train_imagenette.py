@@ -18,18 +18,29 @@ from transformers import set_seed
 from fpmgm import FPMaskGITConfig, FPMaskGITModel
 from fpmgm.command_line import model_arguments, parse_arguments
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
+from fpmgm.trainers.lock import hold_folder
 from fpmgm.trainers.peft import LoraArguments, lora_config
+from fpmgm.trainers.run_record import Origin
 from image_data import (
     CodesArguments,
     EncodingArguments,
     PictureArguments,
     check_model_reads,
     describe_codes,
+    describe_rows,
     encode_pictures,
     keep_preparation,
     load_code_rows,
 )
-from train_and_export import OptionalStartArguments, check_adapter, check_architecture, load_model, train_and_export
+from train_and_export import (
+    OptionalStartArguments,
+    check_adapter,
+    check_architecture,
+    describe_start,
+    load_model,
+    run_checkpoint,
+    train_and_export,
+)
 
 
 @dataclass
@@ -53,11 +64,18 @@ TYPES = (
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Prepare, train, evaluate, export; returns the metrics of the exported weights."""
-    start, codes, pictures, encoding, architecture, lora, args = parse_arguments(TYPES, __doc__, argv)
+    arguments = parse_arguments(TYPES, __doc__, argv)
+    start, codes, _, _, _, lora, args = arguments
     check_adapter(lora, start)
     if codes.codes_dir is None:
         raise ValueError("`codes_dir` is needed: give the folder that holds the codes, or where they are to be made.")
+    with hold_folder(args.output_dir, take=args.should_save):
+        return train(*arguments)
 
+
+def train(start, codes, pictures, encoding, architecture, lora, args) -> dict[str, float]:
+    """[`main`], in a folder that is this run's alone."""
+    checkpoint = run_checkpoint(args)
     with args.main_process_first(desc="data"):
         if pictures.image_dir is not None or pictures.dataset_name is not None:
             encode_pictures(pictures, encoding, codes.codes_dir, args.device)
@@ -68,9 +86,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     args.data_description = args.data_description or describe_codes(preparation)
     keep_preparation(codes, args)
     trainer = MGMTrainer(
-        model=model, args=args, train_dataset=train_rows, eval_dataset=eval_rows, peft_config=lora_config(lora)
+        model=model,
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        peft_config=lora_config(lora),
+        origin=Origin(describe_rows(codes, preparation), {"start": describe_start(start.model_name_or_path)}),
     )
-    return train_and_export(trainer)
+    return train_and_export(trainer, checkpoint)
 
 
 def make_model(architecture: ModelArguments, model_name: str | None, preparation: dict) -> FPMaskGITModel:

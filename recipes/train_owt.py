@@ -16,9 +16,18 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase, set_see
 from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion
 from fpmgm.command_line import model_arguments, parse_arguments
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
+from fpmgm.trainers.lock import hold_folder
 from fpmgm.trainers.peft import LoraArguments, lora_config
-from text_data import DataArguments, load_blocks, load_tokenizer
-from train_and_export import OptionalStartArguments, check_adapter, check_architecture, train_and_export
+from fpmgm.trainers.run_record import Origin
+from text_data import DataArguments, describe_text, load_blocks, load_tokenizer
+from train_and_export import (
+    OptionalStartArguments,
+    check_adapter,
+    check_architecture,
+    describe_start,
+    run_checkpoint,
+    train_and_export,
+)
 
 
 ModelArguments = model_arguments(
@@ -31,9 +40,21 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     types = (OptionalStartArguments, DataArguments, ModelArguments, LoraArguments, MGMTrainingConfig)
     start, data, model_args, lora, args = parse_arguments(types, __doc__, argv)
     check_adapter(lora, start)
+    with hold_folder(args.output_dir, take=args.should_save):
+        return train(model_args, start, lora, data, args)
 
+
+def train(
+    model_args: ModelArguments,
+    start: OptionalStartArguments,
+    lora: LoraArguments,
+    data: DataArguments,
+    args: MGMTrainingConfig,
+) -> dict[str, float]:
+    """[`main`], in a folder that is this run's alone."""
+    checkpoint = run_checkpoint(args)
     with args.main_process_first(desc="data"):
-        tokenizer = load_tokenizer(data, start.model_name_or_path)
+        tokenizer = load_tokenizer(data, start.model_name_or_path, checkpoint)
         config = load_config(model_args, start.model_name_or_path, tokenizer)
         train_blocks, eval_blocks = load_blocks(data, tokenizer, config.max_position_embeddings)
 
@@ -43,6 +64,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     else:
         model = AutoModel.from_pretrained(start.model_name_or_path)
     args.data_description = args.data_description or data.description
+    options = {"start": describe_start(start.model_name_or_path)}
+    if data.tokenizer is None and start.model_name_or_path is None:
+        options["tokenizer_vocab_size"] = data.tokenizer_vocab_size
     trainer = MGMTrainer(
         model=model,
         args=args,
@@ -50,8 +74,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         eval_dataset=eval_blocks,
         processing_class=tokenizer,
         peft_config=lora_config(lora),
+        origin=Origin(describe_text(data), options),
     )
-    return train_and_export(trainer)
+    return train_and_export(trainer, checkpoint)
 
 
 def load_config(architecture: ModelArguments, model_name: str | None, tokenizer: PreTrainedTokenizerBase):

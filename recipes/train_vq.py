@@ -22,8 +22,11 @@ from fpmgm.data import make_image_processor
 from fpmgm.data.images import centre_crop, read_image
 from fpmgm.evaluation import to_uint8
 from fpmgm.models.modeling_vqgan import VQGANModel
-from fpmgm.trainers import ImageTokenizerConfig, ImageTokenizerTrainer, last_checkpoint
+from fpmgm.trainers import ImageTokenizerConfig, ImageTokenizerTrainer
+from fpmgm.trainers.lock import hold_folder
+from fpmgm.trainers.run_record import Origin, digest_of_bytes
 from image_data import PictureArguments, read_pictures
+from train_and_export import run_checkpoint
 
 
 SHOWN = 16  # pictures in the reconstructions
@@ -52,12 +55,18 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     pictures, args, training = parse_arguments(types, __doc__, argv)
     if pictures.eval_split is None:
         raise ValueError("`eval_split`=None leaves no pictures to validate on: name a folder or split.")
+    with hold_folder(training.output_dir, take=training.should_save):
+        return train(pictures, args, training)
+
+
+def train(pictures: PictureArguments, args: VQArguments, training: ImageTokenizerConfig) -> dict[str, float]:
+    """[`main`], in a folder that is this run's alone."""
+    checkpoint, training.mirror = run_checkpoint(training), args.flip
     images = read_pictures(pictures)
     processor = make_image_processor(args.image_size)
     rows = images["validation"].shuffle(seed=training.seed)
     rows = rows.select(range(min(args.eval_images, len(rows))))
-    eval_pixels = Pixels(rows, processor, flip=False)
-    train_pixels = Pixels(images["train"], processor, flip=args.flip)
+    eval_pixels, train_pixels = Pixels(rows, processor), Pixels(images["train"], processor)
 
     set_seed(training.seed)  # before the weights are drawn
     model = VQGANModel(
@@ -75,10 +84,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         f"{model.num_parameters():,} parameters, {model.grid_size} × {model.grid_size} of {model.codebook_size} codes"
     )
     trainer = ImageTokenizerTrainer(
-        model=model, args=training, train_dataset=train_pixels, eval_dataset=eval_pixels, processing_class=processor
+        model=model,
+        args=training,
+        train_dataset=train_pixels,
+        eval_dataset=eval_pixels,
+        processing_class=processor,
+        origin=Origin({"pictures": [digest_of_bytes(part.pixels) for part in (train_pixels, eval_pixels)]}),
     )
-    last = training.resume_from_checkpoint or last_checkpoint(training.output_dir)
-    trainer.save_metrics("train", trainer.train(resume_from_checkpoint=last).metrics)
+    trainer.save_metrics("train", trainer.train(resume_from_checkpoint=checkpoint).metrics)
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)
     trainer.save_model()
@@ -92,10 +105,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 class Pixels(torch.utils.data.Dataset):
-    """Pixels of pictures that can be read, decoded once and kept as bytes; mirrored at random with `flip`."""
+    """Pixels of pictures that can be read, decoded once and kept as bytes."""
 
-    def __init__(self, rows: Dataset, processor, flip: bool):
-        self.flip, pixels = flip, []
+    def __init__(self, rows: Dataset, processor):
+        pixels = []
         for row in tqdm(rows, desc="reading pictures"):
             try:
                 pixels.append(to_uint8(torch.from_numpy(centre_crop(read_image(row["image"]), processor))))
@@ -107,8 +120,7 @@ class Pixels(torch.utils.data.Dataset):
         return len(self.pixels)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        pixels = self.pixels[index].float() / 127.5 - 1
-        return {"pixel_values": pixels.flip(-1) if self.flip and torch.rand(()) < 0.5 else pixels}
+        return {"pixel_values": self.pixels[index].float() / 127.5 - 1}
 
 
 @torch.no_grad()

@@ -3,29 +3,34 @@
 
 A checkpoint is written into the folder `_saving`. When all ranks have written, a list of its files with their sizes is
 added, everything is flushed to the disk, and one rename gives it its name, `checkpoint-N`. Only then are older ones
-removed. A folder is whole if it has the list and every file in it.
+removed. A folder is whole if it has the list and every file in it, and each can be read.
 """
 
+import errno
 import json
-import math
 import os
-import random
 import shutil
-import sys
-from pathlib import Path
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from transformers import Trainer
+from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
 
+MOST_JSON = 1 << 30  # bytes: a longer file is none that training wrote
+MOST_LISTED = 1 << 24
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+PLENTY = 100 << 20  # bytes free at which a disk is not taken to be full
 STAGING_FOLDER = "_saving"  # pushes to the hub leave out what begins with an underscore
 FILE_LIST = "checkpoint_files.json"
 
@@ -36,11 +41,21 @@ def missing_files(folder: str | Path) -> list[str]:
     >>> missing_files("outputs/checkpoint-7")
     ['checkpoint_files.json, which is written last']
     """
-    try:
-        sizes = json.loads((Path(folder) / FILE_LIST).read_text())
-    except (OSError, ValueError):  # not there, or cut off by a copy that was interrupted
+    folder = Path(folder)
+    if not (folder / FILE_LIST).is_file():
         return [f"{FILE_LIST}, which is written last"]
-    return [text for name, size in sizes.items() if (text := _lack(Path(folder) / name, name, size))]
+    try:
+        sizes = read_json(folder / FILE_LIST, "the size in bytes of each file", most_bytes=MOST_LISTED)
+    except ValueError as error:  # cut off by a copy that was interrupted, or another file
+        return [str(error)]
+    if TRAINER_STATE_NAME not in sizes or not all(_is_entry(name, size) for name, size in sizes.items()):
+        return [f"a {FILE_LIST} that gives the size in bytes of each file, {TRAINER_STATE_NAME} among them"]
+    return [text for name, size in sizes.items() if (text := _lack(folder / name, name, size))]
+
+
+def _is_entry(name: str, size: int) -> bool:
+    path = PurePosixPath(name)
+    return type(size) is int and size >= 0 and "\0" not in name and not path.is_absolute() and ".." not in path.parts
 
 
 def _lack(path: Path, name: str, size: int) -> str | None:
@@ -48,6 +63,82 @@ def _lack(path: Path, name: str, size: int) -> str | None:
         return name
     there = path.stat().st_size
     return f"all but {there:,} of the {size:,} bytes of {name}" if there < size else None
+
+
+def damaged_files(folder: str | Path) -> list[str]:
+    """Which files of a checkpoint that has them all cannot be read, in words, from their structure alone: tensors
+    are not looked at."""
+    return [text for path in sorted(Path(folder).rglob("*")) if path.is_file() and (text := _damage(path))]
+
+
+def _damage(path: Path) -> str | None:
+    try:
+        if path.name == TRAINER_STATE_NAME:
+            read_state(path)
+        elif path.suffix == ".json":
+            read_json(path, "a JSON object", kind=object)
+        elif path.suffix == ".safetensors":
+            with safe_open(path, framework="pt"):  # compares the header with the size
+                pass
+        elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
+            return f"{path.name} is not a file of `torch.save`"
+    except SafetensorError as error:
+        return f"{path.name} is not a file of tensors ({error})"
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def read_json(path: Path, expected: str, *, kind: type = dict, most_bytes: int = MOST_JSON) -> Any:
+    """What a JSON file holds.
+
+    Args:
+        path (`Path`): The file.
+        expected (`str`): What it should hold, in words.
+        kind (`type`, defaults to `dict`): Which type that is.
+        most_bytes (`int`): A larger file is not read.
+
+    Raises:
+        `ValueError`: if the file is another, naming it and what was expected.
+    """
+    try:
+        if path.stat().st_size > most_bytes:
+            raise ValueError(f"more than {most_bytes:,} bytes")
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, kind):
+            raise ValueError(f"a {type(value).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is not JSON with {expected} ({error})") from error
+    return value
+
+
+def read_state(path: Path) -> TrainerState:
+    """The `TrainerState` of a checkpoint.
+
+    Raises:
+        `ValueError`: if the file is another, naming it.
+    """
+    values = read_json(path, "the state of a training")
+    known = {f.name for f in fields(TrainerState)}
+    types = {"global_step": int, "max_steps": int, "epoch": int | float, "log_history": list}
+    wrong = [name for name in values if name not in known]
+    wrong += [name for name, kind in types.items() if not isinstance(values.get(name), kind)]
+    if not wrong and not all(isinstance(line, dict) and "step" in line for line in values["log_history"]):
+        wrong.append("log_history")
+    if wrong:
+        raise ValueError(f"{path.name} is not JSON with the state of a training (see {wrong})")
+    return TrainerState(**values)
+
+
+def flaw(folder: str | Path) -> str | None:
+    """Why `folder` is no whole checkpoint, as the end of a sentence; `None` if it is one."""
+    if not Path(folder).is_dir():
+        return "does not exist"
+    if missing := missing_files(folder):
+        return f"is incomplete: it lacks {', '.join(missing)}"
+    if damaged := damaged_files(folder):
+        return f"is damaged: {', '.join(damaged)}"
+    return None
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
@@ -62,16 +153,11 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
     >>> last_checkpoint("outputs/none") is None
     True
     """
-    last = _last_whole(output_dir)
+    last, flaws = _last_whole(output_dir)
     for folder in _by_step(Path(output_dir) / STAGING_FOLDER):
         logger.warning(f"The writing of {folder.name} was interrupted; the last whole checkpoint is {last}.")
-    for folder in _by_step(output_dir):
-        if folder == last:
-            break
-        logger.warning(
-            f"{folder} is incomplete: it lacks {', '.join(missing_files(folder))}. The last whole one is {last}; "
-            "remove the incomplete one to silence this warning."
-        )
+    for folder, text in flaws.items():
+        logger.warning(f"{folder} {text}. The last whole one is {last}; remove this one to silence this warning.")
     return None if last is None else str(last)
 
 
@@ -82,31 +168,60 @@ def _by_step(output_dir: str | Path) -> list[Path]:
     return sorted((path for path in folders if steps[path].isdecimal()), key=lambda path: -int(steps[path]))
 
 
-def _last_whole(output_dir: str | Path) -> Path | None:
-    return next((folder for folder in _by_step(output_dir) if not missing_files(folder)), None)
+def _last_whole(output_dir: str | Path) -> tuple[Path | None, dict[Path, str]]:
+    """The last whole checkpoint, and what the later ones suffer from."""
+    flaws = {}
+    for folder in _by_step(output_dir):
+        text = flaw(folder)
+        if text is None:
+            return folder, flaws
+        flaws[folder] = text
+    return None, flaws
+
+
+def has_checkpoints(output_dir: str | Path) -> bool:
+    """Whether `output_dir` holds a checkpoint, whole or not."""
+    return bool(_by_step(output_dir))
 
 
 def checkpoint_to_resume(resume_from_checkpoint: str | Path | bool | None, output_dir: str | Path) -> str | None:
     """The whole checkpoint that `resume_from_checkpoint` means: a folder's own, or with `True` the last.
 
     Raises:
-        `ValueError`: if there is no such folder or it is incomplete, saying what it lacks and which one is whole.
+        `ValueError`: if there is no such folder or it is not whole, saying why and which one is whole.
     """
     if not resume_from_checkpoint:
         return None
     if resume_from_checkpoint is True:
         last = last_checkpoint(output_dir)
         if last is None:
-            raise ValueError(f"`resume_from_checkpoint`=True, but no whole checkpoint is in {output_dir}: begin anew.")
+            flaws = [f"{folder.name} {text}; " for folder, text in _last_whole(output_dir)[1].items()]
+            raise ValueError(
+                f"`resume_from_checkpoint`=True, but no whole checkpoint is in {output_dir}: {''.join(flaws)}"
+                f"begin anew{', in another folder or when these are removed' if flaws else ''}."
+            )
         return last
     folder = Path(resume_from_checkpoint)
-    missing = missing_files(folder)
-    if not missing:
+    problem = flaw(folder)
+    if problem is None:
         return str(folder)
-    problem = f"is incomplete: it lacks {', '.join(missing)}" if folder.is_dir() else "does not exist"
-    last = _last_whole(folder.parent)
+    last, _ = _last_whole(folder.parent)
     remedy = f"resume from {last}, the last whole one there" if last else f"{folder.parent} holds no whole one"
     raise ValueError(f"`resume_from_checkpoint`={str(folder)!r} {problem}: {remedy}.")
+
+
+@contextmanager
+def reading(folder: str | Path, what: str) -> Iterator[None]:
+    """Turn whatever a damaged file makes libraries raise inside the block into a `ValueError` that names the
+    checkpoint, `what` was to be read of it, and a checkpoint to resume from instead."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        others = [other for other in _by_step(Path(folder).parent) if other != Path(folder) and flaw(other) is None]
+        remedy = f"resume from {others[0]}" if others else "there is no other whole checkpoint: begin anew"
+        raise ValueError(f"{folder} is damaged: {what} cannot be read of it ({error}); {remedy}.") from error
 
 
 def publish(staged: Path, folder: Path) -> None:
@@ -152,149 +267,18 @@ def _flush(path: Path) -> None:
             raise
 
 
-class AtomicCheckpointTrainer(Trainer):
-    """A `Trainer` whose checkpoints are whole or not there, and which goes on from whole ones only, bit for bit."""
-
-    last_saved: tuple[int, Path] | None = None  # step and folder of the checkpoint last written or resumed from
-    _staging = False
-    _random = (None, ())  # a step, and the states of the random numbers at its end
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As in `Trainer`.
-
-        Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*): A whole checkpoint; `True`: the last in `output_dir`
-                that is whole. `None`: begin anew.
-            args, kwargs: Passed to `Trainer.train`.
-
-        Raises:
-            `ValueError`: if the checkpoint is incomplete.
-            `OSError`: when a checkpoint cannot be written, say to a full disk. Those written before are left intact.
-        """
-        folder = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
-        return super().train(folder, *args, **kwargs)
-
-    # --- going on -----------------------------------------------------------------------------------------------
-
-    def _init_training_state(
-        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-    ):
-        position = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-        )
-        if self.args.should_save:  # what an interrupted run left
-            shutil.rmtree(Path(self._get_output_dir(trial)) / STAGING_FOLDER, ignore_errors=True)
-        self.last_saved = None
-        if resume_from_checkpoint is None:
-            return position
-        self.last_saved = (self.state.global_step, Path(resume_from_checkpoint).resolve())
-        if num_train_epochs != sys.maxsize or self.args.ignore_data_skip:
-            return position
-        # `Trainer` takes all steps of a stream for one epoch, also where the stream has ended and begun again.
-        saved = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
-        return stream_position(saved.epoch, saved.max_steps * self.args.gradient_accumulation_steps)
-
-    def _run_epoch(self, *args, **kwargs):
-        if self.state.global_step >= self.state.max_steps:  # resumed from the last step: `Trainer` would add one
-            self.control.should_training_stop = True
-        if not self.control.should_training_stop:
-            super()._run_epoch(*args, **kwargs)
-
-    # --- saving -------------------------------------------------------------------------------------------------
-
-    def save_beside(self, folder: Path) -> None:
-        """Write into a checkpoint what a subclass needs to go on, beside what `Trainer` does. All ranks call it."""
-
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
-        self._random = (self.state.global_step, get_random_states())
-        # A log line holds means since the last one. A resumed run's begin at its checkpoint; so shall everyone's.
-        saves = self.control.should_save or (
-            self.control.should_evaluate and self.args.save_strategy == SaveStrategy.BEST
-        )
-        self.control.should_log |= saves and self.args.logging_strategy != IntervalStrategy.NO
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    def _save_checkpoint(self, model, trial):
-        run_dir, step = Path(self._get_output_dir(trial)), self.state.global_step
-        folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        if self.last_saved == (step, folder.resolve()):
-            return
-        staged = run_dir / STAGING_FOLDER / folder.name
-        try:
-            self._write_staged(model, trial, staged, folder)
-        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk in Python, torch and safetensors
-            raise OSError(_describe_failure(folder, error)) from error
-        finally:
-            if self.args.should_save:
-                shutil.rmtree(staged.parent, ignore_errors=True)
-        if self.args.should_save:
-            remove_oldest(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()  # it has its name
-        self.last_saved = (step, folder.resolve())
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder))
-
-    def _write_staged(self, model, trial, staged: Path, folder: Path) -> None:
-        self._staging = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = False
-        if self.state.best_model_checkpoint is not None and Path(self.state.best_model_checkpoint) == staged:
-            self.state.best_model_checkpoint = str(folder)
-        self.save_beside(staged)
-        self.accelerator.wait_for_everyone()  # all ranks have written
-        if self.args.should_save:
-            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-            publish(staged, folder)
-
-    def _save_rng_state(self, output_dir):
-        step, states = self._random
-        now = get_random_states()
-        if step == self.state.global_step:  # the next step may have begun: a stop or a signal saves in its middle
-            set_random_states(states)
-        super()._save_rng_state(output_dir)
-        set_random_states(now)
-
-    def _get_output_dir(self, trial):
-        run_dir = super()._get_output_dir(trial)
-        return os.path.join(run_dir, STAGING_FOLDER) if self._staging else run_dir
-
-    def _push_from_checkpoint(self, checkpoint_folder):
-        if not self._staging:  # uploads run in the background: the folder must keep its name
-            super()._push_from_checkpoint(checkpoint_folder)
-
-
-def get_random_states() -> tuple:
-    """Of Python's, NumPy's and PyTorch's global generators, and of this process's GPU."""
-    gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), gpu
-
-
-def set_random_states(states: tuple) -> None:
-    """Set what [`get_random_states`] gave."""
-    python, numpy, cpu, gpu = states
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(cpu)
-    if gpu is not None:
-        torch.cuda.set_rng_state(gpu)
-
-
-def stream_position(epoch: float, batches_per_epoch: int) -> tuple[int, int]:
-    """Full passes over a stream, and batches of the pass after them, from the number of epochs that `Trainer` records.
-
-    >>> stream_position(2.25, batches_per_epoch=8), stream_position(1.0, batches_per_epoch=8)
-    ((2, 2), (0, 8))
-    """
-    passes = max(0, math.ceil(epoch) - 1)
-    return passes, round((epoch - passes) * batches_per_epoch)
-
-
-def _describe_failure(folder: Path, error: Exception) -> str:
-    last, free = _last_whole(folder.parent), shutil.disk_usage(folder.parent).free
+def describe_failure(folder: Path, error: Exception) -> str:
+    """Why the checkpoint `folder` could not be written, what is left, and what to do."""
+    (last, _), free = _last_whole(folder.parent), shutil.disk_usage(folder.parent).free
     intact = f"The last whole checkpoint, {last}, is intact" if last else "There is no earlier checkpoint"
+    full = getattr(error, "errno", None) in NO_SPACE or "No space left" in str(error) or free < PLENTY
+    remedy = (
+        "Make room there (`save_total_limit` keeps fewer checkpoints), then resume"
+        if full
+        else "Mend what the error names (a limit on the size of files or of your share of the disk may be behind it; "
+        "or something else writes to or removes this folder), then resume"
+    )
     return (
         f"{folder} could not be written: {error} ({free / 1e6:,.1f} MB are free on that disk). {intact}; nothing is "
-        "left of this one. Make room there (`save_total_limit` keeps fewer checkpoints), then resume."
+        f"left of this one. {remedy}."
     )

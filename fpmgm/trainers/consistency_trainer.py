@@ -20,6 +20,7 @@ from ..models.head import LogitsLoss
 from ..models.layers import IdentityLinear, wide
 from ..models.transfer import to_device
 from .batch import Noise
+from .checkpoints import reading
 from .consistency_config import ConsistencyConfig
 from .distillation import check_head, denoise, divergence_from, mean_over_sequences, nested_states, warmed_up
 from .mgm_trainer import MGMTrainer
@@ -140,9 +141,10 @@ class ConsistencyTrainer(MGMTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and hasattr(self.model, PROJECTION):
-            saved = load_file(Path(checkpoint) / PROJECTION_FILE)
-            for name, parameter in getattr(self.model, PROJECTION).named_parameters():
-                part_of(parameter).data.copy_(part_from(saved[name], parameter))
+            with reading(checkpoint, PROJECTION_FILE):
+                saved = load_file(Path(checkpoint) / PROJECTION_FILE)
+                for name, parameter in getattr(self.model, PROJECTION).named_parameters():
+                    part_of(parameter).data.copy_(part_from(saved[name], parameter))
 
 
 def _without_rule(args: ConsistencyConfig) -> None:

@@ -17,6 +17,7 @@ from .distillation import (
     warmed_up,
 )
 from .mgm_trainer import MGMTrainer
+from .run_record import with_teacher
 
 
 class ConversionTrainer(MGMTrainer):
@@ -51,6 +52,10 @@ class ConversionTrainer(MGMTrainer):
         check_teacher(teacher, model)
         super().__init__(model, args, **kwargs)
         self.teacher = teacher.to(self.args.device)
+
+    def run_record(self) -> dict[str, dict]:
+        """Also the teacher."""
+        return with_teacher(super().run_record(), self.teacher)
 
     def micro_batch_loss(self, model, batch: dict, noise: Noise) -> tuple[torch.Tensor, ModelOutput]:
         """L_base + λτ²·KL(p_t ‖ p_s): a mean over a sequence's masked positions, then over sequences."""

@@ -87,17 +87,19 @@ class EMACallback(TrainerCallback):
         """Go on from the average in `folder`.
 
         Raises:
-            `ValueError`: if `folder` holds none.
+            `ValueError`: if `folder` holds none, or one of other weights, or one that is not finite.
         """
         path = Path(folder) / EMA_FILE
         if not path.is_file():
-            raise ValueError(
-                f"`resume_from_checkpoint`={str(folder)!r} holds no {EMA_FILE}: it was trained without EMA. "
-                "Resume from another checkpoint or with `ema_decay=None`."
-            )
+            raise ValueError("there is none, it was trained without EMA: with `ema_decay=None` it can go on")
         with safe_open(path, framework="pt") as file:
+            parameters, names = self._parameters(), set(file.keys())
+            if names != parameters.keys():
+                raise ValueError(
+                    f"an average of the trained weights is expected, {min(names ^ parameters.keys())} differs"
+                )
             self.num_updates = int(file.metadata()["num_updates"])
-            self.shadow = {name: part_from(file.get_tensor(name), p) for name, p in self._parameters().items()}
+            self.shadow = {name: part_from(_finite(file, name), p) for name, p in parameters.items()}
 
     # --- events -------------------------------------------------------------------------------------------------
 
@@ -107,3 +109,10 @@ class EMACallback(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.update()
+
+
+def _finite(file, name: str) -> torch.Tensor:
+    tensor = file.get_tensor(name)
+    if not tensor.isfinite().all():
+        raise ValueError(f"values that are not finite in {name}")
+    return tensor

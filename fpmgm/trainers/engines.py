@@ -12,6 +12,13 @@ def splits_weights(trainer: Trainer) -> bool:
     )
 
 
+def describe_engine(trainer: Trainer) -> str:
+    """What shares the training among processes, where it decides the form of checkpoints."""
+    if trainer.is_deepspeed_enabled:
+        return f"DeepSpeed ZeRO-{trainer.accelerator.state.deepspeed_plugin.zero_stage}"
+    return "FSDP" if trainer.is_fsdp_enabled else "none"
+
+
 def skips_bad_steps(trainer: Trainer) -> bool:
     """Whether the loss is scaled for float16, which skips a step that overflows and goes on by itself."""
     if trainer.is_deepspeed_enabled:

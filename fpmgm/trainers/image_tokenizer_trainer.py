@@ -14,7 +14,9 @@ from torch.nn import functional as F
 from transformers import TrainingArguments
 
 from ..models.noise import stream_generator
-from .checkpoints import AtomicCheckpointTrainer
+from ..models.transfer import to_device
+from .atomic_trainer import AtomicCheckpointTrainer
+from .checkpoints import reading
 
 
 @dataclass
@@ -26,8 +28,12 @@ class ImageTokenizerConfig(TrainingArguments):
     `warmup_steps=50`, `remove_unused_columns=False`.
 
     Args:
+        mirror (`bool`, defaults to `False`): Whether half of the pictures of a training step are mirrored. The draws
+            follow from its number, so that a resumed run draws the same.
         restart_every (`int`, defaults to 50): Steps after which the codes that no latent was nearest to in them take
             the place of random latents of the last batch. 0: never.
+        ignore_data_change (`bool`, defaults to `False`): Whether a run may go on from a checkpoint with other data
+            than it was made with, which is an error otherwise.
 
     Raises:
         `ValueError`: on a value that is not allowed.
@@ -38,7 +44,9 @@ class ImageTokenizerConfig(TrainingArguments):
     warmup_steps: float = field(default=50, metadata={"help": "Steps of warm-up, or their share if below 1."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns that the model does not take."})
 
+    mirror: bool = field(default=False, metadata={"help": "Mirror half of the pictures, drawn anew at each step."})
     restart_every: int = field(default=50, metadata={"help": "Steps after which unused codes are moved; 0: never."})
+    ignore_data_change: bool = field(default=False, metadata={"help": "Resume a run whose data has changed since."})
 
     def __post_init__(self):
         if self.restart_every < 0:
@@ -62,22 +70,32 @@ class ImageTokenizerTrainer(AtomicCheckpointTrainer):
         self._used: torch.Tensor | None = None  # (K,) uses of each code since the last restart
         self._latents: torch.Tensor | None = None  # (…, E) of the last micro-batch
         self._restarted_at = 0
+        self._step, self._micro_batch = -1, 0
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """As in `Trainer`; first the dead codes are restarted, where it is time."""
         step, every = self.state.global_step, self.args.restart_every
+        self._micro_batch = self._micro_batch + 1 if step == self._step else 0
+        self._step = step
         if every and step % every == 0 and step != self._restarted_at:
             self._restart()
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The tokenizer's own loss; its codes are counted."""
-        output = model(inputs["pixel_values"])
+        pixels = inputs["pixel_values"]
+        output = model(self._mirror(pixels) if self.args.mirror and model.training else pixels)
         if model.training:
             counts = output.codes.flatten().bincount(minlength=self._tokenizer.codebook_size)
             self._used = counts if self._used is None else self._used + counts
             self._latents = output.latents.detach().flatten(0, -2)
         return (output.loss, output) if return_outputs else output.loss
+
+    def _mirror(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Half of the pictures (B, 3, S, S), on average, by a stream of this step, micro-batch and rank."""
+        key = (self.args.seed, "mirror", self._step, self._micro_batch, self.args.process_index)
+        chosen = torch.rand(len(pixels), generator=stream_generator(*key)) < 0.5
+        return torch.where(to_device(chosen, pixels.device)[:, None, None, None], pixels.flip(-1), pixels)
 
     @property
     def _tokenizer(self):
@@ -94,16 +112,22 @@ class ImageTokenizerTrainer(AtomicCheckpointTrainer):
         self._tokenizer.codebook[dead] = latents[chosen].to(self._tokenizer.codebook.dtype)
         self._used, self._restarted_at = None, self.state.global_step
 
+    def forget_steps(self) -> None:
+        """Also the uses of the codes."""
+        super().forget_steps()
+        self._used, self._latents, self._restarted_at, self._step = None, None, 0, -1
+
     def save_beside(self, folder: Path) -> None:
-        """Write what the next restart needs of this rank into a checkpoint."""
+        """Also what the next restart needs of this rank."""
+        super().save_beside(folder)
         save_file({"used": self._used, "latents": self._latents.contiguous()}, self._restart_file(folder))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        self._restarted_at = 0
         if checkpoint is not None:
-            state = load_file(self._restart_file(Path(checkpoint)), device=str(self.args.device))
-            self._used, self._latents = state["used"], state["latents"]
+            with reading(checkpoint, "the use of the codes by this process"):
+                state = load_file(self._restart_file(Path(checkpoint)), device=str(self.args.device))
+                self._used, self._latents = state["used"], state["latents"]
 
     def _restart_file(self, folder: Path) -> Path:
         return folder / f"restart_{self.args.process_index}.safetensors"

@@ -31,6 +31,8 @@ class MGMTrainingConfig(TrainingArguments):
             pass. Peak memory is then that of this many iterations, and only the steps that drew more pay for it.
             `None`: all are kept. Not together with `activation_checkpointing`, which runs all blocks again.
         data_description (`str`, *optional*): What the model is trained on, for its card. `None`: not said.
+        ignore_data_change (`bool`, defaults to `False`): Whether a run may go on from a checkpoint with other data
+            than it was made with, which is an error otherwise.
 
     Raises:
         `ValueError`: on a value that is not allowed.
@@ -63,6 +65,7 @@ class MGMTrainingConfig(TrainingArguments):
     data_description: str | None = field(
         default=None, metadata={"help": "What the model is trained on, for its card; null: not said."}
     )
+    ignore_data_change: bool = field(default=False, metadata={"help": "Resume a run whose data has changed since."})
 
     def __post_init__(self):
         if self.ema_decay == 0:

@@ -20,11 +20,12 @@ from torch.utils.data import Dataset
 from transformers.utils import ModelOutput, logging
 
 from ..models.noise import antithetic_times, mask_uniforms, sequential_times, stream_generator
+from .atomic_trainer import AtomicCheckpointTrainer
 from .batch import GlobalBatch, Noise, place
-from .checkpoints import AtomicCheckpointTrainer
+from .checkpoints import reading
 from .collator import stack_and_pad
 from .corruption import CORRUPTIONS, NoisedBatch, check_loss, drop_classes, maskable, noised
-from .ema import EMACallback
+from .ema import EMA_FILE, EMACallback
 from .engines import check_engine, compile_blocks, skips_bad_steps
 from .mgm_config import MGMTrainingConfig
 from .model_card import write_model_card
@@ -228,8 +229,7 @@ class MGMTrainer(AtomicCheckpointTrainer):
         self._eval_batch = 0
         self._eval_rows = len(dataset) if isinstance(dataset, Sized) else math.inf
         self._eval_totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        # Loading data draws from the global generator too, which belongs to training.
-        with torch.random.fork_rng(devices=_current_device()), self._averaged():
+        with self._averaged():
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         total, positions = self.accelerator.reduce(self._eval_totals).tolist()
         if positions > 0:
@@ -256,6 +256,22 @@ class MGMTrainer(AtomicCheckpointTrainer):
         """Note scalars, whose means the next log line shows."""
         for name, value in values.items():
             self._metrics[name].append(value.detach())
+
+    def since_log(self) -> dict[str, list[torch.Tensor]]:
+        """Also the values whose means the line adds."""
+        return super().since_log() | {f"mean.{name}": list(values) for name, values in self._metrics.items()}
+
+    def go_on_since_log(self, collected: dict[str, list[torch.Tensor]]) -> None:
+        """Also with the values whose means the line adds."""
+        super().go_on_since_log(collected)
+        means = {name: values for name, values in collected.items() if name.startswith("mean.")}
+        self._metrics.update({name.removeprefix("mean."): values for name, values in means.items()})
+
+    def forget_steps(self) -> None:
+        """Also the values whose means the line adds."""
+        super().forget_steps()
+        self._metrics.clear()
+        self._clock, self._tokens = time.perf_counter(), 0
 
     @torch.no_grad()
     def _record_output(self, output: ModelOutput) -> None:
@@ -305,19 +321,22 @@ class MGMTrainer(AtomicCheckpointTrainer):
             write_model_card(self.args.output_dir, self.model, self.args, self.state.global_step)
 
     def save_beside(self, folder: Path) -> None:
-        """Write the EMA into a checkpoint."""
+        """Also the EMA."""
+        super().save_beside(folder)
         if self.ema is not None:
             self.ema.save(folder, write=self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.ema is not None:
-            self.ema.load(checkpoint)
+            with reading(checkpoint, EMA_FILE):
+                self.ema.load(checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
         if self.ema is not None:
-            self.ema.load(self.state.best_model_checkpoint)
+            with reading(self.state.best_model_checkpoint, EMA_FILE):
+                self.ema.load(self.state.best_model_checkpoint)
 
 
 def check_model(model: nn.Module) -> None:
@@ -336,7 +355,3 @@ def check_model(model: nn.Module) -> None:
 def not_finite(model: nn.Module) -> list[str]:
     """Names of the parameters that are not finite."""
     return [name for name, p in model.named_parameters() if not p.is_meta and not p.isfinite().all()]
-
-
-def _current_device() -> list[int]:
-    return [torch.cuda.current_device()] if torch.cuda.is_available() else []

@@ -19,10 +19,12 @@ from transformers.utils import ModelOutput
 from ..models.sampling import draw_tokens
 from ..models.transfer import to_device
 from .batch import Noise
+from .checkpoints import reading
 from .corruption import NoisedBatch, maskable
 from .distillation import check_head, check_teacher, denoise, divergence_from, mean_over_sequences
 from .engines import splits_weights
 from .mgm_trainer import MGMTrainer
+from .run_record import with_teacher
 from .sdtt_config import SDTTConfig
 
 
@@ -64,8 +66,12 @@ class SDTTTrainer(MGMTrainer):
                 f"`rounds`={args.rounds} makes a copy of the student its teacher, but ZeRO-3 and FSDP split the "
                 "student over ranks: use DDP, ZeRO-1 or ZeRO-2, or run one round at a time (`rounds=1`)."
             )
-        self.teacher = teacher.to(self.args.device)
+        self.teacher, self._promoted = teacher.to(self.args.device), False
         self.add_callback(NextRound(self))
+
+    def run_record(self) -> dict[str, dict]:
+        """Also the teacher of the first round."""
+        return with_teacher(super().run_record(), self.teacher)
 
     def micro_batch_loss(self, model, batch: dict, noise: Noise) -> tuple[torch.Tensor, ModelOutput]:
         """KL(student ‖ target): a mean over a sequence's masked positions, then over sequences."""
@@ -123,23 +129,34 @@ class SDTTTrainer(MGMTrainer):
 
     def promote_student(self) -> None:
         """The teacher becomes a copy of the student, with averaged weights if there are any."""
+        self._promoted = True
         with self._averaged():
             self.teacher = copy.deepcopy(self.model)
 
     def save_beside(self, folder: Path) -> None:
         """Also those of the teacher's weights that the student trains; in the first round none are needed."""
+        first_round = self.state.global_step < self.args.steps_per_round
+        if not first_round:
+            self._recorded["weights"].pop("teacher", None)  # the present one is in the checkpoint
         super().save_beside(folder)
-        if self.state.global_step < self.args.steps_per_round or not self.args.should_save:
+        if first_round or not self.args.should_save:
             return
         trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         teacher = {name: p.detach().contiguous() for name, p in self.teacher.named_parameters() if name in trained}
         save_file(teacher, folder / TEACHER_FILE)
 
+    def _init_training_state(self, *args, **kwargs):
+        position = super()._init_training_state(*args, **kwargs)
+        if self._promoted and self.state.global_step < self.args.steps_per_round:
+            raise ValueError("the teacher of the first round is gone: make a new trainer to train from there again.")
+        return position
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (Path(checkpoint) / TEACHER_FILE).is_file():
-            self.teacher = copy.deepcopy(self.model)
-            self.teacher.load_state_dict(load_file(Path(checkpoint) / TEACHER_FILE), strict=False)
+            self._promoted, self.teacher = True, copy.deepcopy(self.model)
+            with reading(checkpoint, TEACHER_FILE):
+                self.teacher.load_state_dict(load_file(Path(checkpoint) / TEACHER_FILE), strict=False)
 
 
 class NextRound(TrainerCallback):

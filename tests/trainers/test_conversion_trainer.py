@@ -95,7 +95,7 @@ class LargestTensor(TorchDispatchMode):
     def __init__(self, model):
         super().__init__()
         shapes = [p.shape for p in model.parameters()]
-        self.known, self.elements = {*shapes, *(shape[::-1] for shape in shapes)}, 0
+        self.known, self.elements = {*shapes, *(s[::-1] for s in shapes), *((s.numel(),) for s in shapes)}, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
