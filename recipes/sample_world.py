@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from fpmgm.evaluation.provenance import provenance
@@ -74,13 +74,19 @@ def main(argv: list[str] | None = None) -> dict:
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     check_same_world(folder, args, fingerprint(truth))
-    tokenizer = AutoTokenizer.from_pretrained(args.truth)
-    tokenizer.save_pretrained(folder)
+    with_mask_token(AutoTokenizer.from_pretrained(args.truth)).save_pretrained(folder)
     starts = range(0, args.num_texts, args.texts_per_shard)
     for start in logging.tqdm(starts, desc="sampling", unit_scale=args.texts_per_shard, unit="text"):
         rows = range(start, min(start + args.texts_per_shard, args.num_texts))
         sample_shard(folder / f"texts-{start:09d}.safetensors", truth, rows, args)
     return describe(folder, args, fingerprint(truth))
+
+
+def with_mask_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The truth's tokenizer with a mask behind its ids, as masked models of this world need it."""
+    if tokenizer.mask_token_id is None:
+        tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
+    return tokenizer
 
 
 def sample_shard(path: Path, truth, rows: range, args: WorldArguments) -> None:

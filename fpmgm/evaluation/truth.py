@@ -50,7 +50,9 @@ def check_truth(truth: PreTrainedModel, length: int) -> int:
     """The start token of a causal language model that has room for it and `length` tokens."""
     start = truth.config.bos_token_id
     if start is None:
-        raise ValueError(f"`truth`={truth.name_or_path!r} has no `bos_token_id`: its texts have nothing to start from.")
+        raise ValueError(
+            f"`truth`={truth.name_or_path!r} has no `bos_token_id`: its texts have nothing to start from."
+        )
     longest = getattr(truth.config, "max_position_embeddings", length)
     if not 1 <= length <= longest:
         raise ValueError(

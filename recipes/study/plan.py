@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a study trains and judges, read from its YAML: one entry of `rows` is one run.
+
+world:      {length: 128, held_out_texts: 2000, reference_texts: 1000}
+model:      fields of `FPMDLMConfig` that all rows share
+training:   fields of the trainers' configurations that all rows share
+judging:    {num_samples: 512, batch_size: 64, budgets: [24, 48], settings: [{reuse: none}], likelihood_draws: 2}
+rows:
+  - {name: fp_mdlm, model: {num_pre_layers: 1}, training: {max_steps: 2000, learning_rate: 1.5e-3}}
+  - {name: cofre, start: fp_mdlm, trainer: consistency, training: {max_steps: 250, consistency_weight: 0.1}}
+"""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+TRAINERS = ("base", "consistency", "conversion", "sdtt")
+JUDGED = ("none", "likelihood", "samples")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run.
+
+    Args:
+        name (`str`): Of its folder and in the tables.
+        title (`str`): What it is, for the tables. Empty: the name.
+        group (`str`): Table that it belongs to.
+        trainer (`str`): One of `TRAINERS`.
+        start (`str`, *optional*): Row whose export it goes on from; for `"conversion"` it is the teacher. `None`:
+            fresh weights.
+        model (`dict`): Fields of the configuration beside the shared ones; for `"conversion"` arguments of
+            `convert_to_fixed_point`.
+        training (`dict`): Fields of the trainer's configuration beside the shared ones.
+        judged (`str`): `"none"`, by `"likelihood"` only, or by `"samples"` too.
+        settings (`list[dict]`, *optional*): Settings of `generate`. `None`: the study's.
+        budgets (`list[int]`, *optional*): Block evaluations. `None`: the study's.
+        seed (`int`): Of weights and noise.
+    """
+
+    name: str
+    title: str = ""
+    group: str = "models"
+    trainer: str = "base"
+    start: str | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    judged: str = "samples"
+    settings: list[dict] | None = None
+    budgets: list[int] | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study. `world`, `model`, `training` and `judging` are what its rows share."""
+
+    world: dict[str, Any]
+    model: dict[str, Any]
+    training: dict[str, Any]
+    judging: dict[str, Any]
+    rows: list[Row]
+
+    def row(self, name: str) -> Row:
+        """The row of this name."""
+        return next(row for row in self.rows if row.name == name)
+
+    def texts(self, row: Row) -> range:
+        """Which texts of the world a row trains on: fresh ones, after those of the rows it goes on from."""
+        first = self.texts(self.row(row.start)).stop if row.start is not None else 0
+        options = {**self.training, **row.training}
+        return range(first, first + options["max_steps"] * options["per_device_train_batch_size"])
+
+    @property
+    def num_texts(self) -> int:
+        """Texts that the world must hold."""
+        return max(self.texts(row).stop for row in self.rows)
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read and check a study.
+
+    Raises:
+        `ValueError`: for names that a row does not have, two rows of one name, or a start that is no earlier row.
+    """
+    values = yaml.safe_load(Path(path).read_text())
+    known = {f.name for f in fields(Row)}
+    rows: list[Row] = []
+    for entry in values.pop("rows"):
+        unknown = sorted(set(entry) - known)
+        if unknown:
+            raise ValueError(f"`rows`: {entry.get('name')!r} sets {unknown}; a row has {sorted(known)}.")
+        row, earlier = Row(**entry), [other.name for other in rows]
+        if row.name in earlier:
+            raise ValueError(f"`rows`: {row.name!r} is there twice: give each row a name of its own.")
+        if row.start is not None and row.start not in earlier:
+            raise ValueError(f"`rows`: {row.name!r} starts from {row.start!r}, which is none of {earlier} before it.")
+        if row.trainer not in TRAINERS or row.judged not in JUDGED:
+            raise ValueError(
+                f"`rows`: {row.name!r} has `trainer`={row.trainer!r} and `judged`={row.judged!r}, which must be of "
+                f"{TRAINERS} and {JUDGED}."
+            )
+        if (row.start is None) != (row.trainer == "base") and not (row.start is not None and row.trainer == "base"):
+            raise ValueError(f"`rows`: `trainer`={row.trainer!r} of {row.name!r} needs `start`, a row to go on from.")
+        rows.append(row)
+    return Plan(rows=rows, **values)

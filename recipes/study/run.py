@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A study in a world whose truth is known, from the world to tables: trains and judges the rows that are missing.
+
+    python recipes/study/run.py --config recipes/study/small.yaml --truth stories260K --output_dir studies/small
+    python recipes/study/run.py ... --only train --rows mdlm fp_mdlm     # one process trains, another one judges
+    python recipes/study/run.py ... --only judge
+
+The same command goes on where it was interrupted, to the step. Results and tables are written after every row.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the other recipes
+
+import sample_world
+from fpmgm.trainers.arguments import parse_arguments
+from study.plan import Plan, load_plan
+from study.train import train_row
+
+
+@dataclass(kw_only=True)
+class StudyArguments:
+    """What to run and where."""
+
+    plan: str = field(metadata={"help": "YAML of the study: see recipes/study/plan.py."})
+    truth: str = field(metadata={"help": "Causal language model: folder or hub name."})
+    output_dir: str = field(metadata={"help": "World, runs, results and tables."})
+    rows: list[str] | None = field(default=None, metadata={"help": "Names of rows; null: all."})
+    only: str | None = field(default=None, metadata={"help": "train or judge; null: both, row by row."})
+    device: str = field(default="cpu", metadata={"help": "Where to run."})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what is missing."""
+    (args,) = parse_arguments((StudyArguments,), __doc__, argv)
+    plan, folder = load_plan(args.plan), Path(args.output_dir)
+    make_world(plan, args)
+    for row in plan.rows:
+        if args.rows is None or row.name in args.rows:
+            train_row(plan, row, folder, args.device)
+
+
+def make_world(plan: Plan, args: StudyArguments) -> None:
+    """Training texts, held-out ones and references, each with a seed of its own."""
+    held_out, references = plan.world["held_out_texts"], plan.world["reference_texts"]
+    for seed, (name, count) in enumerate(
+        (("world", plan.num_texts), ("held_out", held_out), ("references", references))
+    ):
+        sample_world.main(
+            ["--truth", args.truth, "--num_texts", str(count), "--length", str(plan.world["length"]), "--seed",
+             str(seed), "--output_dir", str(Path(args.output_dir) / name), "--device", args.device]
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train one row of a study: fresh weights, or on from another row's export."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModel, AutoTokenizer, set_seed
+
+from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion, convert_to_fixed_point
+from fpmgm.evaluation.provenance import provenance
+from fpmgm.trainers import (
+    ConsistencyConfig,
+    ConsistencyTrainer,
+    ConversionConfig,
+    ConversionTrainer,
+    MGMTrainer,
+    MGMTrainingConfig,
+    SDTTConfig,
+    SDTTTrainer,
+    last_checkpoint,
+)
+from sample_world import World
+from study.plan import Plan, Row
+
+
+TRAINERS = {
+    "base": (MGMTrainer, MGMTrainingConfig),
+    "consistency": (ConsistencyTrainer, ConsistencyConfig),
+    "conversion": (ConversionTrainer, ConversionConfig),
+    "sdtt": (SDTTTrainer, SDTTConfig),
+}
+
+
+def train_row(plan: Plan, row: Row, folder: Path, device: str) -> Path:
+    """Train the row unless it is trained; an interrupted one goes on from its last checkpoint.
+
+    Returns:
+        `Path` of the export, with `training.json` beside the weights.
+    """
+    export = folder / "runs" / row.name
+    if (export / "training.json").exists():
+        return export
+    trainer_class, config_class = TRAINERS[row.trainer]
+    options = {"report_to": [], "disable_tqdm": False, "use_cpu": device == "cpu", "seed": row.seed}
+    args = config_class(output_dir=str(export), **{**options, **plan.training, **row.training})
+    texts = plan.texts(row)
+    set_seed(row.seed)  # before fresh weights are drawn
+    model, teachers = start_model(plan, row, folder)
+    trainer = trainer_class(
+        model=model,
+        args=args,
+        train_dataset=World(folder / "world", len(texts), skip=texts.start),
+        eval_dataset=World(folder / "held_out", plan.world["validation_texts"]),
+        processing_class=AutoTokenizer.from_pretrained(folder / "world"),
+        **teachers,
+    )
+    start, cpu = time.perf_counter(), time.process_time()
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    trainer.save_model()
+    found = {
+        "name": row.name,
+        "steps": trainer.state.global_step,
+        "seconds": seconds,  # of the last start; the log has every line
+        "cpu_seconds": cpu,
+        "parameters": model.num_parameters(),
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if device != "cpu" else None,
+        "log": trainer.state.log_history,
+        "provenance": provenance(device),
+    }
+    (export / "training.json").write_text(json.dumps(found, indent=1) + "\n")
+    return export
+
+
+def start_model(plan: Plan, row: Row, folder: Path) -> tuple[torch.nn.Module, dict]:
+    """The model that a row trains, and what its trainer takes as a teacher."""
+    if row.start is None:
+        tokenizer = AutoTokenizer.from_pretrained(folder / "world")
+        config = FPMDLMConfig(
+            vocab_size=len(tokenizer),
+            mask_token_id=tokenizer.mask_token_id,
+            max_position_embeddings=plan.world["length"],
+            **{**plan.model, **row.model},
+        )
+        return FPMDLMForMaskedDiffusion(config), {}
+    model = AutoModel.from_pretrained(folder / "runs" / row.start)
+    if row.trainer == "conversion":
+        return convert_to_fixed_point(model, **row.model), {"teacher": model}
+    return model, {}
