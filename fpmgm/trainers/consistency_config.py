@@ -8,7 +8,8 @@ from .mgm_config import MGMTrainingConfig, check_choice, check_gap, check_positi
 
 CONSISTENCY_LOSSES = ("hidden_mse", "hidden_cosine", "projected_cosine", "logit_kl")
 CONSISTENCY_AT = ("last", "normed")
-REDUCTIONS = ("mean", "sum")
+CONSISTENCY_POSITIONS = ("student", "both")
+REDUCTIONS = ("mean", "sum", "relative")
 TEACHERS = ("self", "ema")
 
 
@@ -28,8 +29,12 @@ class ConsistencyConfig(MGMTrainingConfig):
         consistency_warmup_steps (`int`, defaults to 5000): Steps over which λ grows from 0.
         consistency_at (`str`, defaults to `"last"`): h after the post-stack, or `"normed"`, the head's input, where
             shrinking the norm cannot lower the loss.
-        consistency_reduction (`str`, defaults to `"mean"`): Over the channels of `"hidden_mse"`: `"mean"` or `"sum"`,
-            which is the width times as much.
+        consistency_positions (`str`, defaults to `"student"`): `"student"`, all that are masked in the student's
+            state, or `"both"`, those that are masked in the teacher's too. At the others the teacher sees the token,
+            and no loss gives its hidden state there a meaning.
+        consistency_reduction (`str`, defaults to `"mean"`): Over the channels of `"hidden_mse"`: `"mean"`, `"sum"`,
+            which is the width times as much, or `"relative"`, ‖h_s − h_t‖² / ‖h_t‖², which does not depend on the size
+            of the hidden states. The log has `relative_consistency` for all three.
         teacher (`str`, defaults to `"self"`): The model itself without gradient, or its average, `"ema"`.
         gap_range (`list[float]`, defaults to [0.05, 0.30]): The teacher's time is the student's less a gap from it.
         stop_at_perplexity_increase (`float`, *optional*, defaults to 0.15): Stop at the first evaluation whose
@@ -52,7 +57,10 @@ class ConsistencyConfig(MGMTrainingConfig):
     consistency_weight: float = field(default=0.1, metadata={"help": "Weight λ of the consistency loss."})
     consistency_warmup_steps: int = field(default=5000, metadata={"help": "Steps over which λ grows from 0."})
     consistency_at: str = field(default="last", metadata={"help": "last (before the final norm) or normed."})
-    consistency_reduction: str = field(default="mean", metadata={"help": "Over channels: mean or sum."})
+    consistency_positions: str = field(
+        default="student", metadata={"help": "student (all that it masks) or both (masked for the teacher too)."}
+    )
+    consistency_reduction: str = field(default="mean", metadata={"help": "Over channels: mean, sum or relative."})
     teacher: str = field(default="self", metadata={"help": "self (no gradient) or ema."})
     gap_range: list[float] = field(
         default_factory=lambda: [0.05, 0.30], metadata={"help": "The teacher's time is earlier by a gap from it."}
@@ -64,6 +72,7 @@ class ConsistencyConfig(MGMTrainingConfig):
     def __post_init__(self):
         check_choice("consistency_loss", self.consistency_loss, CONSISTENCY_LOSSES)
         check_choice("consistency_at", self.consistency_at, CONSISTENCY_AT)
+        check_choice("consistency_positions", self.consistency_positions, CONSISTENCY_POSITIONS)
         check_choice("consistency_reduction", self.consistency_reduction, REDUCTIONS)
         check_choice("teacher", self.teacher, TEACHERS)
         check_positive("consistency_weight", self.consistency_weight)

@@ -80,11 +80,14 @@ class ConsistencyTrainer(MGMTrainer):
             self.add_callback(StopAtPerplexity(args.stop_at_perplexity_increase))
 
     def micro_batch_loss(self, model, batch: dict, noise: Noise) -> tuple[torch.Tensor, ModelOutput]:
-        """L_base + λ·L_cons: a mean over a sequence's masked positions, then over sequences."""
+        """L_base + λ·L_cons: a mean over a sequence's compared positions, then over sequences."""
         args = self.args
         # 1. a noisier state for the student, a cleaner one for the teacher
-        noisy, clean, masked = nested_states(batch, noise, args.gap_range, self.corruption, self.noised)
-        weights = to_device(mean_over_sequences(masked, noise), noisy.input_ids.device)  # (P,)
+        noisy, clean, masked, still_masked = nested_states(
+            batch, noise, args.gap_range, self.corruption, self.noised
+        )  # fmt: skip
+        compared = masked if args.consistency_positions == "student" else still_masked
+        weights = to_device(mean_over_sequences(masked, noise, compared), noisy.input_ids.device)  # (P,)
         # 2. the teacher: the model, or its average, with as many iterations as the student
         with self._averaged() if args.teacher == "ema" else nullcontext():
             target = denoise(model, **clean.seen(), **self._without_gradient(noise.iterations))
@@ -98,13 +101,14 @@ class ConsistencyTrainer(MGMTrainer):
         # 4. the distance of their hidden states; that of their logits is in the loss already
         loss, distance = student.loss, student.logits_loss
         if divergence is None:
-            distance = (self.distances(student, target) * weights).sum()
+            distance = (self.distances(student, target, weights) * weights).sum()
             loss = loss + weight * distance
         self.record(consistency=distance / noise.share_of_sequences)
         return loss, student
 
-    def distances(self, student: ModelOutput, target: ModelOutput) -> torch.Tensor:
-        """‖h_s − h_t‖², or 1 − cos(h_s, h_t), of the hidden states at P positions: (P,)."""
+    def distances(self, student: ModelOutput, target: ModelOutput, weights: torch.Tensor) -> torch.Tensor:
+        """‖h_s − h_t‖², or 1 − cos(h_s, h_t), of the hidden states at P positions: (P,). The log gets the mean of
+        ‖h_s − h_t‖² / ‖h_t‖² by `weights` (P,)."""
         name = "last_hidden_state" if self.args.consistency_at == "last" else "normed_hidden_state"
         h, h_target = getattr(student, name), getattr(target, name)  # (P, D)
         if self.args.consistency_loss == "projected_cosine":
@@ -112,8 +116,10 @@ class ConsistencyTrainer(MGMTrainer):
         h, h_target = h.to(wide(h.dtype)), h_target.to(wide(h.dtype))
         if self.args.consistency_loss != "hidden_mse":
             return 1 - F.cosine_similarity(h, h_target, dim=-1)
-        squares = (h - h_target).square()
-        return squares.sum(dim=-1) if self.args.consistency_reduction == "sum" else squares.mean(dim=-1)
+        squares = (h - h_target).square().sum(dim=-1)  # (P,)
+        relative = squares / h_target.square().sum(dim=-1).clamp(min=torch.finfo(h.dtype).tiny)
+        self.record(relative_consistency=(relative * weights).sum() / weights.sum().clamp(min=1e-12))
+        return {"sum": squares, "mean": squares / h.shape[-1], "relative": relative}[self.args.consistency_reduction]
 
     def _without_gradient(self, drawn: dict[str, int | None]) -> dict[str, int]:
         """A teacher's iterations: as many as the student's `drawn` ones."""

@@ -23,7 +23,7 @@ from .corruption import Corruption, NoisedBatch, maskable
 
 def nested_states(
     batch: dict, noise: Noise, gap_range: list[float], corruption: Corruption, noised: Callable
-) -> tuple[NoisedBatch, NoisedBatch, torch.Tensor]:
+) -> tuple[NoisedBatch, NoisedBatch, torch.Tensor, torch.Tensor]:
     """A noisier state for the student and a cleaner one for the teacher, whose mask is a part of the student's; both
     want logits at the student's masked positions.
 
@@ -35,7 +35,7 @@ def nested_states(
         noised (`Callable`): Makes a state of `batch`, a mask and times.
 
     Returns:
-        `tuple`: the student's and the teacher's [`NoisedBatch`], and the student's mask, (B, L) bool.
+        `tuple`: the student's and the teacher's [`NoisedBatch`], and what each of them masks, (B, L) bool.
     """
     low, high = gap_range
     gaps = low + (high - low) * torch.stack([torch.rand((), generator=g) for g in noise.streams("gap")])  # (B,)
@@ -43,7 +43,7 @@ def nested_states(
     probabilities = (corruption.masked_probability(t) for t in (noise.t, t_clean))
     masked, still_masked = nested_masks(noise.uniforms, *probabilities, maskable(batch))
     student, teacher = noised(batch, masked, noise.t), noised(batch, still_masked, t_clean)
-    return student, replace(teacher, positions=student.positions), masked
+    return student, replace(teacher, positions=student.positions), masked, still_masked
 
 
 @torch.no_grad()
@@ -57,14 +57,21 @@ def denoise(model: Callable, **arguments: Any) -> ModelOutput:
         model.train(training)
 
 
-def mean_over_sequences(masked: torch.Tensor, noise: Noise) -> torch.Tensor:
+def mean_over_sequences(masked: torch.Tensor, noise: Noise, compared: torch.Tensor | None = None) -> torch.Tensor:
     """(P,) weights of the positions `masked` (B, L) that make a mean over each sequence's, then over all sequences of
     the optimizer step.
 
-    A sequence with nothing masked has no part in it.
+    A sequence with nothing to compare has no part in it.
+
+    Args:
+        masked (`torch.Tensor`): (B, L) bool, P of them true.
+        noise ([`Noise`]): Of the sequences.
+        compared (`torch.Tensor`, *optional*): (B, L) bool, those of `masked` that the mean is over; the others weigh
+            0. `None`: all.
     """
-    counts = masked.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
-    return (1 / (noise.num_sequences * counts)).expand(masked.shape)[masked].float()
+    compared = masked if compared is None else compared
+    counts = compared.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
+    return (compared / (noise.num_sequences * counts))[masked].float()
 
 
 def warmed_up(weight: float, step: int, warmup_steps: int) -> float:

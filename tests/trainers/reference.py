@@ -203,9 +203,12 @@ def cross_entropy(beliefs: list[Belief], noisy: list[Noisy], weight: float | Non
     return total / sum(len(n.ids) for n in noisy)
 
 
-def mean_of_means(distances: list[torch.Tensor], noisy: list[Noisy]) -> torch.Tensor:
-    """The mean of `distances` (L,) over a sequence's masked positions, 0 where there is none, then over sequences."""
-    means = [d[n.masked].mean() if n.masked.any() else d.sum() * 0 for d, n in zip(distances, noisy, strict=True)]
+def mean_of_means(
+    distances: list[torch.Tensor], noisy: list[Noisy], where: Callable[[Noisy], torch.Tensor] = lambda n: n.masked
+) -> torch.Tensor:
+    """The mean of `distances` (L,) over a sequence's positions `where`, 0 where there is none, then over sequences."""
+    places = [where(n) for n in noisy]
+    means = [d[p].mean() if p.any() else d.sum() * 0 for d, p in zip(distances, places, strict=True)]
     return torch.stack(means).mean()
 
 

@@ -55,6 +55,7 @@ LOSSES = {
     "mse_in_time": ({"loss_weighting": "uniform"}, {"time_conditioning": True}, 2),
     "mse_sum_ema": ({"consistency_reduction": "sum", "teacher": "ema"}, {}, 1),
     "mse_sum_normed": ({"consistency_reduction": "sum", "consistency_at": "normed"}, EXPLICIT, 2),
+    "mse_relative_both": ({"consistency_reduction": "relative", "consistency_positions": "both"}, {}, 2),
     "cosine": ({"consistency_loss": "hidden_cosine"}, {}, 2),
     "cosine_normed_ema": ({"consistency_loss": "hidden_cosine", "consistency_at": "normed", "teacher": "ema"}, {}, 2),
     "projected": ({"consistency_loss": "projected_cosine"}, {}, 2),
@@ -62,6 +63,7 @@ LOSSES = {
         {"consistency_loss": "projected_cosine", "consistency_at": "normed", "teacher": "ema"}, EXPLICIT, 1,
     ),
     "kl": ({"consistency_loss": "logit_kl"}, {}, 2),
+    "kl_both": ({"consistency_loss": "logit_kl", "consistency_positions": "both"}, {}, 1),
     "kl_ema": ({"consistency_loss": "logit_kl", "teacher": "ema"}, EXPLICIT, 2),
     "images": ({}, {"class_dropout": 0.4}, 2),
     "images_cosine_normed_ema": (
@@ -77,7 +79,8 @@ def distances(args: ConsistencyConfig, student, belief, target) -> torch.Tensor:
         return divergence(target.logits, belief.logits)
     h, h_target = getattr(belief, args.consistency_at), getattr(target, args.consistency_at)
     if args.consistency_loss == "hidden_mse":
-        return ((h - h_target) ** 2).sum(-1) / (1 if args.consistency_reduction == "sum" else h.shape[-1])
+        sizes = {"sum": 1, "mean": h.shape[-1], "relative": (h_target**2).sum(-1)}
+        return ((h - h_target) ** 2).sum(-1) / sizes[args.consistency_reduction]
     if args.consistency_loss == "projected_cosine":
         h = h @ student.consistency_projection.weight.T + student.consistency_projection.bias
     return 1 - (h * h_target).sum(-1) / (h.norm(dim=-1) * h_target.norm(dim=-1))
@@ -109,7 +112,9 @@ def test_loss_and_gradient_are_those_of_the_formula(tmp_path, monkeypatch, name)
         targets = of_teacher(teacher, noisy, num_iterations=total)
         beliefs = of_student(student, noisy, step)
         distance = mean_of_means(
-            [distances(trainer.args, student, b, t) for b, t in zip(beliefs, targets, strict=True)], noisy
+            [distances(trainer.args, student, b, t) for b, t in zip(beliefs, targets, strict=True)],
+            noisy,
+            lambda n: n.still_masked if trainer.args.consistency_positions == "both" else n.masked,
         )
         base = cross_entropy(beliefs, noisy, 2.0 if "loss_weighting" in options else None)
         loss = base + 6.0 * (k + 1) / 3 * distance
