@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import fpmgm  # noqa: F401  (registers the models)
 from fpmgm.command_line import LocalPath, ModelName, parse_arguments
-from fpmgm.evaluation import Judge, NGramJudge, budget_table, evaluate_budgets, provenance
+from fpmgm.evaluation import AnyJudge, budget_table, evaluate_budgets, provenance
 from judged_samples import JudgedSamplesArguments, cut, device_of, measure_text, open_judge, open_model
 
 
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     return reports
 
 
-def report(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, judge: Judge | NGramJudge, args) -> dict:
+def report(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, judge: AnyJudge, args) -> dict:
     """Rows of samples, and of the texts given."""
     length = args.length or model.config.max_position_embeddings
     shared = {**args.sampling, "progress_bar": PartialState().is_main_process}

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 
 from fpmgm.command_line import LocalPath, ModelName
 from fpmgm.data import load_text, pack
-from fpmgm.evaluation import Judge, NGramJudge, load_judge, measure_samples
+from fpmgm.evaluation import AnyJudge, NGramJudge, TruthJudge, load_judge, load_truth, measure_samples
 
 
 @dataclass(kw_only=True)
@@ -23,6 +23,11 @@ class JudgedSamplesArguments:
     judge_text_files: list[LocalPath] | None = field(
         default=None, metadata={"help": "Text of a 4-gram judge, instead of `judge`: cheap, for small models."}
     )
+    truth: str | None = field(
+        default=None,
+        metadata={"help": "Causal language model whose samples the models learnt, as the judge: folder, hub name."},
+    )
+    truth_texts: int = field(default=2000, metadata={"help": "Texts of the truth that its entropy is measured on."})
     judge_blocks: int | None = field(default=None, metadata={"help": "Blocks that the 4-gram judge reads; null: all."})
     judge_batch_size: int = field(default=8, metadata={"help": "Texts per call of the judge."})
     max_length: int = field(default=1024, metadata={"help": "Tokens of a text that the judge reads."})
@@ -54,8 +59,10 @@ def open_model(path: str, device: str) -> tuple[PreTrainedModel, PreTrainedToken
     return AutoModel.from_pretrained(path).to(device).eval(), AutoTokenizer.from_pretrained(path)
 
 
-def open_judge(args: JudgedSamplesArguments, models: list[str], device: str) -> Judge | NGramJudge:
-    """The language model named, or a 4-gram model of text in the tokens that all `models` share."""
+def open_judge(args: JudgedSamplesArguments, models: list[str], device: str) -> AnyJudge:
+    """The language model named, the truth, or a 4-gram model of text in the tokens that all `models` share."""
+    if args.truth is not None:
+        return open_truth(args, models, device)
     if args.judge_text_files is None:
         return load_judge(args.judge, device)
     tokenizer = AutoTokenizer.from_pretrained(models[0])
@@ -71,6 +78,24 @@ def open_judge(args: JudgedSamplesArguments, models: list[str], device: str) -> 
     return NGramJudge(np.array(blocks), len(tokenizer), name=name)
 
 
+def open_truth(args: JudgedSamplesArguments, models: list[str], device: str) -> TruthJudge:
+    """The truth, whose tokens all `models` must have."""
+    if args.judge_text_files is not None:
+        raise ValueError("`truth` and `judge_text_files` are two judges: give one of them.")
+    known = AutoTokenizer.from_pretrained(args.truth).get_vocab()
+    for path in models:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        if {token: i for token, i in tokenizer.get_vocab().items() if i != tokenizer.mask_token_id} != known:
+            raise ValueError(
+                f"`truth`={args.truth!r} has another tokenizer than {path!r}, which did not learn its texts: give the "
+                "truth that the model was trained on (see recipes/sample_world.py)."
+            )
+    lengths = {args.length or AutoConfig.from_pretrained(path).max_position_embeddings for path in models}
+    if len(lengths) > 1:
+        raise ValueError(f"`model`s of lengths {sorted(lengths)}: give `length`, for which the entropy is measured.")
+    return load_truth(args.truth, lengths.pop(), args.truth_texts, args.seed + 1, device)
+
+
 def cut(
     files: list[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int | None, name: str, limit: str
 ) -> list[list[int]]:
@@ -82,7 +107,7 @@ def cut(
 
 
 def measure_text(
-    args: JudgedSamplesArguments, files: list[str], tokenizer: PreTrainedTokenizerBase, judge: Judge | NGramJudge,
+    args: JudgedSamplesArguments, files: list[str], tokenizer: PreTrainedTokenizerBase, judge: AnyJudge,
     length: int, count: int,
 ) -> dict:  # fmt: skip
     """The measures of human text, cut like the samples."""

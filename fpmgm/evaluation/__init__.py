@@ -7,6 +7,7 @@
 from ..models.image_tokenizer import to_uint8
 from .budgets import budget_table, evaluate_budgets
 from .comparison import compare_values, pool_settings
+from .distances import energy_distance
 from .extractors import EfficientNetLiteExtractor, InceptionExtractor
 from .frontier import common_entropies, perplexity_at_entropy, undominated
 from .images import (
@@ -26,11 +27,13 @@ from .ngram import NGramJudge
 from .provenance import provenance
 from .samples import Samples, sample_sequences
 from .search import Trial, sampling_candidates, successive_halving
-from .sweep import grid, measure_samples, sweep
+from .sweep import AnyJudge, grid, measure_samples, sweep
 from .text import distinct_n, repetition_rate, unigram_entropy
+from .truth import TruthJudge, load_truth, sample_texts
 
 
 __all__ = [
+    "AnyJudge",
     "EfficientNetLiteExtractor",
     "FeatureExtractor",
     "ImageStatistics",
@@ -39,11 +42,13 @@ __all__ = [
     "NGramJudge",
     "Samples",
     "Trial",
+    "TruthJudge",
     "budget_table",
     "common_entropies",
     "compare_values",
     "distinct_n",
     "elbo_perplexity",
+    "energy_distance",
     "evaluate_budgets",
     "evaluate_images",
     "extract_features",
@@ -53,6 +58,7 @@ __all__ = [
     "image_statistics",
     "inception_score",
     "load_judge",
+    "load_truth",
     "mauve_score",
     "measure_latency",
     "measure_samples",
@@ -61,6 +67,7 @@ __all__ = [
     "provenance",
     "repetition_rate",
     "sample_sequences",
+    "sample_texts",
     "sampling_candidates",
     "successive_halving",
     "sweep",

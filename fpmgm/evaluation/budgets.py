@@ -6,15 +6,15 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .judge import Judge
-from .ngram import NGramJudge
-from .sweep import sweep
+from .sweep import AnyJudge, sweep
 
 
 SHOWN = {  # measure → its name in a table
     "generative_perplexity": "Gen. PPL ↓",
+    "excess": "Excess, nats ↓",
     "unigram_entropy": "Entropy ↑",
     "mauve": "MAUVE ↑",
+    "energy_distance": "Energy distance ↓",
     "milliseconds_per_sequence": "ms per sequence",
     "plan": "steps (iterations)",
 }
@@ -23,7 +23,7 @@ SHOWN = {  # measure → its name in a table
 def evaluate_budgets(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    judge: Judge | NGramJudge,
+    judge: AnyJudge,
     budgets: Sequence[int],
     settings: Sequence[dict[str, Any]],
     **options: Any,

@@ -76,6 +76,26 @@ def elbo_perplexity(
         `ValueError`: if there is no sequence, one is empty, too long, no row of ids or holds the mask id, or
             iterations are asked of a model without fixed-point layers.
     """
+    nats, lengths, protocol = elbo_draws(
+        model, sequences, num_draws=num_draws, num_iterations=num_iterations, batch_size=batch_size, seed=seed,
+        cache_dir=cache_dir, progress_bar=progress_bar,
+    )  # fmt: skip
+    return {**_summary(nats, lengths), "protocol": protocol}
+
+
+def elbo_draws(
+    model: PreTrainedModel,
+    sequences: Iterable[Sequence[int]],
+    *,
+    num_draws: int | None = None,
+    num_iterations: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    cache_dir: str | Path | None = None,
+    progress_bar: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """What [`elbo_perplexity`], with the same arguments, takes the mean of: −ELBO in nats of each pass and sequence,
+    (R, N) float64; the tokens of each sequence, (N,); and the protocol."""
     rows = token_rows(sequences, mask_token_id=model.config.mask_token_id)
     _check_rows(rows, model.config)
     check_whole("batch_size", batch_size, minimum=1, unit="sequences")
@@ -115,7 +135,7 @@ def elbo_perplexity(
     nats = passes(FIRST_DRAWS if num_draws is None else num_draws)
     while num_draws is None and (needed := _draws_needed(nats, lengths)) > len(nats):
         nats = passes(needed)
-    return {**_summary(nats, lengths), "protocol": {**protocol, "num_draws": len(nats)}}
+    return nats, lengths, {**protocol, "num_draws": len(nats)}
 
 
 def _check_rows(rows: list[list[int]], config) -> None:

@@ -15,6 +15,10 @@ from .ngram import NGramJudge
 from .samples import check_plan, sample_sequences
 from .store import rank
 from .text import distinct_n, repetition_rate, unigram_entropy
+from .truth import TruthJudge
+
+
+AnyJudge = Judge | NGramJudge | TruthJudge
 
 
 def grid(**choices: Sequence[Any]) -> list[dict[str, Any]]:
@@ -29,7 +33,7 @@ def grid(**choices: Sequence[Any]) -> list[dict[str, Any]]:
 def sweep(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    judge: Judge | NGramJudge,
+    judge: AnyJudge,
     settings: Sequence[dict[str, Any]],
     *,
     num_samples: int = 1024,
@@ -46,7 +50,8 @@ def sweep(
 
     Args:
         model, tokenizer: A checkpoint.
-        judge ([`Judge`] or [`NGramJudge`]): Of generative perplexity; a language model also gives MAUVE's features.
+        judge ([`Judge`], [`NGramJudge`] or [`TruthJudge`]): Of generative perplexity; a language model also gives
+            MAUVE's features, and the truth the excess and distances from texts of its own.
         settings (`Sequence[dict]`): Arguments of `generate`, such as `{"num_steps": 8, "iterations": 4}`. All are
             checked before the first is run.
         num_samples (`int`, defaults to 1024): Sequences per row.
@@ -106,7 +111,7 @@ def _check(model: PreTrainedModel, settings: Sequence[dict[str, Any]]) -> None:
 def measure_samples(
     sequences: Sequence[Sequence[int]],
     tokenizer: PreTrainedTokenizerBase,
-    judge: Judge | NGramJudge,
+    judge: AnyJudge,
     *,
     references: list[str] | None = None,
     batch_size: int = 8,
@@ -119,24 +124,33 @@ def measure_samples(
     Args:
         sequences (`Sequence[Sequence[int]]`): Token ids.
         tokenizer (`PreTrainedTokenizerBase`): Theirs.
-        judge ([`Judge`] or [`NGramJudge`]): A language model scores the decoded texts. Special tokens stay in them
-            where the judge has the same end of text, and are dropped otherwise. An n-gram judge scores the ids.
+        judge ([`Judge`], [`NGramJudge`] or [`TruthJudge`]): A language model scores the decoded texts. Special tokens
+            stay in them where the judge has the same end of text, and are dropped otherwise. An n-gram judge and the
+            truth score the ids; the truth also gives the distances of [`TruthJudge`].
         references (`list[str]`, *optional*): As many human texts, for MAUVE; special tokens are dropped from the
             generated ones. `None`: no MAUVE.
         batch_size, max_length, cache_dir, progress_bar: See [`generative_perplexity`].
 
     Raises:
-        `ValueError`: for references under an n-gram judge, which has no features.
+        `ValueError`: for references under an n-gram judge, which has no features, or under the truth, which has its
+            own.
     """
     options = {"batch_size": batch_size, "max_length": max_length, "cache_dir": cache_dir}
-    if isinstance(judge, NGramJudge):
+    if isinstance(judge, NGramJudge | TruthJudge):
         if references is not None:
-            raise ValueError("`references` are for MAUVE, which needs a language model as `judge`: leave them out.")
+            raise ValueError(
+                f"`references` are texts for MAUVE under a language model, but `judge` is {judge.name!r}: leave them "
+                "out."
+            )
         measures, special_tokens = judge.generative_perplexity(sequences), "kept"
     else:
         texts, special_tokens = decode_for(judge, tokenizer, sequences)
         measures = generative_perplexity(texts, judge, progress_bar=progress_bar, **options)
     protocol = {"generative_perplexity": {**measures.pop("protocol"), "special_tokens": special_tokens}}
+    if isinstance(judge, TruthJudge):
+        found = judge.distances(sequences)
+        protocol["distances"] = found.pop("protocol")
+        measures |= found
     measures["unigram_entropy"] = unigram_entropy(sequences)
     measures |= {f"distinct_{n}": distinct_n(sequences, n) for n in (1, 2, 3)}
     measures["repetition_4"] = repetition_rate(sequences, 4)
