@@ -38,6 +38,7 @@ class Row:
         judged (`str`): `"none"`, by `"likelihood"` only, or by `"samples"` too.
         settings (`list[dict]`, *optional*): Settings of `generate`. `None`: the study's.
         budgets (`list[int]`, *optional*): Block evaluations. `None`: the study's.
+        num_samples (`int`, *optional*): Texts of each setting and budget. `None`: the study's.
         seed (`int`): Of weights and noise.
     """
 
@@ -51,6 +52,7 @@ class Row:
     judged: str = "samples"
     settings: list[dict] | None = None
     budgets: list[int] | None = None
+    num_samples: int | None = None
     seed: int = 0
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A study in a world whose truth is known, from the world to tables: trains and judges the rows that are missing.
 
-    python recipes/study/run.py --config recipes/study/small.yaml --truth stories260K --output_dir studies/small
+    python recipes/study/run.py --plan recipes/study/small.yaml --truth stories260K --output_dir studies/small
     python recipes/study/run.py ... --only train --rows mdlm fp_mdlm     # one process trains, another one judges
     python recipes/study/run.py ... --only judge
 
@@ -17,7 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the other recipes
 
 import sample_world
 from fpmgm.trainers.arguments import parse_arguments
+from study.judge import describe_truth, judge_row, open_truth
 from study.plan import Plan, load_plan
+from study.tables import write_tables
 from study.train import train_row
 
 
@@ -30,17 +32,27 @@ class StudyArguments:
     output_dir: str = field(metadata={"help": "World, runs, results and tables."})
     rows: list[str] | None = field(default=None, metadata={"help": "Names of rows; null: all."})
     only: str | None = field(default=None, metadata={"help": "train or judge; null: both, row by row."})
+    results_dir: str | None = field(default=None, metadata={"help": "Of the tables; null: results in output_dir."})
     device: str = field(default="cpu", metadata={"help": "Where to run."})
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing."""
     (args,) = parse_arguments((StudyArguments,), __doc__, argv)
+    if args.only not in (None, "train", "judge"):
+        raise ValueError(f"`only`={args.only!r} must be train or judge, or left out for both.")
     plan, folder = load_plan(args.plan), Path(args.output_dir)
     make_world(plan, args)
+    judge = open_truth(args.truth, folder, args.device)
+    truth, target = describe_truth(judge), Path(args.results_dir or folder / "results")
     for row in plan.rows:
-        if args.rows is None or row.name in args.rows:
+        if args.rows is not None and row.name not in args.rows:
+            continue
+        if args.only != "judge":
             train_row(plan, row, folder, args.device)
+        if args.only != "train" and (folder / "runs" / row.name / "training.json").exists():
+            judge_row(plan, row, folder, judge, args.device)
+            write_tables(plan, folder, truth, f"study_{Path(args.plan).stem}", target)
 
 
 def make_world(plan: Plan, args: StudyArguments) -> None:

@@ -56,14 +56,16 @@ def train_row(plan: Plan, row: Row, folder: Path, device: str) -> Path:
         processing_class=AutoTokenizer.from_pretrained(folder / "world"),
         **teachers,
     )
+    last = last_checkpoint(args.output_dir)
     start, cpu = time.perf_counter(), time.process_time()
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+    trainer.train(resume_from_checkpoint=last)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     trainer.save_model()
     found = {
         "name": row.name,
         "steps": trainer.state.global_step,
-        "seconds": seconds,  # of the last start; the log has every line
+        "first_step": int(last.rsplit("-", 1)[-1]) if last else 0,  # of the last start, as the seconds are
+        "seconds": seconds,
         "cpu_seconds": cpu,
         "parameters": model.num_parameters(),
         "peak_gpu_bytes": torch.cuda.max_memory_allocated() if device != "cpu" else None,

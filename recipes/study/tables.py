@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of a study, from its results files."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from study.plan import Plan
+
+
+SETTING = ("reuse", "temperature", "top_p", "order", "num_steps", "iterations", "allocation")
+
+
+def write_tables(plan: Plan, folder: Path, truth: dict, name: str, target: Path) -> None:
+    """Write NAME.json, all rows that are finished, and NAME.md."""
+    paths = [folder / "results" / "rows" / f"{row.name}.json" for row in plan.rows]
+    rows = [json.loads(path.read_text()) for path in paths if path.exists()]
+    target.mkdir(parents=True, exist_ok=True)
+    (target / f"{name}.json").write_text(json.dumps({"truth": truth, "rows": rows}, indent=1) + "\n")
+    (target / f"{name}.md").write_text(markdown(truth, rows))
+
+
+def markdown(truth: dict, rows: Sequence[dict]) -> str:
+    """All tables; ± is one standard error over texts."""
+    lines = [
+        f"Truth: {truth['name']}, {truth['length']} tokens: entropy rate {truth['entropy_rate']:.4f} ± "
+        f"{truth['entropy_rate_standard_error']:.4f} nats ({truth['num_references']} texts), unigram entropy of a "
+        f"text {truth['unigram_entropy']:.3f}, rep-4 {truth['repetition_4']:.3f}. Excess: nats per token above it; 0 "
+        "is perfect. ± is one standard error over texts, in models of one seed.\n"
+    ]
+    for group in dict.fromkeys(row["group"] for row in rows):
+        members = [row for row in rows if row["group"] == group]
+        lines += [f"## {group}\n", training_table(members)]
+        judged = [row for row in members if "samples" in row]
+        if judged:
+            lines += [samples_table(judged), equal_entropy_table(judged, truth)]
+    return "\n".join(line for line in lines if line)
+
+
+def training_table(rows: Sequence[dict]) -> str:
+    """What each run was and what its likelihood is."""
+    lines = [
+        "| row | parameters | steps | rate | seconds of a core per step | validation loss | ELBO excess | residual |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        training, options = row["training"], row["training_options"]
+        validation = [line["eval_loss"] for line in training["log"] if "eval_loss" in line]
+        residual = [line["residual"] for line in training["log"] if "residual" in line]
+        excess = plus_minus(row, "likelihood_excess") if "likelihood_excess" in row else ""
+        lines.append(
+            f"| {row['title']} | {training['parameters']:,} | {training['steps']} | {options['learning_rate']:g} | "
+            f"{training['cpu_seconds'] / max(1, training['steps'] - training.get('first_step', 0)):.2f} | "
+            f"{validation[-1]:.3f} | {excess} | {f'{residual[-1]:.4f}' if residual else ''} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def samples_table(rows: Sequence[dict]) -> str:
+    """Sample excess by budget, with entropy, repetition and distances."""
+    budgets = sorted({sample["budget"] for row in rows for sample in row["samples"]})
+    lines = [
+        f"| row | measure | {' | '.join(f'budget {budget}' for budget in budgets)} |",
+        f"|---|---|{'---|' * len(budgets)}",
+    ]
+    for row in rows:
+        for setting in dict.fromkeys(setting_name(sample) for sample in row["samples"]):
+            samples = {s["budget"]: s for s in row["samples"] if setting_name(s) == setting}
+            title = ", ".join(filter(None, (row["title"], setting)))
+            for label, cell in (
+                ("excess", lambda s: plus_minus(s, "excess")),
+                ("entropy; rep-4", lambda s: f"{s['unigram_entropy']:.3f}; {s['repetition_4']:.3f}"),
+                ("MAUVE; energy (same)", distances),
+            ):
+                cells = [cell(samples[budget]) if budget in samples else "" for budget in budgets]
+                lines.append(f"| {title} | {label} | {' | '.join(cells)} |")
+                title = ""
+    return "\n".join(lines) + "\n"
+
+
+def equal_entropy_table(rows: Sequence[dict], truth: dict) -> str:
+    """Sample excess where the unigram entropy is the truth's, linear in entropy between a row's temperatures."""
+    budgets = sorted({sample["budget"] for row in rows for sample in row["samples"]})
+    lines = []
+    for row in rows:
+        cells = []
+        for budget in budgets:
+            curve = [s for s in row["samples"] if s["budget"] == budget and s.get("reuse", "none") == "none"
+                     and "top_p" not in s]  # fmt: skip
+            value = excess_at(curve, truth["unigram_entropy"]) if len(curve) > 1 else None
+            cells.append("" if value is None else f"{value:.3f}")
+        if any(cells):
+            lines.append(f"| {row['title']} | {' | '.join(cells)} |")
+    if not lines:
+        return ""
+    title = f"excess at unigram entropy {truth['unigram_entropy']:.3f}, over temperatures"
+    head = [f"| {title} | {' | '.join(f'budget {b}' for b in budgets)} |", f"|---|{'---|' * len(budgets)}"]
+    return "\n".join([*head, *lines]) + "\n"
+
+
+def excess_at(curve: Sequence[dict], entropy: float) -> float | None:
+    """Excess of a swept row where its entropy is `entropy`; `None` outside of what was swept."""
+    order = sorted(curve, key=lambda sample: sample["unigram_entropy"])
+    x = [sample["unigram_entropy"] for sample in order]
+    return float(np.interp(entropy, x, [s["excess"] for s in order])) if x[0] <= entropy <= x[-1] else None
+
+
+def setting_name(sample: dict) -> str:
+    """What a row of samples sets beside the budget."""
+    return ", ".join(f"{name} {sample[name]}" for name in SETTING if name in sample["sampling"]["options"])
+
+
+def plus_minus(values: dict, name: str) -> str:
+    """A number and its standard error."""
+    return f"{values[name]:.3f} ± {values[f'{name}_standard_error']:.3f}"
+
+
+def distances(sample: dict) -> str:
+    """MAUVE, and the energy distance with the one between texts of one kind."""
+    low, high = sample["energy_distance_same"]
+    mauve = f"{sample['mauve']:.3f}; " if "mauve" in sample else ""
+    return f"{mauve}{sample['energy_distance']:.2f} ({low:.2f} to {high:.2f})"
