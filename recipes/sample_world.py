@@ -93,7 +93,7 @@ def sample_shard(path: Path, truth, rows: range, args: WorldArguments) -> None:
     """Write the texts `rows` unless the file holds as many."""
     if path.exists() and len(load_file(path)["input_ids"]) >= len(rows):
         return
-    input_ids, surprise = sample_texts(truth, [(args.seed << 32) + row for row in rows], args.length)
+    input_ids, surprise = sample_texts(truth, [(args.seed, row) for row in rows], args.length)
     unfinished = path.with_suffix(".part")
     save_file({"input_ids": input_ids.int().cpu(), "surprise": surprise.cpu()}, unfinished)
     unfinished.rename(path)

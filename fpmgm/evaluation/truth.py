@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from ..models.noise import stream_generator
 from .distances import energy_distance
 from .judge import summary
 from .likelihood import elbo_draws
@@ -199,22 +200,22 @@ def load_truth(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(truth).to(device).eval()
-    seeds = [(seed << 32) + row for row in range(num_texts)]
-    parts = [sample_texts(model, seeds[start : start + 500], length) for start in range(0, num_texts, 500)]
+    keys = [(seed, row) for row in range(num_texts)]
+    parts = [sample_texts(model, keys[start : start + 500], length) for start in range(0, num_texts, 500)]
     references, surprise = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
     return TruthJudge(f"the truth {Path(truth).name}", model, references, surprise)
 
 
 @torch.no_grad()
-def sample_texts(truth: PreTrainedModel, seeds: Sequence[int], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Texts of a causal language model at temperature 1, each from its start token and from a seed of its own.
+def sample_texts(truth: PreTrainedModel, keys: Sequence[tuple], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Texts of a causal language model at temperature 1, each from its start token and from a key of its own.
 
-    Keys and values are kept. A text depends on its seed alone, but for rounding: how many others are drawn with it
+    Keys and values are kept. A text depends on its key alone, but for rounding: how many others are drawn with it
     changes no more than that.
 
     Args:
         truth (`PreTrainedModel`): A causal language model with a `bos_token_id`.
-        seeds (`Sequence[int]`): One for each of the B texts.
+        keys (`Sequence[tuple]`): One for each of the B texts, such as (seed, row): what its randomness comes from.
         length (`int`): Tokens L of a text. The start token is not one of them: it is given, and never drawn.
 
     Returns:
@@ -224,10 +225,10 @@ def sample_texts(truth: PreTrainedModel, seeds: Sequence[int], length: int) -> t
         `ValueError`: if the model has no start token, or too few positions.
     """
     start, device = check_truth(truth, length), truth.device
-    streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+    streams = [stream_generator(*key, "truth") for key in keys]
     uniforms = torch.stack([torch.rand(length, generator=g, dtype=torch.float64) for g in streams]).to(device)
-    cache, token = DynamicCache(config=truth.config), torch.full((len(seeds), 1), start, device=device)
-    tokens, surprise = [], torch.zeros(len(seeds), dtype=torch.float64, device=device)
+    cache, token = DynamicCache(config=truth.config), torch.full((len(keys), 1), start, device=device)
+    tokens, surprise = [], torch.zeros(len(keys), dtype=torch.float64, device=device)
     for position in range(length):
         logits = truth(token, past_key_values=cache, use_cache=True).logits[:, -1].double()  # (B, V)
         log_p = logits.log_softmax(dim=-1)

@@ -105,7 +105,7 @@ def load_plan(path: str | Path) -> Plan:
                 f"`rows`: {row.name!r} has `trainer`={row.trainer!r} and `judged`={row.judged!r}, which must be of "
                 f"{TRAINERS} and {JUDGED}."
             )
-        if (row.start is None) != (row.trainer == "base") and not (row.start is not None and row.trainer == "base"):
+        if row.start is None and row.trainer != "base":
             raise ValueError(f"`rows`: `trainer`={row.trainer!r} of {row.name!r} needs `start`, a row to go on from.")
         rows.append(row)
     return Plan(rows=rows, **values)

@@ -39,15 +39,19 @@ def joint(model) -> torch.Tensor:
     return torch.tensor(probabilities, dtype=torch.float64)
 
 
+def keys(count: int, seed: int = 0) -> list[tuple[int, int]]:
+    return [(seed, row) for row in range(count)]
+
+
 def judge_of(model, count: int = 4000) -> TruthJudge:
-    return TruthJudge("tiny truth", model, *sample_texts(model, range(count), L))
+    return TruthJudge("tiny truth", model, *sample_texts(model, keys(count), L))
 
 
 def test_texts_are_drawn_as_often_as_they_are_likely_and_their_surprise_is_exact():
     model = causal_model()
     p = joint(model)
     assert p.sum().item() == pytest.approx(1)
-    drawn, surprise = sample_texts(model, range(4000), L)
+    drawn, surprise = sample_texts(model, keys(4000), L)
     places = (drawn * V ** torch.arange(L).flip(0)).sum(dim=1)
     torch.testing.assert_close(surprise, -p.log()[places])
     expected = 4000 * p
@@ -59,12 +63,13 @@ def test_texts_are_drawn_as_often_as_they_are_likely_and_their_surprise_is_exact
     assert abs(judge.entropy_rate - entropy) < 4 * judge.entropy_rate_standard_error < 0.1
 
 
-def test_a_text_depends_on_its_own_seed_only():
+def test_a_text_depends_on_its_own_key_only():
     model = causal_model()
-    together, _ = sample_texts(model, [5, 6, 7], L)
-    alone, _ = sample_texts(model, [6], L)
+    together, _ = sample_texts(model, [(0, 5), (0, 6), (1, 6)], L)
+    alone, _ = sample_texts(model, [(0, 6)], L)
     assert together[1].tolist() == alone[0].tolist()
-    assert len({tuple(row) for row in sample_texts(model, range(50), L)[0].tolist()}) > 10
+    assert not sample_texts(model, keys(50), L)[0].equal(sample_texts(model, keys(50, seed=1), L)[0])
+    assert len({tuple(row) for row in sample_texts(model, keys(50), L)[0].tolist()}) > 10
 
 
 def test_excess_is_the_cross_entropy_of_counted_texts_less_the_entropy_rate():
@@ -76,7 +81,7 @@ def test_excess_is_the_cross_entropy_of_counted_texts_less_the_entropy_rate():
     assert found["generative_perplexity"] == pytest.approx(losses.mean().exp().item())
     error = math.hypot(losses.std().item() / 9, judge.surprise.std().item() / L / 10)
     assert found["excess_standard_error"] == pytest.approx(error)
-    own = judge_of(model).generative_perplexity(sample_texts(model, range(9000, 11000), L)[0])
+    own = judge_of(model).generative_perplexity(sample_texts(model, keys(2000, seed=1), L)[0])
     assert abs(own["excess"]) < 4 * own["excess_standard_error"]
     assert judge.generative_perplexity([[V, 0, 0, 0]])["excess"] == math.inf  # an id that the truth does not have
 
@@ -127,7 +132,7 @@ def test_energy_distance_is_its_definition_and_permutations_tell_the_same_kind_f
 def test_samples_measured_by_the_truth_have_distances_from_its_own_texts():
     model = causal_model()
     judge = judge_of(model, count=200)
-    own = measure_samples(sample_texts(model, range(1000, 1100), L)[0].tolist(), None, judge)
+    own = measure_samples(sample_texts(model, keys(100, seed=1), L)[0].tolist(), None, judge)
     other = measure_samples([[0, 0, 0, 0], [0, 0, 0, 1]] * 50, None, judge)
     assert own["energy_distance_p"] > 0.01 > other["energy_distance_p"]
     assert other["energy_distance"] > own["energy_distance"] and other["mauve"] < own["mauve"]
@@ -145,4 +150,4 @@ def test_what_cannot_be_judged_is_refused(tmp_path):
     nameless = tiny_judge().model
     nameless.config.bos_token_id = None
     with pytest.raises(ValueError, match="has no `bos_token_id`"):
-        sample_texts(nameless, [0], 2)
+        sample_texts(nameless, keys(1), 2)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The study in a tiny world: from the world to the tables, and on from wherever it was cut."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import budget_report
+import sample_world
+from study import run, train
+from study.plan import load_plan
+
+
+TINY = Path(run.__file__).parent / "tiny.yaml"
+VOCABULARY = {"<s>": 0, **{f"t{i}": i for i in range(1, 12)}}
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory) -> str:
+    """A causal language model of 12 words."""
+    folder = str(tmp_path_factory.mktemp("truth"))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=12, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=32, bos_token_id=0, eos_token_id=None, initializer_range=0.5,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<s>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>").save_pretrained(folder)
+    return folder
+
+
+def world(folder: Path, truth: str, *more: str) -> dict[str, torch.Tensor]:
+    """Sample a world of 10 texts in files of 4; all texts of the folder."""
+    options = ["--truth", truth, "--length", "6", "--texts_per_shard", "4", "--output_dir", str(folder)]
+    sample_world.main([*options, *(more or ("--num_texts", "10"))])
+    shards = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    return {name: torch.cat([shard[name] for shard in shards]) for name in ("input_ids", "surprise")}
+
+
+def test_a_world_does_not_depend_on_interruptions_and_grows(tmp_path, truth):
+    whole = world(tmp_path / "a", truth)
+    assert whole["input_ids"].shape == (10, 6)
+    held = json.loads((tmp_path / "a" / "world.json").read_text())
+    assert held["num_tokens"] == 60
+    assert held["entropy_rate"] == pytest.approx(whole["surprise"].mean().item() / 6)
+    second = sorted((tmp_path / "a").glob("*.safetensors"))[1]
+    second.unlink()
+    assert world(tmp_path / "a", truth)["input_ids"].equal(whole["input_ids"])
+    grown = world(tmp_path / "a", truth, "--num_texts", "11")
+    assert len(grown["input_ids"]) == 11 and grown["input_ids"][:10].equal(whole["input_ids"])
+    other = world(tmp_path / "b", truth, "--num_texts", "10", "--seed", "1")
+    assert not other["input_ids"].equal(whole["input_ids"])
+    with pytest.raises(ValueError, match=r"holds a world of \{'seed': 1\}"):
+        world(tmp_path / "b", truth)
+    rows = sample_world.World(tmp_path / "a", 3, skip=8)
+    assert rows[0]["input_ids"].tolist() == whole["input_ids"][8].tolist()
+    with pytest.raises(ValueError, match="holds 11 texts, not 9 \\+ 3"):
+        sample_world.World(tmp_path / "a", 3, skip=9)
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory, truth) -> Path:
+    """The rehearsal, cut once in the middle of a row."""
+    folder = tmp_path_factory.mktemp("study")
+    run.main(arguments(folder, truth))
+    return folder
+
+
+def arguments(folder: Path, truth: str, *more: str) -> list[str]:
+    return ["--plan", str(TINY), "--truth", truth, "--output_dir", str(folder), *more]
+
+
+def test_every_row_is_trained_judged_and_in_the_tables(studied):
+    plan = load_plan(TINY)
+    found = json.loads((studied / "results" / "study_tiny.json").read_text())
+    assert [row["name"] for row in found["rows"]] == [row.name for row in plan.rows]
+    table = (studied / "results" / "study_tiny.md").read_text()
+    for row in found["rows"]:
+        assert row["training"]["steps"] == 2 and row["title"] in table
+        assert row["provenance"]["command"] and row["training"]["provenance"]["versions"]["torch"]
+    by_name = {row["name"]: row for row in found["rows"]}
+    assert "likelihood_excess" not in by_name["rate_1e-3"] and "samples" not in by_name["fp_mdlm_longer"]
+    assert len(by_name["mdlm"]["samples"]) == 2 * 2  # nothing to reuse: plain and at a temperature
+    assert len(by_name["fp_mdlm"]["samples"]) == 2 * 3 and len(by_name["cofre"]["samples"]) == 3
+    assert f"{by_name['cofre']['samples'][0]['excess']:.3f}" in table
+    # Fresh texts: what goes on from a model reads on where that model stopped.
+    assert [plan.texts(plan.row(name)) for name in ("fp_mdlm", "cofre")] == [range(8), range(8, 16)]
+
+
+def test_the_same_command_repeats_nothing_and_makes_what_is_missing_as_before(studied, truth, monkeypatch):
+    rows = studied / "results" / "rows"
+    before = json.loads((rows / "fp_mdlm.json").read_text())
+    (rows / "fp_mdlm.json").unlink()
+    (studied / "runs" / "fp_mdlm" / "training.json").unlink()  # as if it was cut after its last checkpoint
+    run.main(arguments(studied, truth, "--rows", "fp_mdlm"))
+    after = json.loads((rows / "fp_mdlm.json").read_text())
+    assert after["training"]["first_step"] == 2
+    for name in ("likelihood_excess", "likelihood_excess_standard_error"):
+        assert after[name] == before[name]
+    assert [s["excess"] for s in after["samples"]] == [s["excess"] for s in before["samples"]]
+    monkeypatch.setattr(train, "start_model", lambda *_: pytest.fail("trained again"))
+    run.main(arguments(studied, truth))
+
+
+def test_budget_report_judges_by_the_truth(studied, truth, tmp_path):
+    options = ["--budgets", "6", "--reuse", "3sr", "--num_samples", "8", "--truth_texts", "30", "--device", "cpu"]
+    shared = ["--model", str(studied / "runs" / "fp_mdlm"), "--output_dir", str(tmp_path), *options]
+    row = budget_report.main([*shared, "--truth", truth])["fp_mdlm"]["rows"][0]
+    assert {"excess", "energy_distance", "unigram_entropy"} <= set(row)
+    assert "Excess, nats" in (tmp_path / "fp_mdlm.md").read_text()
+    with pytest.raises(ValueError, match="two judges"):
+        budget_report.main([*shared, "--truth", truth, "--judge_text_files", "x.txt"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"name": "a", "modle": {}}], "sets \\['modle'\\]"),
+        ([{"name": "a"}, {"name": "a"}], "is there twice"),
+        ([{"name": "a", "start": "b"}], "none of \\[\\] before it"),
+        ([{"name": "a", "trainer": "sdtt"}], "needs `start`"),
+        ([{"name": "a", "judged": "well"}], "`judged`='well'"),
+    ],
+)
+def test_a_plan_without_sense_is_refused(tmp_path, rows, message):
+    shared = {"world": {}, "model": {}, "training": {}, "judging": {}}
+    (tmp_path / "plan.yaml").write_text(json.dumps({**shared, "rows": rows}))
+    with pytest.raises(ValueError, match=message):
+        load_plan(tmp_path / "plan.yaml")
