@@ -23,7 +23,7 @@ class JudgedSamplesArguments:
     judge_text_files: list[LocalPath] | None = field(
         default=None, metadata={"help": "Text of a 4-gram judge, instead of `judge`: cheap, for small models."}
     )
-    truth: str | None = field(
+    truth: ModelName | None = field(
         default=None,
         metadata={"help": "Causal language model whose samples the models learnt, as the judge: folder, hub name."},
     )

@@ -21,17 +21,17 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from fpmgm.command_line import ModelName, parse_arguments
 from fpmgm.evaluation.provenance import provenance
 from fpmgm.evaluation.store import fingerprint
 from fpmgm.evaluation.truth import check_truth, sample_texts
-from fpmgm.trainers.arguments import parse_arguments
 
 
 @dataclass(kw_only=True)
 class WorldArguments:
     """What to sample and where to."""
 
-    truth: str = field(metadata={"help": "Causal language model: folder or hub name."})
+    truth: ModelName = field(metadata={"help": "Causal language model: folder or hub name."})
     num_texts: int = field(default=80_000, metadata={"help": "Texts."})
     length: int = field(default=128, metadata={"help": "Tokens of a text, without the start token."})
     output_dir: str = field(default="world", metadata={"help": "Where the shards are written."})

@@ -52,10 +52,7 @@ def mauve_score(
             model takes.
         `ImportError`: if mauve-text is not installed.
     """
-    try:
-        from mauve import compute_mauve
-    except ImportError as error:
-        raise ImportError("MAUVE needs mauve-text: pip install 'fpmgm[eval]'") from error
+    _package()
     check_whole("num_samples", num_samples, minimum=1, unit="texts")
     texts, references = text_list(texts), text_list(references, "references")
     for name, given in (("texts", texts), ("references", references)):
@@ -80,7 +77,7 @@ def mauve_score(
             return last_token_features(judge, chunk, max_length, batch_size, cache_dir)
 
     generated, human = (np.asarray(features(given[:num_samples])) for given in (texts, references))
-    found = compute_mauve(generated, human, mauve_scaling_factor=scaling_factor, seed=seed)
+    found = mauve_of_features(generated, human, scaling_factor, seed)
     return {
         "mauve": float(found.mauve),
         "mauve_star": float(found.mauve_star),
@@ -95,6 +92,19 @@ def mauve_score(
             "seed": seed,
         },
     }
+
+
+def mauve_of_features(generated: np.ndarray, human: np.ndarray, scaling_factor: float = 5.0, seed: int = 25) -> Any:
+    """What mauve-text finds for two sets of features, (N, D): `mauve`, `mauve_star`, `num_buckets`, …"""
+    return _package().compute_mauve(generated, human, mauve_scaling_factor=scaling_factor, seed=seed)
+
+
+def _package() -> Any:
+    try:
+        import mauve
+    except ImportError as error:
+        raise ImportError("MAUVE needs mauve-text: pip install 'fpmgm[eval]'") from error
+    return mauve
 
 
 def last_token_features(

@@ -27,7 +27,7 @@ from ..models.noise import stream_generator
 from .distances import energy_distance
 from .judge import summary
 from .likelihood import elbo_draws
-from .mauve import mauve_score
+from .mauve import mauve_of_features
 from .store import digest, fingerprint
 
 
@@ -143,8 +143,7 @@ class TruthJudge:
             "seed": seed,
         }
         if find_spec("mauve") is not None:
-            both, halves = np.concatenate([ours, theirs]), (range(count), range(count, 2 * count))
-            found["mauve"] = mauve_score(*halves, both.__getitem__, num_samples=count)["mauve"]
+            found["mauve"] = float(mauve_of_features(ours, theirs).mauve)
         return {**found, "protocol": protocol}
 
     def likelihood_excess(

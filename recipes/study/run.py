@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the other recipes
 
 import sample_world
-from fpmgm.trainers.arguments import parse_arguments
+from fpmgm.command_line import LocalPath, ModelName, parse_arguments
 from study.judge import describe_truth, judge_row, open_truth
 from study.plan import Plan, load_plan
 from study.tables import write_tables
@@ -27,8 +27,8 @@ from study.train import train_row
 class StudyArguments:
     """What to run and where."""
 
-    plan: str = field(metadata={"help": "YAML of the study: see recipes/study/plan.py."})
-    truth: str = field(metadata={"help": "Causal language model: folder or hub name."})
+    plan: LocalPath = field(metadata={"help": "YAML of the study: see recipes/study/plan.py."})
+    truth: ModelName = field(metadata={"help": "Causal language model: folder or hub name."})
     output_dir: str = field(metadata={"help": "World, runs, results and tables."})
     rows: list[str] | None = field(default=None, metadata={"help": "Names of rows; null: all."})
     only: str | None = field(default=None, metadata={"help": "train or judge; null: both, row by row."})

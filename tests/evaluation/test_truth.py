@@ -92,7 +92,9 @@ class Posterior(nn.Module):
     def __init__(self, p: torch.Tensor):
         super().__init__()
         self.p, self.texts = nn.Parameter(p, requires_grad=False), torch.tensor(TEXTS)
-        self.config = SimpleNamespace(num_fixed_point_layers=0, max_position_embeddings=L, mask_token_id=V)
+        self.config = SimpleNamespace(
+            num_fixed_point_layers=0, max_position_embeddings=L, mask_token_id=V, vocab_size=V + 1
+        )
         self.name_or_path, self.device, self.dtype = "posterior", torch.device("cpu"), torch.float64
 
     def forward(self, input_ids, logits_positions, logits_loss, **ignored):

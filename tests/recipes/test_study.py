@@ -115,7 +115,7 @@ def test_budget_report_judges_by_the_truth(studied, truth, tmp_path):
     assert {"excess", "energy_distance", "unigram_entropy"} <= set(row)
     assert "Excess, nats" in (tmp_path / "fp_mdlm.md").read_text()
     with pytest.raises(ValueError, match="two judges"):
-        budget_report.main([*shared, "--truth", truth, "--judge_text_files", "x.txt"])
+        budget_report.main([*shared, "--truth", truth, "--judge_text_files", str(tmp_path / "fp_mdlm.md")])
 
 
 @pytest.mark.parametrize(
