@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trainers on Hugging Face's `Trainer`, one configuration dataclass each."""
 
-from transformers.utils import is_accelerate_available
+from transformers.utils import is_accelerate_available, is_datasets_available
 
 
-if not is_accelerate_available():
+if not (is_accelerate_available() and is_datasets_available()):
     raise ImportError("fpmgm.trainers needs accelerate and datasets: pip install 'fpmgm[train]'")
 
 from .checkpoints import last_checkpoint

@@ -10,19 +10,20 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 
-from ..models.noise import stream_generator
+from ..models.noise import IGNORE_INDEX, stream_generator
 
 
 @dataclass(frozen=True)
 class GlobalBatch:
     """The sequences that share one loss: all ranks' and micro-batches' of an optimizer step.
 
-    `key` seeds their noise; `total` is their number n, `positions` that of their real tokens; `offsets[m]` is the
-    place of the first sequence of this rank's micro-batch m.
+    `key` seeds their noise; `total` is their number n, `tokens` that of their real tokens, `positions` that of those
+    which may be masked; `offsets[m]` is the place of the first sequence of this rank's micro-batch m.
     """
 
     key: tuple
     total: int
+    tokens: int
     positions: int
     offsets: list[int]
 
@@ -56,17 +57,25 @@ class Noise(NamedTuple):
 
 def place(samples: list[dict], key: tuple, accelerator: Accelerator) -> GlobalBatch:
     """Find this rank's micro-batches in the global batch, whose order is that of the data: micro-batch, rank."""
-    sizes = torch.tensor([[len(inputs["input_ids"]), count_positions(inputs)] for inputs in samples])
+    sizes = torch.tensor([[len(x["input_ids"]), int(real(x).sum()), int(maskable(x).sum())] for x in samples])
     ranks = accelerator.num_processes
     if ranks > 1:
         sizes = accelerator.gather(sizes.to(accelerator.device)).cpu()
-    sizes = sizes.view(ranks, -1, 2)  # (ranks, M, 2)
+    sizes = sizes.view(ranks, -1, 3)  # (ranks, M, 3)
     sequences = sizes[:, :, 0].T.flatten()  # micro-batch, then rank
     firsts = sequences.cumsum(0) - sequences
-    positions = int(sizes[:, :, 1].sum())
-    return GlobalBatch(key, int(sequences.sum()), positions, firsts[accelerator.process_index :: ranks].tolist())
+    total, tokens, positions = sizes.sum(dim=(0, 1)).tolist()
+    return GlobalBatch(key, total, tokens, positions, firsts[accelerator.process_index :: ranks].tolist())
 
 
-def count_positions(inputs: dict[str, torch.Tensor]) -> int:
-    """Real positions of a batch."""
-    return int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
+def real(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(B, L) bool on the CPU: all but padding."""
+    if "attention_mask" in batch:
+        return batch["attention_mask"].bool().cpu()
+    return torch.ones(batch["input_ids"].shape, dtype=torch.bool)
+
+
+def maskable(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(B, L) bool on the CPU: all but padding and positions whose label is -100. These alone are masked, scored and
+    counted."""
+    return real(batch) & (batch["labels"] != IGNORE_INDEX).cpu() if "labels" in batch else real(batch)

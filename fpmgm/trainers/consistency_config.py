@@ -18,8 +18,9 @@ class ConsistencyConfig(MGMTrainingConfig):
     r"""
     Arguments of [`ConsistencyTrainer`], beside those of [`MGMTrainingConfig`]. The defaults are the paper's.
 
-    Defaults that differ from [`MGMTrainingConfig`]: `max_steps=30_000`, `eval_strategy="steps"`, `eval_steps=1000`,
-    `save_steps=1000`, `eval_on_start=True` (the perplexity before, from which the stopping rule counts).
+    Defaults that differ from [`MGMTrainingConfig`]: `max_steps=30_000`, `eval_steps=1000`, `save_steps=1000`;
+    `eval_strategy` is `"steps"` where the trainer has an `eval_dataset` and `"no"` where it has none, and
+    `eval_on_start` is true where it evaluates (the perplexity before, from which the stopping rule counts).
 
     Args:
         consistency_loss (`str`, defaults to `"hidden_mse"`): What is compared at the student's masked positions:
@@ -46,10 +47,14 @@ class ConsistencyConfig(MGMTrainingConfig):
     """
 
     max_steps: int = field(default=30_000, metadata={"help": "Optimizer steps."})
-    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate."})
+    eval_strategy: str | None = field(
+        default=None, metadata={"help": "When to evaluate. null: steps, with an evaluation set."}
+    )
     eval_steps: float = field(default=1000, metadata={"help": "Steps between two evaluations."})
     save_steps: float = field(default=1000, metadata={"help": "Steps between two checkpoints."})
-    eval_on_start: bool = field(default=True, metadata={"help": "Evaluate before training; the rule counts from it."})
+    eval_on_start: bool | None = field(
+        default=None, metadata={"help": "Evaluate before training; the rule counts from it. null: if at all."}
+    )
 
     consistency_loss: str = field(
         default="hidden_mse", metadata={"help": "hidden_mse, hidden_cosine, projected_cosine or logit_kl."}
@@ -75,12 +80,24 @@ class ConsistencyConfig(MGMTrainingConfig):
         check_choice("consistency_positions", self.consistency_positions, CONSISTENCY_POSITIONS)
         check_choice("consistency_reduction", self.consistency_reduction, REDUCTIONS)
         check_choice("teacher", self.teacher, TEACHERS)
+        if self.consistency_loss == "logit_kl" and self.consistency_at != "last":
+            raise ValueError(
+                f"`consistency_at`={self.consistency_at!r} would be ignored: logits are made of the normed state. "
+                "Leave it out with `consistency_loss`='logit_kl'."
+            )
+        if self.consistency_loss != "hidden_mse" and self.consistency_reduction != "mean":
+            raise ValueError(
+                f"`consistency_reduction`={self.consistency_reduction!r} would be ignored: it is for "
+                f"`consistency_loss`='hidden_mse', not {self.consistency_loss!r}. Leave it out."
+            )
         check_positive("consistency_weight", self.consistency_weight)
         check_gap(self.gap_range)
         if self.stop_at_perplexity_increase == 0:
             self.stop_at_perplexity_increase = None
         if self.stop_at_perplexity_increase is not None:
             check_positive("stop_at_perplexity_increase", self.stop_at_perplexity_increase)
+        self.evaluates_if_it_can = self.eval_strategy is None
+        self.eval_strategy = "steps" if self.eval_strategy is None else self.eval_strategy
         super().__post_init__()
         by_loss = self.load_best_model_at_end or self.save_strategy == "best"
         if by_loss and self.stop_at_perplexity_increase is not None:

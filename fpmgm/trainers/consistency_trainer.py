@@ -5,6 +5,7 @@ holds, without gradient, at a cleaner state of the same sequence.
 Shapes: B batch, L length, D hidden size, P masked positions of the student.
 """
 
+import copy
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -24,7 +25,9 @@ from .checkpoints import reading
 from .consistency_config import ConsistencyConfig
 from .distillation import check_head, denoise, divergence_from, mean_over_sequences, nested_states, warmed_up
 from .mgm_trainer import MGMTrainer
+from .options import check_arguments
 from .shards import part_from, part_of, whole_from
+from .start import load_model
 
 
 logger = logging.get_logger(__name__)
@@ -57,7 +60,12 @@ class ConsistencyTrainer(MGMTrainer):
     ```
     """
 
-    def __init__(self, model: nn.Module, args: ConsistencyConfig, **kwargs):
+    config_class = ConsistencyConfig
+
+    def __init__(self, model: nn.Module | str | Path, args: ConsistencyConfig | None = None, **kwargs):
+        args = ConsistencyConfig() if args is None else args
+        check_arguments(self, args, ConsistencyConfig, kwargs)
+        model = load_model(model)
         if args.consistency_loss == "projected_cosine":
             if hasattr(model, "peft_config") or kwargs.get("peft_config") is not None:
                 raise ValueError(
@@ -69,8 +77,11 @@ class ConsistencyTrainer(MGMTrainer):
             model.add_module(PROJECTION, projection.to(model.device, model.dtype))
             names = {f"{PROJECTION}.{name}" for name, _ in projection.named_parameters()}
             model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *names}
-        if kwargs.get("eval_dataset") is None:
-            args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
+        args = copy.copy(args)  # the user's stays as it is
+        if kwargs.get("eval_dataset") is None and args.evaluates_if_it_can:
+            args.eval_strategy = IntervalStrategy.NO
+        if args.eval_on_start is None:
+            args.eval_on_start = args.eval_strategy != IntervalStrategy.NO
         if args.eval_strategy == IntervalStrategy.NO:
             _without_rule(args)
         super().__init__(model, args, **kwargs)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adaptation of a converted model: a frozen teacher on the cleaner state (Section 3.4)."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers.utils import ModelOutput
@@ -18,6 +20,7 @@ from .distillation import (
 )
 from .mgm_trainer import MGMTrainer
 from .run_record import with_teacher
+from .start import load_model
 
 
 class ConversionTrainer(MGMTrainer):
@@ -26,8 +29,9 @@ class ConversionTrainer(MGMTrainer):
     Args:
         model (`PreTrainedModel`): The student, from `convert_to_fixed_point`.
         args ([`ConversionConfig`]): Arguments.
-        teacher (`PreTrainedModel`): The model it was converted from. It is frozen, sees the cleaner state, and runs
-            its own number of iterations if it has a fixed point.
+        teacher (`PreTrainedModel`, `str` or `Path`): The model it was converted from, or its folder or its name on
+            the hub. It is frozen, sees the cleaner state, and runs its own number of iterations if it has a fixed
+            point.
         kwargs: As for [`MGMTrainer`].
 
     Raises:
@@ -48,10 +52,19 @@ class ConversionTrainer(MGMTrainer):
     ```
     """
 
-    def __init__(self, model: nn.Module, args: ConversionConfig, teacher: nn.Module, **kwargs):
-        check_teacher(teacher, model)
+    config_class = ConversionConfig
+
+    def __init__(
+        self,
+        model: nn.Module | str | Path,
+        args: ConversionConfig | None = None,
+        teacher: nn.Module | str | Path | None = None,
+        **kwargs,
+    ):
+        teacher = load_model(teacher, "teacher")
         super().__init__(model, args, **kwargs)
-        self.teacher = teacher.to(self.args.device)
+        check_teacher(teacher, self.model)
+        self.teacher = teacher.to(self.args.device).eval()
 
     def run_record(self) -> dict[str, dict]:
         """Also the teacher."""

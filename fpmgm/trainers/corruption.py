@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedConfig
 
 from ..models.noise import arccos_ratio, diffusion_time, loss_weight, mask_tokens, masked_probability
 from ..models.transfer import to_device
@@ -78,13 +79,6 @@ class NoisedBatch:
         return {**self.seen(), "labels": self.labels, "loss_weights": self.weights}
 
 
-def maskable(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """(B, L) bool on the CPU: all but padding."""
-    if "attention_mask" in batch:
-        return batch["attention_mask"].bool().cpu()
-    return torch.ones(batch["input_ids"].shape, dtype=torch.bool)
-
-
 def noised(
     batch: dict[str, torch.Tensor], masked: torch.Tensor, t: torch.Tensor, weights: torch.Tensor, mask_token_id: int
 ) -> NoisedBatch:
@@ -96,15 +90,21 @@ def noised(
     positions = masked.flatten().nonzero().squeeze(1).cpu()
     masked, t, weights = (to_device(x, input_ids.device) for x in (masked, t, weights))
     noisy, labels = mask_tokens(input_ids, masked, mask_token_id)
-    conditions = {name: x for name, x in batch.items() if name != "input_ids"}
+    conditions = {name: x for name, x in batch.items() if name not in ("input_ids", "labels")}
     return NoisedBatch(noisy, labels, positions, t, weights, conditions)
 
 
-def check_loss(args: MGMTrainingConfig, model_type: str) -> None:
-    """Raise a `ValueError` for a loss that this kind of model does not have."""
-    allowed = (None, *CORRUPTIONS[model_type].weights)
+def check_loss(args: MGMTrainingConfig, config: PreTrainedConfig) -> None:
+    """Raise a `ValueError` for a loss, or an option of its gradient, that this model does not have."""
+    allowed = (None, *CORRUPTIONS[config.model_type].weights)
     if args.loss_weighting not in allowed:
-        raise ValueError(f"`loss_weighting`={args.loss_weighting!r} must be one of {allowed} for {model_type!r}.")
+        raise ValueError(
+            f"`loss_weighting`={args.loss_weighting!r} must be one of {allowed} for {config.model_type!r}."
+        )
+    if args.num_kept_iterations is not None and config.num_fixed_point_layers == 0:
+        raise ValueError(
+            f"`num_kept_iterations`={args.num_kept_iterations}, but the model has no fixed-point layers: leave it out."
+        )
 
 
 def drop_classes(batch: dict[str, torch.Tensor], noise: Noise, config) -> dict[str, torch.Tensor]:

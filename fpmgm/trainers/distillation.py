@@ -17,8 +17,8 @@ from transformers.utils import ModelOutput
 
 from ..models.head import LogitsLoss, forbid, wide
 from ..models.noise import MINIMUM_TIME, nested_masks
-from .batch import Noise
-from .corruption import Corruption, NoisedBatch, maskable
+from .batch import Noise, maskable
+from .corruption import Corruption, NoisedBatch
 
 
 def nested_states(
@@ -48,13 +48,16 @@ def nested_states(
 
 @torch.no_grad()
 def denoise(model: Callable, **arguments: Any) -> ModelOutput:
-    """The model's output without graph, dropout or head, its training mode as it was."""
-    training = model.training
-    model.eval()
+    """The model's output without graph, dropout or head. A teacher of its own is in evaluation already and is not
+    touched; a model that teaches itself trains on afterwards."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         return model(**arguments, output_logits=False)
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def mean_over_sequences(masked: torch.Tensor, noise: Noise, compared: torch.Tensor | None = None) -> torch.Tensor:

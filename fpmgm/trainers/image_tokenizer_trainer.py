@@ -6,17 +6,21 @@ Shapes: B batch, K codebook size, E codebook dimension.
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.nn import functional as F
 from transformers import TrainingArguments
 
 from ..models.noise import stream_generator
 from ..models.transfer import to_device
-from .atomic_trainer import AtomicCheckpointTrainer
 from .checkpoints import reading
+from .checks import check_pixels
+from .options import REFUSED, check_arguments, check_options, paths_as_text
+from .rows import CheckedRowsTrainer
 
 
 @dataclass
@@ -25,7 +29,8 @@ class ImageTokenizerConfig(TrainingArguments):
     Arguments of [`ImageTokenizerTrainer`], beside those of `TrainingArguments`.
 
     Defaults that differ from `TrainingArguments`: `learning_rate=1e-3`, `lr_scheduler_type="cosine"`,
-    `warmup_steps=50`, `remove_unused_columns=False`.
+    `warmup_steps=50`, `remove_unused_columns=False` (a dataset may make pixels of its other columns; what else is in
+    a row is dropped all the same). `dataloader_pin_memory` is off on a CPU.
 
     Args:
         mirror (`bool`, defaults to `False`): Whether half of the pictures of a training step are mirrored. The draws
@@ -51,10 +56,13 @@ class ImageTokenizerConfig(TrainingArguments):
     def __post_init__(self):
         if self.restart_every < 0:
             raise ValueError(f"`restart_every`={self.restart_every} must be at least 0 (0: never).")
+        paths_as_text(self)
         super().__post_init__()
+        check_options(self, REFUSED)
+        self.dataloader_pin_memory &= self.device.type != "cpu"
 
 
-class ImageTokenizerTrainer(AtomicCheckpointTrainer):
+class ImageTokenizerTrainer(CheckedRowsTrainer):
     """Trains a tokenizer of `fpmgm.models` on rows with `pixel_values` (3, S, S) in [-1, 1].
 
     Logs `codebook_usage`, the share of codes that the latents of the steps since the last restart used, and evaluates
@@ -62,15 +70,35 @@ class ImageTokenizerTrainer(AtomicCheckpointTrainer):
     of the codes; at most K). A resumed run equals the uninterrupted one bit for bit.
 
     Args:
-        kwargs: As for `transformers.Trainer`, with an [`ImageTokenizerConfig`] as `args`.
+        model (`nn.Module`): The tokenizer.
+        args ([`ImageTokenizerConfig`], *optional*): Arguments. `None`: the defaults.
+        kwargs: As for `transformers.Trainer`. `compute_metrics` gets reconstructions as predictions, and pictures as
+            labels.
+
+    Raises:
+        `ValueError`: for an argument that would be ignored; while training and evaluating, for a row that is no
+            picture of the tokenizer's size in [-1, 1], with its number.
     """
 
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
+    columns = ("pixel_values",)
+
+    def __init__(self, model: nn.Module, args: ImageTokenizerConfig | None = None, **kwargs):
+        args = ImageTokenizerConfig() if args is None else args
+        check_arguments(self, args, ImageTokenizerConfig, kwargs)
+        if not hasattr(model, "codebook"):
+            raise ValueError(
+                f"`model`={model!r:.60} is no image tokenizer: give a `VQGANModel` or an `XQGANModel`, or what "
+                "`fpmgm.conversion.load_image_tokenizer` reads of a folder."
+            )
+        super().__init__(model, args, **kwargs)
         self._used: torch.Tensor | None = None  # (K,) uses of each code since the last restart
         self._latents: torch.Tensor | None = None  # (…, E) of the last micro-batch
         self._restarted_at = 0
         self._step, self._micro_batch = -1, 0
+
+    def batch_check(self):
+        """See [`check_pixels`]."""
+        return partial(check_pixels, size=self._tokenizer.image_size)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """As in `Trainer`; first the dead codes are restarted, where it is time."""
@@ -139,7 +167,8 @@ class ImageTokenizerTrainer(AtomicCheckpointTrainer):
         super().log(logs, start_time)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The loss of a batch; its codes and the quality of its pictures are added up."""
+        """The loss of a batch, and unless `prediction_loss_only` its reconstructions and pictures; its codes and the
+        quality of its pictures are added up."""
         pixels = self._prepare_inputs(inputs)["pixel_values"]
         with torch.no_grad(), self.compute_loss_context_manager():
             output = model(pixels)
@@ -147,7 +176,8 @@ class ImageTokenizerTrainer(AtomicCheckpointTrainer):
         self._quality += torch.stack(
             [psnr(output.pixel_values, pixels).sum(), pixels.new_tensor(len(pixels))]
         ).double()
-        return output.loss.detach(), None, None
+        wanted = (None, None) if prediction_loss_only else (output.pixel_values, pixels)
+        return output.loss.detach(), *wanted
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         """As in `Trainer`, with the quality of the reconstructions and the use of the codebook."""

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from .options import REFUSED, REFUSED_BY_MGM, check_options, paths_as_text, plan_length
+
 
 LOSS_WEIGHTINGS = ("elbo", "uniform")
 
@@ -15,9 +17,11 @@ class MGMTrainingConfig(TrainingArguments):
     Arguments of [`MGMTrainer`], beside those of `TrainingArguments`.
 
     Defaults that differ from `TrainingArguments`: `learning_rate=2e-4`, `lr_scheduler_type="constant_with_warmup"`,
-    `warmup_steps=2500`, `max_steps=1_000_000`, `per_device_train_batch_size=64`, `logging_steps=50`,
-    `logging_nan_inf_filter=False` (a loss that is not finite stops the run), `ddp_find_unused_parameters=False`,
-    `hub_strategy="end"` (what is pushed is the exported EMA).
+    `warmup_steps=2500`, `max_steps=1_000_000`, `num_train_epochs=None` (given, it plans the run; both are an error),
+    `per_device_train_batch_size=64`, `logging_steps=50`, `logging_nan_inf_filter=False` (a loss that is not finite
+    stops the run), `ddp_find_unused_parameters=False`, `hub_strategy="end"` (what is pushed is the exported EMA).
+    `dataloader_pin_memory` is off on a CPU. Arguments that would be ignored are refused:
+    `fpmgm/trainers/options.py`.
 
     Args:
         ema_decay (`float`, *optional*, defaults to 0.9999): Decay of the average of the weights that is evaluated and
@@ -30,6 +34,9 @@ class MGMTrainingConfig(TrainingArguments):
             each optimizer step, the last this many keep their activations; earlier ones run again in the backward
             pass. Peak memory is then that of this many iterations, and only the steps that drew more pay for it.
             `None`: all are kept. Not together with `activation_checkpointing`, which runs all blocks again.
+        eval_num_draws (`int`, *optional*): Times that each row of an evaluation is masked, at times and positions of
+            its own. The perplexity is an estimate; more draws make its standard error, `eval_perplexity_stderr`,
+            smaller. `None`: as many as bring it below 2 % of the perplexity, at most 64; few rows need many.
         data_description (`str`, *optional*): What the model is trained on, for its card. `None`: not said.
         ignore_data_change (`bool`, defaults to `False`): Whether a run may go on from a checkpoint with other data
             than it was made with, which is an error otherwise.
@@ -41,7 +48,8 @@ class MGMTrainingConfig(TrainingArguments):
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "Learning-rate schedule."})
     warmup_steps: float = field(default=2500, metadata={"help": "Steps of warm-up, or their share if below 1."})
-    max_steps: int = field(default=1_000_000, metadata={"help": "Optimizer steps."})
+    max_steps: int = field(default=1_000_000, metadata={"help": "Optimizer steps, unless by num_train_epochs."})
+    num_train_epochs: float | None = field(default=None, metadata={"help": "Epochs. null: max_steps."})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Sequences per device and micro-batch."})
     logging_steps: float = field(default=50, metadata={"help": "Steps between two log lines."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not finite."})
@@ -62,6 +70,10 @@ class MGMTrainingConfig(TrainingArguments):
         default=None,
         metadata={"help": "Iterations with gradient that keep their activations; earlier ones run again. null: all."},
     )
+    eval_num_draws: int | None = field(
+        default=None,
+        metadata={"help": "Draws of masks per row; null: until the perplexity is within 2 %, at most 64."},
+    )
     data_description: str | None = field(
         default=None, metadata={"help": "What the model is trained on, for its card; null: not said."}
     )
@@ -74,7 +86,13 @@ class MGMTrainingConfig(TrainingArguments):
             raise ValueError(f"`ema_decay`={self.ema_decay} must lie in (0, 1); use 0 to switch the average off.")
         if self.loss_weighting is not None:
             check_choice("loss_weighting", self.loss_weighting, LOSS_WEIGHTINGS)
+        if self.eval_num_draws is not None and self.eval_num_draws < 1:
+            raise ValueError(f"`eval_num_draws`={self.eval_num_draws} must be at least 1; None: as many as it takes.")
+        paths_as_text(self)
+        plan_length(self)
         super().__post_init__()
+        check_options(self, REFUSED | REFUSED_BY_MGM)
+        self.dataloader_pin_memory &= self.device.type != "cpu"
         if self.num_kept_iterations is not None:
             if self.num_kept_iterations < 0:
                 raise ValueError(f"`num_kept_iterations`={self.num_kept_iterations} must be at least 0.")

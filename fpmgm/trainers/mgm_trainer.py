@@ -10,8 +10,9 @@ Shapes: B batch of one micro-batch, L length.
 import math
 import time
 from collections import defaultdict
-from collections.abc import Sized
+from collections.abc import Callable, Mapping, Sized
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,17 +20,23 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers.utils import ModelOutput, logging
 
-from ..models.noise import antithetic_times, mask_uniforms, sequential_times, stream_generator
-from .atomic_trainer import AtomicCheckpointTrainer
-from .batch import GlobalBatch, Noise, place
+from ..models.head import forbid
+from ..models.noise import antithetic_times, mask_uniforms, stream_generator
+from ..models.transfer import to_device
+from .batch import GlobalBatch, Noise, maskable, place
 from .checkpoints import reading
+from .checks import COLUMNS, check_batch
 from .collator import stack_and_pad
-from .corruption import CORRUPTIONS, NoisedBatch, check_loss, drop_classes, maskable, noised
+from .corruption import CORRUPTIONS, NoisedBatch, check_loss, drop_classes, noised
 from .ema import EMA_FILE, EMACallback
 from .engines import check_engine, compile_blocks, skips_bad_steps
+from .estimator import draws_needed, estimate_rows, summary, times_of_rows
 from .mgm_config import MGMTrainingConfig
 from .model_card import write_model_card
+from .options import check_arguments
 from .peft import with_adapter
+from .rows import CheckedRowsTrainer
+from .start import check_model, check_trainable, fit_tokenizer, load_model, not_finite
 
 
 logger = logging.get_logger(__name__)
@@ -37,22 +44,27 @@ logger = logging.get_logger(__name__)
 GROWING_RESIDUAL = 1e-3  # below this relative residual the solver has converged, whatever the last ratio
 
 
-class MGMTrainer(AtomicCheckpointTrainer):
-    """Trains a masked generative model on a dataset that yields `input_ids` (and `attention_mask` where padded, or
-    `class_labels` of images).
+class MGMTrainer(CheckedRowsTrainer):
+    """Trains a masked generative model.
 
     Args:
-        model (`PreTrainedModel`): A model of this library, also one loaded as remote code or wrapped by PEFT.
-        args ([`MGMTrainingConfig`]): Arguments.
-        train_dataset, eval_dataset (`Dataset`, *optional*): Rows with `input_ids` of at most the model's length.
-        processing_class (`PreTrainedTokenizerBase`, *optional*): Saved beside the model.
+        model (`PreTrainedModel`, `str` or `Path`): A model of this library, also one loaded as remote code or wrapped
+            by PEFT; or its folder or its name on the hub.
+        args ([`MGMTrainingConfig`], *optional*): Arguments. `None`: the defaults.
+        train_dataset, eval_dataset (`Dataset`, *optional*): Rows, each a dict of: `input_ids`, of at most the model's
+            length and without the mask id; `attention_mask`, 0 at padding; `labels`, the ids themselves, or -100 where
+            a position (of a prompt, say) is never masked, scored or counted; `class_labels`, the class of an image.
+            Whole numbers of any type. Other columns are dropped.
+        processing_class (`PreTrainedTokenizerBase`, *optional*): Saved beside the model, whose ids it must have.
         peft_config (`peft.PeftConfig`, *optional*): Train this adapter on the frozen model, average it and export it.
             `None`: train what `model` leaves trainable.
         kwargs: Passed to `transformers.Trainer`.
 
     Raises:
         `ValueError`: if the model is of another architecture, holds weights that are not finite, or has an adapter
-            already where there is a `peft_config`; if DeepSpeed or FSDP is set such that nothing could be exported.
+            already where there is a `peft_config`; if DeepSpeed or FSDP is set such that nothing could be exported;
+            for an argument that would be ignored (`fpmgm/trainers/options.py`); while training and evaluating, for a
+            row that the model cannot be trained on, with its number and column.
         `FloatingPointError`: when the loss or its gradient is not finite, after saving a checkpoint of the last good
             step.
         `OSError`: when a checkpoint cannot be written, say to a full disk. Those written before are left intact.
@@ -69,22 +81,27 @@ class MGMTrainer(AtomicCheckpointTrainer):
     ```
     """
 
+    config_class = MGMTrainingConfig
     loss_is_scaled_for_ga = True  # compute_loss divides by the positions of the whole optimizer step
 
     def __init__(
         self,
-        model: nn.Module,
-        args: MGMTrainingConfig,
+        model: nn.Module | str | Path,
+        args: MGMTrainingConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | None = None,
         processing_class=None,
         peft_config=None,
         **kwargs,
     ):
+        args = self.config_class() if args is None else args
+        check_arguments(self, args, self.config_class, kwargs)
+        model = load_model(model)
         check_model(model)
         self.corruption = CORRUPTIONS[model.config.model_type]
-        check_loss(args, model.config.model_type)
+        check_loss(args, model.config)
         model = with_adapter(model, peft_config)
+        fit_tokenizer(model, processing_class)
         kwargs.setdefault("data_collator", stack_and_pad)
         super().__init__(
             model=model,
@@ -105,6 +122,20 @@ class MGMTrainer(AtomicCheckpointTrainer):
         self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._clock, self._tokens = time.perf_counter(), 0
 
+    def train(self, *args, **kwargs):
+        """As in `Trainer`, of a model that has something to train."""
+        check_trainable(self.model)
+        return super().train(*args, **kwargs)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of a row that are read, or refused by name."""
+        return COLUMNS[self.model.config.model_type]
+
+    def batch_check(self) -> Callable[[Mapping], dict]:
+        """See [`check_batch`]."""
+        return partial(check_batch, config=self.model.config)
+
     # --- the training step --------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -112,7 +143,7 @@ class MGMTrainer(AtomicCheckpointTrainer):
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._global_batch = place(samples, (self.args.seed, "train", self.state.global_step), self.accelerator)
         self._micro_batch = 0
-        self._tokens += self._global_batch.positions
+        self._tokens += self._global_batch.tokens
         return samples, None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -155,7 +186,7 @@ class MGMTrainer(AtomicCheckpointTrainer):
                 "num_iterations": grad,
                 "num_kept_iterations": self.args.num_kept_iterations,
             },
-            num_items=batch.positions / ranks,
+            num_items=max(1, batch.positions) / ranks,
             num_sequences=batch.total / ranks,
         )
 
@@ -202,39 +233,62 @@ class MGMTrainer(AtomicCheckpointTrainer):
     # --- evaluation ---------------------------------------------------------------------------------------------
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The loss of a batch under noise that belongs to its rows, however they are split into batches and ranks."""
-        inputs = self._prepare_inputs(inputs)
+        """The loss of a batch under noise that belongs to its rows, however they are split into batches and ranks; of
+        the first draw, unless `prediction_loss_only`, logits (B, L, V) and labels (B, L), -100 where nothing is
+        masked."""
+        inputs, logits, labels = self._prepare_inputs(inputs), None, None
         size, length = inputs["input_ids"].shape
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         rows = (self._eval_batch * ranks + rank) * self.args.eval_batch_size + torch.arange(size)
         self._eval_batch += 1
-        key = (self.args.seed, "eval")
-        shift = torch.rand((), generator=stream_generator(*key, "shift")).item()
-        uniforms = self._uniforms(key, rows, length)
-        t = sequential_times(shift, rows, self.corruption.time)
-        masked = maskable(inputs) & (uniforms < self.corruption.masked_probability(t)[:, None])
         fresh = rows < self._eval_rows  # accelerate fills the last batch with rows that were evaluated already
-        weights = self.corruption.weight(None)(t) * fresh
-        state = noised(inputs, masked, t, weights, self.model.config.mask_token_id)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            total = model(**state.supervised(), num_items_in_batch=1).loss.detach()
-        self._eval_totals[0] += total.double()
-        self._eval_totals[1] += int(maskable(inputs)[fresh].sum())
-        return total, None, None
+        scored = maskable(inputs)
+        totals = torch.zeros_like(self._eval_totals)
+        totals[2] = int(scored[fresh].sum()) * len(self._eval_draws)
+        for draw in self._eval_draws:
+            key = (self.args.seed, "eval", draw)
+            t = times_of_rows(key, rows, self.corruption.time)
+            probabilities, weights = self.corruption.masked_probability(t), self.corruption.weight(None)(t)
+            masked = scored & (self._uniforms(key, rows, length) < probabilities[:, None])
+            state = noised(inputs, masked, t, weights, self.model.config.mask_token_id)
+            with self.compute_loss_context_manager():
+                estimates = estimate_rows(model, state, probabilities)  # (B, 2)
+            totals[:2] += estimates[to_device(fresh, estimates.device)].sum(dim=0)
+            if draw == 0 and not prediction_loss_only:
+                logits, labels = self._logits(model, state), state.labels
+        self._eval_totals += totals
+        return (totals[0] / totals[2].clamp(min=1)).float(), logits, labels
 
-    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
-        """Evaluate the EMA weights: text by the negative ELBO per real token, images by the cross-entropy per masked
-        token; and its exponential, of text a bound of the perplexity."""
+    @torch.no_grad()
+    def _logits(self, model, state: NoisedBatch) -> torch.Tensor:
+        with self.compute_loss_context_manager():
+            logits = model(**{**state.seen(), "logits_positions": None}).logits.clone()
+        forbid(logits.flatten(0, 1), self.model.config.mask_token_id)
+        return logits
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """Evaluate the EMA weights: text by the negative ELBO per scored token, images by the cross-entropy per masked
+        token; and its exponential, of text a bound of the perplexity, with its standard error."""
         start, dataset = time.perf_counter(), dataloader.dataset
-        self._eval_batch = 0
         self._eval_rows = len(dataset) if isinstance(dataset, Sized) else math.inf
-        self._eval_totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        self._eval_totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        loop = partial(super().evaluation_loop, dataloader, description, metric_key_prefix=metric_key_prefix)
         with self._averaged():
-            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        total, positions = self.accelerator.reduce(self._eval_totals).tolist()
-        if positions > 0:
-            output.metrics[f"{metric_key_prefix}_loss"] = total / positions
-            output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(total / positions, 700))
+            draws = self.args.eval_num_draws or 1
+            self._eval_batch, self._eval_draws = 0, range(draws)
+            output = loop(prediction_loss_only=prediction_loss_only, ignore_keys=ignore_keys)
+            totals = self.accelerator.reduce(self._eval_totals).tolist()
+            if totals[2] == 0:
+                raise ValueError("the evaluation data has nothing to score: all of its `labels` are -100.")
+            if self.args.eval_num_draws is None and draws_needed(*totals) > 1:
+                draws = draws_needed(*totals)
+                self._eval_batch, self._eval_draws = 0, range(1, draws)
+                loop(prediction_loss_only=True)
+                totals = self.accelerator.reduce(self._eval_totals).tolist()
+        results = summary(*totals, draws)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in results.items()})
         self._clock += time.perf_counter() - start
         return output
 
@@ -337,21 +391,3 @@ class MGMTrainer(AtomicCheckpointTrainer):
         if self.ema is not None:
             with reading(self.state.best_model_checkpoint, EMA_FILE):
                 self.ema.load(self.state.best_model_checkpoint)
-
-
-def check_model(model: nn.Module) -> None:
-    """Raise a `ValueError` for a model of another architecture or with weights that are not finite."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in CORRUPTIONS:
-        raise ValueError(
-            f"`model` is of `model_type`={model_type!r}, but must be one of {tuple(CORRUPTIONS)}: see `FPMDLMConfig` "
-            "and `FPMaskGITConfig`."
-        )
-    bad = not_finite(model)
-    if bad:
-        raise ValueError(f"`model` has weights that are not finite: {bad}. Start from another checkpoint.")
-
-
-def not_finite(model: nn.Module) -> list[str]:
-    """Names of the parameters that are not finite."""
-    return [name for name, p in model.named_parameters() if not p.is_meta and not p.isfinite().all()]

@@ -11,7 +11,8 @@ class SDTTConfig(MGMTrainingConfig):
     r"""
     Arguments of [`SDTTTrainer`], beside those of [`MGMTrainingConfig`].
 
-    Default that differs from [`MGMTrainingConfig`]: `max_steps=-1`, which is `rounds` · `steps_per_round`.
+    Default that differs from [`MGMTrainingConfig`]: `max_steps=-1`, which is `rounds` · `steps_per_round` unless
+    `num_train_epochs` is given.
 
     Args:
         rounds (`int`, defaults to 7): Rounds; the student of one is the teacher of the next.
@@ -43,6 +44,11 @@ class SDTTConfig(MGMTrainingConfig):
                 f"{self.first_step_size:g} end with a student's step of {longest:g}, longer than the time from 1 to "
                 "0: take fewer rounds or a smaller first step."
             )
-        if self.max_steps == -1:
+        if self.loss_weighting is not None:
+            raise ValueError(
+                f"`loss_weighting`={self.loss_weighting!r} would be ignored: the divergence is a mean over masked "
+                "positions. Leave it out."
+            )
+        if self.max_steps == -1 and not self.num_train_epochs:
             self.max_steps = self.rounds * self.steps_per_round
         super().__post_init__()

@@ -18,14 +18,15 @@ from transformers.utils import ModelOutput
 
 from ..models.sampling import draw_tokens
 from ..models.transfer import to_device
-from .batch import Noise
+from .batch import Noise, maskable
 from .checkpoints import reading
-from .corruption import NoisedBatch, maskable
+from .corruption import NoisedBatch
 from .distillation import check_head, check_teacher, denoise, divergence_from, mean_over_sequences
 from .engines import splits_weights
 from .mgm_trainer import MGMTrainer
 from .run_record import with_teacher
 from .sdtt_config import SDTTConfig
+from .start import load_model
 
 
 TEACHER_FILE = "teacher.safetensors"
@@ -40,7 +41,8 @@ class SDTTTrainer(MGMTrainer):
     Args:
         model (`PreTrainedModel`): The student, which starts as the teacher.
         args ([`SDTTConfig`]): Arguments.
-        teacher (`PreTrainedModel`, *optional*): Teacher of the first round. `None`: a frozen copy of the model.
+        teacher (`PreTrainedModel`, `str` or `Path`, *optional*): Teacher of the first round. `None`: a frozen copy of
+            the model.
         kwargs: As for [`MGMTrainer`].
 
     Raises:
@@ -56,8 +58,17 @@ class SDTTTrainer(MGMTrainer):
     ```
     """
 
-    def __init__(self, model: nn.Module, args: SDTTConfig, teacher: nn.Module | None = None, **kwargs):
-        teacher = copy.deepcopy(model) if teacher is None else teacher
+    config_class = SDTTConfig
+
+    def __init__(
+        self,
+        model: nn.Module | str | Path,
+        args: SDTTConfig | None = None,
+        teacher: nn.Module | str | Path | None = None,
+        **kwargs,
+    ):
+        model = load_model(model)
+        teacher = copy.deepcopy(model) if teacher is None else load_model(teacher, "teacher")
         super().__init__(model, args, **kwargs)  # may wrap the model, but not the teacher
         check_teacher(teacher, self.model)
         check_head(self.model)
@@ -66,7 +77,7 @@ class SDTTTrainer(MGMTrainer):
                 f"`rounds`={args.rounds} makes a copy of the student its teacher, but ZeRO-3 and FSDP split the "
                 "student over ranks: use DDP, ZeRO-1 or ZeRO-2, or run one round at a time (`rounds=1`)."
             )
-        self.teacher, self._promoted = teacher.to(self.args.device), False
+        self.teacher, self._promoted = teacher.to(self.args.device).eval(), False
         self.add_callback(NextRound(self))
 
     def run_record(self) -> dict[str, dict]:
@@ -131,7 +142,7 @@ class SDTTTrainer(MGMTrainer):
         """The teacher becomes a copy of the student, with averaged weights if there are any."""
         self._promoted = True
         with self._averaged():
-            self.teacher = copy.deepcopy(self.model)
+            self.teacher = copy.deepcopy(self.model).eval()
 
     def save_beside(self, folder: Path) -> None:
         """Also those of the teacher's weights that the student trains; in the first round none are needed."""
@@ -154,7 +165,7 @@ class SDTTTrainer(MGMTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (Path(checkpoint) / TEACHER_FILE).is_file():
-            self._promoted, self.teacher = True, copy.deepcopy(self.model)
+            self._promoted, self.teacher = True, copy.deepcopy(self.model).eval()
             with reading(checkpoint, TEACHER_FILE):
                 self.teacher.load_state_dict(load_file(Path(checkpoint) / TEACHER_FILE), strict=False)
 

@@ -7,7 +7,7 @@ Shapes: L length of a sequence, D hidden size, V vocabulary without the mask id,
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -27,7 +27,8 @@ SEED = 42  # the configuration's default
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of model: tiny ones and rows, their length and mask id; t of a uniform, P(masked) at t, weight at t."""
+    """A kind of model: tiny ones and rows, their length and mask id; t of a uniform, P(masked) at t, weight at t; and
+    which positions of a row (L,) may be masked."""
 
     model: Callable[..., nn.Module]
     rows: Callable[[int], Dataset]
@@ -36,6 +37,7 @@ class Kind:
     time: Callable[[float], float]
     probability: Callable[[float], float]
     weight: Callable[[float], float]
+    scored: Callable[[torch.Tensor], torch.Tensor] = lambda ids: torch.ones(len(ids), dtype=torch.bool)
 
 
 TEXT = Kind(
@@ -56,6 +58,27 @@ IMAGES = Kind(
     probability=lambda t: t,
     weight=lambda t: math.pi / 2,
 )
+
+
+def after_prompt(ids) -> torch.Tensor:
+    """Which positions of a row are scored: a prompt whose length its first token tells is not; of some, nothing is."""
+    return torch.arange(len(ids)) >= (LENGTH if ids[0] == 3 else int(ids[0]) % 5)
+
+
+def prompted_rows(count: int) -> Dataset:
+    """Ragged rows with labels of -100 at their prompts; of the second row, everywhere."""
+    data = TEXT.rows(count)["input_ids"]
+    data = [[3, *ids[1:]] if k == 1 else ids for k, ids in enumerate(data)]
+    labels = [torch.tensor(ids).masked_fill(~after_prompt(ids), -100).tolist() for ids in data]
+    return Dataset.from_dict({"input_ids": data, "labels": labels})
+
+
+PROMPTED = replace(TEXT, rows=prompted_rows, scored=after_prompt)
+
+
+def kind_of(name: str) -> Kind:
+    """The kind that the name of a case begins with."""
+    return {"images": IMAGES, "prompted": PROMPTED}.get(name.split("_")[0], TEXT)
 
 
 # --- what a run did --------------------------------------------------------------------------------------------------
@@ -155,7 +178,8 @@ def corrupt(step: Step, number: int, gap_range: tuple[float, float] = (0.05, 0.3
         uniforms = torch.rand(kind.length, generator=stream_generator(*key, j))[: len(ids)]
         gap = torch.rand((), generator=stream_generator(*key, j, "gap")).item()
         t_clean = max(t - gap_range[0] - (gap_range[1] - gap_range[0]) * gap, 1e-3)
-        masked, still_masked = uniforms < kind.probability(t), uniforms < kind.probability(t_clean)
+        scored = kind.scored(ids)
+        masked, still_masked = (scored & (uniforms < kind.probability(time)) for time in (t, t_clean))
         if masked.any() and masked.equal(still_masked):
             still_masked[max((u, i) for i, u in enumerate(uniforms.tolist()) if masked[i])[1]] = False
         result.append(Noisy(kind, j, ids, label, uniforms, t, masked, t_clean, still_masked))
@@ -195,12 +219,12 @@ def of_teacher(model: nn.Module, noisy: list[Noisy], **iterations: int) -> list[
 
 
 def cross_entropy(beliefs: list[Belief], noisy: list[Noisy], weight: float | None = None) -> torch.Tensor:
-    """Σ over masked positions of w·(−log p(x_i)), per position of the batch; w is the kind's, or `weight`."""
+    """Σ over masked positions of w·(−log p(x_i)), per scored position of the batch; w is the kind's, or `weight`."""
     total = 0.0
     for belief, n in zip(beliefs, noisy, strict=True):
         log_p = belief.logits.log_softmax(dim=-1)[torch.arange(len(n.ids)), n.ids]  # (L,)
         total = total - log_p[n.masked].sum() * (n.kind.weight(n.t) if weight is None else weight)
-    return total / sum(len(n.ids) for n in noisy)
+    return total / sum(n.kind.scored(n.ids).sum() for n in noisy)
 
 
 def mean_of_means(

@@ -13,7 +13,6 @@ from fpmgm.models import head
 from fpmgm.trainers import ConsistencyConfig, ConsistencyTrainer
 
 from .reference import (
-    IMAGES,
     TEXT,
     RecordSteps,
     assert_gradient,
@@ -21,6 +20,7 @@ from .reference import (
     corrupt,
     cross_entropy,
     divergence,
+    kind_of,
     mean_of_means,
     of_student,
     of_teacher,
@@ -70,6 +70,8 @@ LOSSES = {
         {"consistency_loss": "hidden_cosine", "consistency_at": "normed", "teacher": "ema"}, EXPLICIT, 4,
     ),
     "images_kl": ({"consistency_loss": "logit_kl"}, {"class_dropout": 0.4}, 1),
+    "prompted": ({"consistency_loss": "hidden_cosine"}, {}, 2),
+    "prompted_kl": ({"consistency_loss": "logit_kl"}, {}, 4),
 }  # fmt: skip
 
 
@@ -90,7 +92,7 @@ def distances(args: ConsistencyConfig, student, belief, target) -> torch.Tensor:
 def test_loss_and_gradient_are_those_of_the_formula(tmp_path, monkeypatch, name):
     monkeypatch.setattr(head, "chunk_rows", lambda *_: 3)
     options, architecture, batch = LOSSES[name]
-    kind = IMAGES if name.startswith("images") else TEXT
+    kind = kind_of(name)
     model = kind.model(**architecture).double()
     record = RecordSteps()
     trainer = consistency_trainer(

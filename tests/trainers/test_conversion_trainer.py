@@ -15,13 +15,12 @@ from fpmgm.trainers import ConversionConfig, ConversionTrainer
 from fpmgm.trainers.distillation import warmed_up
 
 from .reference import (
-    IMAGES,
-    TEXT,
     RecordSteps,
     assert_gradient,
     corrupt,
     cross_entropy,
     divergence,
+    kind_of,
     mean_of_means,
     of_student,
     of_teacher,
@@ -50,6 +49,7 @@ LOSSES = {
     "explicit_student": ({"distillation_temperature": 1.0}, EXPLICIT, EXPLICIT, 2),
     "images": ({}, {"class_dropout": 0.4, "dropout": 0.0}, EXPLICIT, 2),
     "images_from_fixed_point": ({"distillation_temperature": 0.7}, {"num_post_layers": 0}, {}, 1),
+    "prompted": ({}, {}, EXPLICIT, 2),
 }  # fmt: skip
 
 
@@ -57,7 +57,7 @@ LOSSES = {
 def test_loss_and_gradient_are_those_of_the_formula(tmp_path, monkeypatch, name):
     monkeypatch.setattr(head, "chunk_rows", lambda *_: 3)
     options, of_model, of_its_teacher, batch = LOSSES[name]
-    kind = IMAGES if name.startswith("images") else TEXT
+    kind = kind_of(name)
     model, teacher = kind.model(0, **of_model).double(), kind.model(1, 0.2, **of_its_teacher).double()
     record = RecordSteps()
     trainer = conversion_trainer(
@@ -116,7 +116,7 @@ def test_a_step_never_holds_all_logits_of_either_model(tmp_path, monkeypatch):
     assert rows * vocabulary < batch * LENGTH * vocabulary / 4  # about half of all positions are masked
 
 
-def test_the_teacher_is_left_as_it_is(tmp_path):
+def test_the_teacher_is_left_as_it_is_but_for_its_dropout(tmp_path):
     teacher, calls = training_model(1, dropout=0.3, **EXPLICIT).train(), []
     before = weights(teacher)
     teacher.register_forward_hook(lambda module, args, output: calls.append((module.training, output)))
@@ -125,7 +125,7 @@ def test_the_teacher_is_left_as_it_is(tmp_path):
     conversion_trainer(tmp_path, teacher.train(), student, learning_rate=0.1).train()
     assert [training for training, _ in calls] == [False] * 3
     assert all(output.logits is None and not output.last_hidden_state.requires_grad for _, output in calls)
-    assert teacher.training
+    assert not teacher.training  # from the start: no flag changes while others may use it
     assert all(torch.equal(parameter, before[name]) for name, parameter in teacher.named_parameters())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in teacher.parameters())
     assert [name for name, old in start.items() if torch.equal(student.get_parameter(name), old)] == []

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The base trainer against formulas written out here and against the uninterrupted, unsplit run."""
 
+import ast
 import dataclasses
 import json
 import logging
@@ -295,15 +296,13 @@ def test_the_best_checkpoint_is_loaded_with_its_average(tmp_path):
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
 
-def hand_written_elbo(model, rows: list[list[int]], seed: int) -> float:
+def hand_written_elbo(model, rows: list[list[int]], seed: int, draw: int = 0) -> float:
     """−ELBO per real token: Σ 1/t_j · −log p(x_i | masked x) over masked positions i of the rows j, each run alone."""
-    total = 0.0
-    shift = torch.rand((), generator=stream_generator(seed, "eval", "shift")).item()
+    total, key = 0.0, (seed, "eval", draw)
+    shift = torch.rand((), generator=stream_generator(*key, "shift")).item()
     for j, ids in enumerate(rows):
-        t = 1e-3 + (1 - 1e-3) * ((shift + j * 0.6180339887498949) % 1)
-        uniforms = torch.rand(model.config.max_position_embeddings, generator=stream_generator(seed, "eval", j))[
-            : len(ids)
-        ]
+        t = 1e-3 + (1 - 1e-3) * (1 - abs(2 * ((shift + j * 0.6180339887498949) % 1) - 1))
+        uniforms = torch.rand(model.config.max_position_embeddings, generator=stream_generator(*key, j))[: len(ids)]
         masked = uniforms < (1 - 1e-3) * t
         noisy = torch.tensor([ids]).masked_fill(masked, MASK)
         logits = model(noisy, timesteps=torch.tensor([t])).logits[0].double()
@@ -495,8 +494,7 @@ def test_the_docstring_lists_exactly_the_defaults_that_differ(tmp_path):
     ours = {field.name: field.default for field in dataclasses.fields(MGMTrainingConfig)}
     different = {name: ours[name] for name, default in theirs.items() if str(ours[name]) != str(default)}
     note = MGMTrainingConfig.__doc__.split("Defaults that differ")[1].split("Args:")[0]
-    documented = {name: json.loads(value.lower().replace("_", "") if value[0] != '"' else value)
-                  for name, value in re.findall(r"`(\w+)=([^`]+)`", note)}  # fmt: skip
+    documented = {name: ast.literal_eval(value) for name, value in re.findall(r"`(\w+)=([^`]+)`", note)}
     assert documented == different
 
 

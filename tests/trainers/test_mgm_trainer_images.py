@@ -138,10 +138,10 @@ def test_evaluation_is_on_masked_tokens_with_every_class(tmp_path):
     data = image_rows(10, seed=1)
     model = tiny_image_model(class_dropout=0.9)
     trainer = image_trainer(tmp_path, model, eval_dataset=data, per_device_eval_batch_size=4, seed=7)
-    total, shift = 0.0, torch.rand((), generator=stream_generator(7, "eval", "shift")).item()
+    total, shift = 0.0, torch.rand((), generator=stream_generator(7, "eval", 0, "shift")).item()
     for j, row in enumerate(data):
-        ratio = math.acos((shift + j * 0.6180339887498949) % 1) / (math.pi / 2)
-        masked = torch.rand(LENGTH, generator=stream_generator(7, "eval", j)) < ratio
+        ratio = math.acos(1 - abs(2 * ((shift + j * 0.6180339887498949) % 1) - 1)) / (math.pi / 2)
+        masked = torch.rand(LENGTH, generator=stream_generator(7, "eval", 0, j)) < ratio
         codes = torch.tensor(row["input_ids"])
         with torch.no_grad():
             logits = model(codes.masked_fill(masked, MASK)[None], class_labels=torch.tensor([row["class_labels"]]))
@@ -184,7 +184,7 @@ def test_losses_that_a_model_does_not_have_are_refused(tmp_path):
 
 def test_rows_of_other_lengths_are_refused(tmp_path):
     rows = Dataset.from_dict({"input_ids": [[1] * LENGTH, [1] * 5], "class_labels": [0, 1]})
-    with pytest.raises(ValueError, match="all of one length"):
+    with pytest.raises(ValueError, match=r"row 1 of the training data.*5 codes.*has 9.*all are of one length"):
         image_trainer(tmp_path, train_dataset=rows).train()
 
 

@@ -11,9 +11,7 @@ from fpmgm.models.noise import stream_generator
 from fpmgm.trainers import SDTTConfig, SDTTTrainer
 
 from .reference import (
-    IMAGES,
     SEED,
-    TEXT,
     Noisy,
     RecordSteps,
     assert_gradient,
@@ -21,6 +19,7 @@ from .reference import (
     believe,
     corrupt,
     divergence,
+    kind_of,
     mean_of_means,
     of_student,
     with_weights,
@@ -71,6 +70,7 @@ LOSSES = {
     "given_teacher": ({}, {}, EXPLICIT, 2),
     "images": ({"teacher_steps": 3, "first_step_size": 0.1}, {"class_dropout": 0.4}, None, 2),
     "images_given_teacher": ({}, {}, EXPLICIT, 1),
+    "prompted": ({}, {}, None, 2),
 }
 
 
@@ -78,7 +78,7 @@ LOSSES = {
 def test_loss_and_gradient_are_those_of_an_ancestral_teacher(tmp_path, monkeypatch, name):
     monkeypatch.setattr(head, "chunk_rows", lambda *_: 3)
     options, architecture, of_teacher, batch = LOSSES[name]
-    kind = IMAGES if name.startswith("images") else TEXT
+    kind = kind_of(name)
     model = kind.model(0, 0.2, **architecture).double()
     given = None if of_teacher is None else kind.model(1, 0.3, **of_teacher).double()
     first = with_weights(model, weights(model)) if given is None else given

@@ -51,7 +51,8 @@ def make_trainer(
     config_class: type[MGMTrainingConfig] = MGMTrainingConfig,
     **arguments,
 ) -> MGMTrainer:
-    """A trainer that logs every step and saves nothing; `arguments` of its configuration and of the trainer mixed."""
+    """A trainer that logs every step, evaluates one draw and saves nothing; `arguments` of it and its configuration
+    mixed."""
     defaults = {
         "per_device_train_batch_size": 4,
         "max_steps": 3,
@@ -59,6 +60,7 @@ def make_trainer(
         "lr_scheduler_type": "constant",
         "warmup_steps": 0,
         "logging_steps": 1,
+        "eval_num_draws": 1,
         "save_strategy": "no",
         "report_to": "none",
         "use_cpu": True,

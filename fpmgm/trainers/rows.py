@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of training and evaluation data: read with their numbers, collated, and checked before they are copied to a
+device."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import datasets
+import torch
+from torch.utils.data import Dataset, IterableDataset, SequentialSampler
+
+from .atomic_trainer import AtomicCheckpointTrainer
+from .collator import BadRow
+
+
+class NumberedRow(NamedTuple):
+    """A row and its number in the dataset."""
+
+    number: int
+    row: Any
+
+
+class NumberedRows(Dataset):
+    """The rows of a dataset with their numbers, so that an error can name one."""
+
+    def __init__(self, rows: Sequence):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> NumberedRow:
+        return NumberedRow(number, self.rows[number])
+
+    def __getitems__(self, numbers: list[int]) -> list[NumberedRow]:
+        """Many at once, which some datasets read faster."""
+        if hasattr(self.rows, "__getitems__"):
+            return [NumberedRow(*pair) for pair in zip(numbers, self.rows.__getitems__(numbers), strict=True)]
+        return [self[number] for number in numbers]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the dataset, if it wants to know."""
+        if hasattr(self.rows, "set_epoch"):
+            self.rows.set_epoch(epoch)
+
+
+@dataclass
+class RowReader:
+    """Makes a checked batch of rows: what the data loaders of a trainer call.
+
+    Args:
+        collate (`Callable`): Makes a batch of rows.
+        check (`Callable`): Gives the batch back as the model needs it, or raises [`BadRow`].
+        source (`str`): Words for the data, such as `"training data"`.
+        columns (`tuple[str, ...]`, *optional*): Other columns are dropped before `collate` sees them. `None`: none is.
+
+    Raises:
+        `ValueError`: names the row and the column.
+    """
+
+    collate: Callable[[list], Mapping]
+    check: Callable[[Mapping], dict]
+    source: str
+    columns: tuple[str, ...] | None
+    rows_read: int = 0  # of a stream, whose rows come without numbers
+
+    def __call__(self, rows: list) -> dict[str, torch.Tensor]:
+        if isinstance(rows[0], NumberedRow):
+            numbers, rows = zip(*rows, strict=True)
+        else:
+            numbers = range(self.rows_read, self.rows_read + len(rows))
+            self.rows_read += len(rows)
+        try:
+            return self.check(self.collate([self._without_others(row) for row in rows]))
+        except BadRow as bad:
+            which = f"row {numbers[bad.place]}" if bad.place < len(numbers) else f"one of the rows {[*numbers]}"
+            problem = f"{which} of the {self.source}: `{bad.column}` {bad.problem}"
+        raise ValueError(problem)
+
+    def _without_others(self, row: Any) -> Any:
+        if self.columns is None or not isinstance(row, Mapping):
+            return row
+        return {name: value for name, value in row.items() if name in self.columns} or row
+
+
+class CheckedRowsTrainer(AtomicCheckpointTrainer):
+    """A `Trainer` whose rows, of whatever dataset, are checked before they reach the device."""
+
+    columns: tuple[str, ...] = ()  # that are read of a row, or refused by name
+
+    def batch_check(self) -> Callable[[Mapping], dict]:
+        """What gives a collated batch back as the model needs it, or raises [`BadRow`]; workers get a copy of it."""
+        raise NotImplementedError
+
+    def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, **kwargs):
+        """As in `Trainer`, with rows that know their numbers."""
+        if isinstance(dataset, IterableDataset):
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, **kwargs)
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, description)
+        sampler = None if sampler_fn is None else lambda _: sampler_fn(dataset)
+        return super()._get_dataloader(NumberedRows(dataset), description, batch_size, sampler, **kwargs)
+
+    def _get_collator_with_removed_columns(self, data_collator, description=None):
+        """What `Trainer` wraps around a collator to drop columns."""
+        columns = self.columns if self.args.remove_unused_columns else None
+        return RowReader(data_collator, self.batch_check(), f"{description.lower()} data", columns)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = [*self.columns]
+
+    def _get_eval_sampler(self, eval_dataset):
+        """In order, also where training groups rows by length: noise and predictions belong to a row's place."""
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training starts from: a model, as it is or by its name, and the tokenizer that is saved beside it."""
+
+from pathlib import Path, PurePath
+from typing import Any
+
+from torch import nn
+from transformers import AutoModel, PreTrainedTokenizerBase
+
+from .corruption import CORRUPTIONS
+
+
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def load_model(model: nn.Module | str | Path | None, argument: str = "model") -> nn.Module:
+    """`model` itself, or what its folder or its name on the hub holds.
+
+    Raises:
+        `ValueError`: if there is no such folder, or no model.
+    """
+    if model is None:
+        raise ValueError(f"`{argument}`=None: give a model, its folder, or its name on the hub.")
+    if isinstance(model, PurePath) and not Path(model).exists():
+        raise ValueError(f"`{argument}`={str(model)!r} does not exist: give the folder of a model.")
+    return AutoModel.from_pretrained(str(model)) if isinstance(model, (str, PurePath)) else model
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise a `ValueError` for a model of another architecture or with weights that are not finite."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type not in CORRUPTIONS:
+        raise ValueError(
+            f"`model` is of `model_type`={model_type!r}, but must be one of {tuple(CORRUPTIONS)}: see `FPMDLMConfig` "
+            "and `FPMaskGITConfig`."
+        )
+    bad = not_finite(model)
+    if bad:
+        raise ValueError(f"`model` has weights that are not finite: {bad}. Start from another checkpoint.")
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """Names of the parameters that are not finite."""
+    return [name for name, p in model.named_parameters() if not p.is_meta and not p.isfinite().all()]
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise a `ValueError` for a model whose parameters are all frozen."""
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    remedy = "`model.requires_grad_(True)` trains all of it."
+    if hasattr(model, "peft_config"):
+        remedy = (
+            "an adapter is loaded for use. To train it, load it with `is_trainable=True`: "
+            "`PeftModel.from_pretrained(model, adapter, is_trainable=True)`, or `model.load_adapter(adapter, "
+            "is_trainable=True)`; `peft_config` makes a new one."
+        )
+    raise ValueError(f"`model` has nothing to train, all of its parameters are frozen: {remedy}")
+
+
+def fit_tokenizer(model: nn.Module, tokenizer: Any) -> None:
+    """Take the ids of special tokens that a text model does not know yet from the tokenizer that is saved beside it.
+
+    Raises:
+        `ValueError`: if what is exported could not work together: another mask id, or more tokens than the model has.
+    """
+    config = model.config
+    if config.model_type != "fpmdlm" or not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return
+    if tokenizer.mask_token_id is None:
+        raise ValueError(
+            f"`processing_class` has no mask token, but the model has `mask_token_id`={config.mask_token_id}: "
+            "`fpmgm.data.add_mask_token(tokenizer)` adds one."
+        )
+    if tokenizer.mask_token_id != config.mask_token_id or len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"`processing_class` has {len(tokenizer)} tokens and mask id {tokenizer.mask_token_id}, but the model has "
+            f"`vocab_size`={config.vocab_size} and `mask_token_id`={config.mask_token_id}: give the tokenizer that "
+            "the model was trained with, or make the model with `FPMDLMConfig(vocab_size=len(tokenizer), "
+            "mask_token_id=tokenizer.mask_token_id)`."
+        )
+    for name in SPECIAL_IDS:
+        for holder in (config, model.generation_config):
+            if getattr(holder, name, None) is None and getattr(tokenizer, name) is not None:
+                setattr(holder, name, getattr(tokenizer, name))

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What rows may hold: types that are cast, columns that are dropped, positions that are left out of the loss, and rows
+that are refused with their number and column."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from torch.utils.data import Dataset as TorchDataset
+from transformers import DataCollatorForLanguageModeling
+
+from fpmgm.data import train_tokenizer
+from fpmgm.models.noise import stream_generator
+from fpmgm.trainers.collator import stack_and_pad
+
+from ..testing_utils import tiny_image_model
+from .reference import PROMPTED, RecordSteps, assert_gradient, corrupt, cross_entropy, of_student, with_weights
+from .training_utils import (
+    LENGTH,
+    MASK,
+    image_rows,
+    make_trainer,
+    record_calls,
+    token_rows,
+    training_model,
+)
+
+
+def rows(count: int = 8) -> list[dict]:
+    return [{"input_ids": ids} for ids in token_rows(count)["input_ids"]]
+
+
+def losses(folder, data, model=None, **arguments) -> list[float]:
+    trainer = make_trainer(folder, model, train_dataset=data, max_steps=2, **arguments)
+    trainer.train()
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+# --- cast and dropped ------------------------------------------------------------------------------------------------
+
+
+class Memmap(TorchDataset):
+    """Blocks of a file of uint16, as nanoGPT writes it."""
+
+    def __init__(self, path, ids: np.ndarray):
+        ids.astype(np.uint16).tofile(path)
+        self.ids = np.memmap(path, dtype=np.uint16, mode="r").reshape(-1, LENGTH)
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        return {"input_ids": self.ids[index]}
+
+
+def test_rows_of_any_type_and_with_other_columns_train_alike(tmp_path):
+    plain = rows()
+    expected = losses(tmp_path, plain)
+    ids = [row["input_ids"] for row in plain]
+    alike = {
+        "memmap": Memmap(tmp_path / "train.bin", np.array(ids)),
+        "int32": [{"input_ids": np.array(row, dtype=np.int32)} for row in ids],
+        "uint8": [{"input_ids": torch.tensor(row, dtype=torch.uint8)} for row in ids],
+        "torch": Dataset.from_list(plain).with_format("torch"),
+        "imdb": Dataset.from_list([{**row, "label": 1, "label_ids": 0, "text": "a film"} for row in plain]),
+        "a list with text": [{**row, "label": 1, "text": "a film"} for row in plain],
+        "a mask of ones": [{**row, "attention_mask": [1] * LENGTH} for row in plain],
+        "a mask of floats": [{**row, "attention_mask": np.ones(LENGTH)} for row in plain],
+        "labels": [{**row, "labels": row["input_ids"]} for row in plain],
+        "no labels": [{**row, "labels": None, "attention_mask": None} for row in plain],
+    }
+    assert {name: losses(tmp_path, data) for name, data in alike.items()} == dict.fromkeys(alike, expected)
+    bert = [{**row, "token_type_ids": [0] * LENGTH} for row in plain]
+    assert losses(tmp_path, bert, remove_unused_columns=False) == expected
+
+
+def test_what_a_collator_pads_is_no_data_and_its_labels_are_honoured(tmp_path):
+    tokenizer = train_tokenizer(["the cat sat on the mat and the dog ran"] * 9, 270)
+    sizes = {"vocab_size": len(tokenizer), "mask_token_id": tokenizer.mask_token_id}
+    data = [{"input_ids": tokenizer(text)["input_ids"][:LENGTH]} for text in ("the cat sat", "the mat", "a dog", "on")]
+    tokenizer.pad_token = tokenizer.eos_token
+    found = [
+        losses(tmp_path, data, training_model(**sizes), data_collator=collator)
+        for collator in (stack_and_pad, DataCollatorForLanguageModeling(tokenizer, mlm=False))
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    with pytest.raises(ValueError, match=r"`input_ids` holds the mask id|`labels` holds"):  # the trainer draws masks
+        masking = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.9, seed=0)
+        losses(tmp_path, data, training_model(**sizes), data_collator=masking)
+
+
+# --- labels of -100 --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_positions_without_a_label_are_neither_masked_nor_scored_nor_counted(tmp_path, batch):
+    model = training_model().double()
+    calls, record = record_calls(model), RecordSteps()
+    trainer = record.watch(
+        make_trainer(
+            tmp_path, model, train_dataset=PROMPTED.rows(6), per_device_train_batch_size=batch,
+            gradient_accumulation_steps=4 // batch, max_grad_norm=0.0, optim="sgd", max_steps=2,
+        )
+    )  # fmt: skip
+    trainer.train()
+    for kwargs, _ in calls:
+        clean = torch.where(kwargs["labels"] == -100, kwargs["input_ids"], kwargs["labels"])
+        scored = torch.stack([PROMPTED.scored(ids) for ids in clean])
+        assert not ((kwargs["input_ids"] == MASK) & ~scored).any()
+    for number, step in enumerate(record.steps):
+        noisy = corrupt(step, number, kind=PROMPTED)
+        student = with_weights(model, step.weights)
+        loss = cross_entropy(of_student(student, noisy, step), noisy)
+        assert_gradient(student, loss, step.gradient)
+        assert trainer.state.log_history[number]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_evaluation_leaves_the_same_positions_out(tmp_path):
+    model, data = training_model(), PROMPTED.rows(6)
+    trainer = make_trainer(tmp_path, model, eval_dataset=data, seed=3)
+    predictions = trainer.predict(data)
+    for ids, labels in zip(data["input_ids"], predictions.label_ids, strict=True):
+        masked = labels[: len(ids)] != -100
+        assert not (masked & ~PROMPTED.scored(ids).numpy()).any() and (labels[len(ids) :] == -100).all()
+        assert (labels[: len(ids)][masked] == np.array(ids)[masked]).all()
+    weights, total, count = [1 / t for t in times_of_a_draw(6, seed=3)], 0.0, 0
+    for row, ids in enumerate(data["input_ids"]):
+        masked = predictions.label_ids[row] != -100
+        log_p = torch.tensor(predictions.predictions[row][: len(masked)]).double().log_softmax(-1)
+        total -= weights[row] * sum(log_p[i, predictions.label_ids[row][i]].item() for i in np.flatnonzero(masked))
+        count += int(PROMPTED.scored(ids).sum())
+    assert predictions.metrics["test_loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def times_of_a_draw(count: int, seed: int) -> list[float]:
+    shift = torch.rand((), generator=stream_generator(seed, "eval", 0, "shift")).item()
+    return [1e-3 + (1 - 1e-3) * (1 - abs(2 * ((shift + j * 0.6180339887498949) % 1) - 1)) for j in range(count)]
+
+
+def test_a_step_without_a_label_changes_nothing_and_an_evaluation_without_one_is_refused(tmp_path):
+    data = [{**row, "labels": [-100] * LENGTH} for row in rows()]
+    assert losses(tmp_path, data) == [0.0, 0.0]
+    with pytest.raises(ValueError, match="nothing to score"):
+        make_trainer(tmp_path, eval_dataset=data).evaluate()
+
+
+# --- refused ---------------------------------------------------------------------------------------------------------
+
+OTHER = [2] * LENGTH
+REFUSED_TEXT = {
+    "beyond": ({"input_ids": [1, 20]}, r"`input_ids` holds 20 at position 1.*0 to 19"),
+    "negative": ({"input_ids": [-1, 2]}, r"`input_ids` holds -1 at position 0.*0 to 19"),
+    "mask": ({"input_ids": [4, MASK]}, r"`input_ids` holds the mask id 19 at position 1.*`split_special_tokens=True`"),
+    "floats": ({"input_ids": [1.0, 2.5]}, r"`input_ids` holds \[1.0, 2.5\]: give whole numbers"),
+    "text": ({"input_ids": "a b"}, r"`input_ids` is 'a b': give numbers"),
+    "no ids": ({"ids": [1]}, r"`input_ids` is not there.*\['ids'\]"),
+    "a tuple": (([1, 2],), r"`input_ids` is not there.*a tuple"),
+    "empty": ({"input_ids": []}, r"`input_ids` has no token.*filter"),
+    "hidden": ({"input_ids": [1, 2], "attention_mask": [0, 0]}, r"`input_ids` has no token.*filter"),
+    "long": ({"input_ids": [1] * 17}, r"`input_ids` has 17 tokens.*at most 16.*fpmgm.data.pack"),
+    "short mask": ({"input_ids": [1, 2, 3], "attention_mask": [1, 1]}, r"`attention_mask` is of shape \(2,\) for 3"),
+    "grey mask": ({"input_ids": [1, 2], "attention_mask": [1, 0.5]}, r"`attention_mask` holds 0.5 at position 1"),
+    "other labels": ({"input_ids": [1, 2], "labels": [1, 3]}, r"`labels` holds 3 at position 1.*holds 2.*-100"),
+    "short labels": ({"input_ids": [1, 2], "labels": [1]}, r"`labels` is of shape \(1,\) for 2"),
+    "class": ({"input_ids": [1, 2], "labels": 1}, r"`labels` .*-100"),
+    "two dimensions": ({"input_ids": [[1, 2], [3, 4]]}, r"`input_ids` has 2 dimensions: flatten"),
+}  # fmt: skip
+CODES = [1, 2, 3, 4, 5, 6, 0, 1, 2]  # 3 × 3 of 7
+REFUSED_IMAGES = {
+    "mask": ({"input_ids": [*CODES[:8], 7]}, r"`input_ids` holds the mask id 7 at position 8.*0 to 6"),
+    "beyond": ({"input_ids": [*CODES[:8], 8]}, r"`input_ids` holds 8 at position 8"),
+    "length": ({"input_ids": CODES[:5]}, r"`input_ids` has 5 codes, but an image has 9"),
+    "class": ({"input_ids": CODES, "class_labels": 4}, r"`class_labels` is 4.*0 to 2.*3 is no class"),
+    "negative class": ({"input_ids": CODES, "class_labels": -1}, r"`class_labels` is -1"),
+    "class of one half": ({"input_ids": CODES, "class_labels": 0.5}, r"`class_labels` holds 0.5: give whole"),
+    "grid": ({"input_ids": [CODES[:3], CODES[3:6], CODES[6:]]}, r"`input_ids` has 2 dimensions: flatten"),
+}
+
+
+def with_bad_row(bad, good: dict) -> list:
+    """Six rows, of which number 4 is `bad`; the others have the columns that it has."""
+    columns = bad if isinstance(bad, dict) else {}
+    if "attention_mask" in columns:
+        good = {**good, "attention_mask": [1] * len(good["input_ids"])}
+    if "labels" in columns:
+        good = {**good, "labels": 0 if isinstance(bad["labels"], int) else good["input_ids"]}
+    return [good] * 4 + [bad, good]
+
+
+NOT_IN_ARROW = ("floats", "text", "no ids", "a tuple", "two dimensions", "grey mask")  # a column has one type there
+
+
+@pytest.mark.parametrize("source", ["training", "evaluation", "streamed"])
+@pytest.mark.parametrize("name", REFUSED_TEXT)
+def test_a_bad_row_of_text_is_named(tmp_path, name, source):
+    bad, message = REFUSED_TEXT[name]
+    data = with_bad_row(bad, {"input_ids": OTHER})
+    if source == "streamed" and name not in NOT_IN_ARROW:
+        data = Dataset.from_list(data).to_iterable_dataset()
+    # Training rows are shuffled: a batch holds all of them.
+    sizes = {"per_device_train_batch_size": 6, "per_device_eval_batch_size": 3, "max_steps": 1}
+    trainer = make_trainer(tmp_path, train_dataset=data, eval_dataset=data, **sizes)
+    number, data_name = "." if name == "class" else 4, "evaluation" if source == "evaluation" else "training"
+    with pytest.raises(ValueError, match=f"row {number} of the {data_name} data: {message}"):
+        trainer.evaluate() if source == "evaluation" else trainer.train()
+
+
+@pytest.mark.parametrize("name", REFUSED_IMAGES)
+def test_a_bad_row_of_codes_is_named(tmp_path, name):
+    bad, message = REFUSED_IMAGES[name]
+    good = {"input_ids": CODES, **({"class_labels": 0} if "class_labels" in bad else {})}
+    trainer = make_trainer(tmp_path, tiny_image_model(), train_dataset=[good] * 4 + [bad, good], max_steps=2)
+    with pytest.raises(ValueError, match=rf"row \d of the training data: {message}"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("column", ["label", "labels", "label_ids"])
+@pytest.mark.parametrize("as_dataset", [False, True])
+def test_classes_of_images_under_another_name_are_refused(tmp_path, column, as_dataset):
+    data = image_rows(8).rename_column("class_labels", column)
+    trainer = make_trainer(tmp_path, tiny_image_model(), train_dataset=data if as_dataset else list(data))
+    with pytest.raises(ValueError, match=rf"`{column}` is not read: the class of an image is `class_labels`"):
+        trainer.train()
+    if column != "labels":
+        both = image_rows(8).add_column(column, [0] * 8)
+        make_trainer(tmp_path, tiny_image_model(), train_dataset=both).train()
+
+
+def test_unknown_columns_that_are_kept_are_refused(tmp_path):
+    data = [{**row, "weight": 0.5} for row in rows()]
+    with pytest.raises(ValueError, match=r"drop \['weight'\], or leave `remove_unused_columns` at True"):
+        losses(tmp_path, data, remove_unused_columns=False)
+
+
+def test_rows_are_named_from_workers_too(tmp_path):
+    data = [{"input_ids": OTHER}] * 5 + [{"input_ids": [1, 77]}] + [{"input_ids": OTHER}] * 2
+    trainer = make_trainer(tmp_path, train_dataset=data, dataloader_num_workers=1, per_device_train_batch_size=8)
+    with pytest.raises(ValueError, match="row 5 of the training data: `input_ids` holds 77 at position 1"):
+        trainer.train()
