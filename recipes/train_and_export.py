@@ -149,9 +149,11 @@ def train_with_before_and_after(trainer: Trainer, checkpoint: str | None) -> dic
     trainer.save_metrics("before", before)
     metrics = train_and_export(trainer, checkpoint)
     if trainer.is_world_process_zero():
-        print(
-            f"validation perplexity: before {before['before_perplexity']:.2f}, after {metrics['eval_perplexity']:.2f}"
+        results = (
+            f"{name} {results[f'{key}_perplexity']:.2f} ± {results[f'{key}_perplexity_stderr']:.2f}"
+            for name, key, results in (("before", "before", before), ("after", "eval", metrics))
         )
+        print(f"validation perplexity: {', '.join(results)}")
         print(f"exported to {trainer.args.output_dir}")
     return before | metrics
 

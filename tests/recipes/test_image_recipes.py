@@ -28,7 +28,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 SMALL = ["--hidden_size", "16", "--num_attention_heads", "2", "--intermediate_size", "24"]
 SHORT = "--warmup_steps 0 --eval_steps 1 --save_steps 1 --per_device_train_batch_size 4 --lr_scheduler_type constant"
-SHORT = f"{SHORT} --use_cpu --disable_tqdm True --report_to none --dataloader_pin_memory False".split()
+SHORT = f"{SHORT} --use_cpu --disable_tqdm True --report_to none --eval_num_draws 1".split()
 
 
 def yaml(name: str) -> list[str]:

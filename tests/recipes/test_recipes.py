@@ -40,6 +40,7 @@ RECIPES, DOCS = (Path(__file__).parents[2] / name for name in ("recipes", "docs"
 
 
 SMALL = ["--hidden_size", "16", "--num_attention_heads", "2", "--intermediate_size", "32", "--conditioning_size", "8"]
+SMALL += ["--eval_num_draws", "1"]
 SHORT = [
     "--max_steps",
     "2",
@@ -51,6 +52,8 @@ SHORT = [
     "1",
     "--per_device_train_batch_size",
     "4",
+    "--eval_num_draws",
+    "1",
 ]
 QUIET = ["--use_cpu", "--disable_tqdm", "True", "--report_to", "none"]
 
