@@ -10,15 +10,11 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..models.image_tokenizer import PIXEL_SLACK
+from ..models.kinds import KINDS
 from ..models.noise import IGNORE_INDEX
 from .collator import BadRow
 
 
-# What is looked at in a row, by `model_type`. Other columns are dropped, as `Trainer` drops them.
-COLUMNS = {
-    "fpmdlm": ("input_ids", "attention_mask", "labels"),
-    "fpmaskgit": ("input_ids", "attention_mask", "class_labels", "labels", "label", "label_ids"),
-}
 OTHER_NAMES = ("label", "label_ids")  # of classes elsewhere; `labels` is one too where it is one number a row
 TOLERATED = ("token_type_ids",)  # every tokenizer of BERT's family makes it
 NOT_CLASSES = (
@@ -27,20 +23,26 @@ NOT_CLASSES = (
 )
 
 
+def columns_of(config: PreTrainedConfig) -> tuple[str, ...]:
+    """What is looked at in a row. Other columns are dropped, as `Trainer` drops them."""
+    columns = KINDS[config.model_type].columns
+    return (*columns, *OTHER_NAMES) if "class_labels" in columns else columns
+
+
 def check_batch(batch: Mapping, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
     """`batch` with whole numbers, without a mask that hides nothing and labels that leave out nothing.
 
     Args:
-        batch (`Mapping`): `input_ids` (B, L) and what else `COLUMNS` names: `attention_mask` (B, L), 0 at padding;
-            `labels` (B, L), the ids themselves or -100 where a position is neither masked nor scored; `class_labels`
+        batch (`Mapping`): `input_ids` (B, L) and what else the model's kind reads: `attention_mask` (B, L), 0 at
+            padding; `labels` (B, L), the ids or -100 where a position is neither masked nor scored; `class_labels`
             (B,).
         config (`PreTrainedConfig`): The model's.
 
     Raises:
         `ValueError`: for a column that is not read, and for a row that the model cannot be trained on.
     """
-    known = tuple(name for name in COLUMNS[config.model_type] if name not in OTHER_NAMES)
-    unknown = [name for name in batch if name not in (*COLUMNS[config.model_type], *TOLERATED)]
+    known = KINDS[config.model_type].columns
+    unknown = [name for name in batch if name not in (*columns_of(config), *TOLERATED)]
     if unknown or "input_ids" not in batch:
         raise ValueError(
             f"a batch has the columns {[*batch]}, but must have `input_ids` and may have {known[1:]}: drop {unknown}, "

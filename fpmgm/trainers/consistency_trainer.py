@@ -95,7 +95,7 @@ class ConsistencyTrainer(MGMTrainer):
         args = self.args
         # 1. a noisier state for the student, a cleaner one for the teacher
         noisy, clean, masked, still_masked = nested_states(
-            batch, noise, args.gap_range, self.corruption, self.noised
+            batch, noise, args.gap_range, self.kind, self.noised
         )  # fmt: skip
         compared = masked if args.consistency_positions == "student" else still_masked
         weights = to_device(mean_over_sequences(masked, noise, compared), noisy.input_ids.device)  # (P,)

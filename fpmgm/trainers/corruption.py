@@ -1,52 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How each kind of model is masked in training, and how its losses are weighted.
+"""Batches of which a model sees a part.
 
 Shapes: B batch, L length, P masked positions.
 """
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig
 
-from ..models.noise import arccos_ratio, diffusion_time, loss_weight, mask_tokens, masked_probability
+from ..models.kinds import KINDS
+from ..models.noise import mask_tokens
 from ..models.transfer import to_device
 from .batch import Noise
 from .mgm_config import MGMTrainingConfig
-
-
-@dataclass(frozen=True)
-class Corruption:
-    """The schedule of one kind of model: t (B,) from uniforms, P(masked) at t, and its losses.
-
-    `weights` (name → weight of a sequence's loss at t) begins with the default, which evaluation uses. The mean of
-    weight · P(masked) is 1, so that the loss per position is near the cross-entropy per masked token.
-    """
-
-    time: Callable[[torch.Tensor], torch.Tensor]
-    masked_probability: Callable[[torch.Tensor], torch.Tensor]
-    weights: dict[str, Callable[[torch.Tensor], torch.Tensor]]
-
-    def weight(self, name: str | None) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The weight of this name. `None`: the default."""
-        return self.weights[next(iter(self.weights)) if name is None else name]
-
-
-# By `model_type`. Of images, t is the masking ratio itself.
-CORRUPTIONS = {
-    "fpmdlm": Corruption(
-        diffusion_time,
-        masked_probability,
-        {"elbo": loss_weight, "uniform": lambda t: torch.full_like(t, 2.0)},
-    ),
-    "fpmaskgit": Corruption(
-        arccos_ratio,
-        lambda t: t,
-        {"uniform": lambda t: torch.full_like(t, math.pi / 2)},
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -96,7 +63,7 @@ def noised(
 
 def check_loss(args: MGMTrainingConfig, config: PreTrainedConfig) -> None:
     """Raise a `ValueError` for a loss, or an option of its gradient, that this model does not have."""
-    allowed = (None, *CORRUPTIONS[config.model_type].weights)
+    allowed = (None, *KINDS[config.model_type].weights)
     if args.loss_weighting not in allowed:
         raise ValueError(
             f"`loss_weighting`={args.loss_weighting!r} must be one of {allowed} for {config.model_type!r}."

@@ -16,13 +16,14 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from ..models.head import LogitsLoss, forbid, wide
+from ..models.kinds import Kind
 from ..models.noise import MINIMUM_TIME, nested_masks
 from .batch import Noise, maskable
-from .corruption import Corruption, NoisedBatch
+from .corruption import NoisedBatch
 
 
 def nested_states(
-    batch: dict, noise: Noise, gap_range: list[float], corruption: Corruption, noised: Callable
+    batch: dict, noise: Noise, gap_range: list[float], kind: Kind, noised: Callable
 ) -> tuple[NoisedBatch, NoisedBatch, torch.Tensor, torch.Tensor]:
     """A noisier state for the student and a cleaner one for the teacher, whose mask is a part of the student's; both
     want logits at the student's masked positions.
@@ -31,7 +32,7 @@ def nested_states(
         batch (`dict`): Clean sequences.
         noise ([`Noise`]): Of the student.
         gap_range (`list[float]`): The teacher's time is the student's less a gap drawn from it.
-        corruption ([`Corruption`]): Says what is masked at a time.
+        kind ([`Kind`]): Says what is masked at a time.
         noised (`Callable`): Makes a state of `batch`, a mask and times.
 
     Returns:
@@ -40,7 +41,7 @@ def nested_states(
     low, high = gap_range
     gaps = low + (high - low) * torch.stack([torch.rand((), generator=g) for g in noise.streams("gap")])  # (B,)
     t_clean = (noise.t - gaps).clamp(min=MINIMUM_TIME)
-    probabilities = (corruption.masked_probability(t) for t in (noise.t, t_clean))
+    probabilities = (kind.masked_probability(t) for t in (noise.t, t_clean))
     masked, still_masked = nested_masks(noise.uniforms, *probabilities, maskable(batch))
     student, teacher = noised(batch, masked, noise.t), noised(batch, still_masked, t_clean)
     return student, replace(teacher, positions=student.positions), masked, still_masked

@@ -21,13 +21,14 @@ from torch.utils.data import Dataset
 from transformers.utils import ModelOutput, logging
 
 from ..models.head import forbid
+from ..models.kinds import KINDS
 from ..models.noise import antithetic_times, mask_uniforms, stream_generator
 from ..models.transfer import to_device
 from .batch import GlobalBatch, Noise, maskable, place
 from .checkpoints import reading
-from .checks import COLUMNS, check_batch
+from .checks import check_batch, columns_of
 from .collator import stack_and_pad
-from .corruption import CORRUPTIONS, NoisedBatch, check_loss, drop_classes, noised
+from .corruption import NoisedBatch, check_loss, drop_classes, noised
 from .ema import EMA_FILE, EMACallback
 from .engines import check_engine, compile_blocks, skips_bad_steps
 from .estimator import draws_needed, estimate_rows, summary, times_of_rows
@@ -98,7 +99,7 @@ class MGMTrainer(CheckedRowsTrainer):
         check_arguments(self, args, self.config_class, kwargs)
         model = load_model(model)
         check_model(model)
-        self.corruption = CORRUPTIONS[model.config.model_type]
+        self.kind = KINDS[model.config.model_type]
         check_loss(args, model.config)
         model = with_adapter(model, peft_config)
         fit_tokenizer(model, processing_class)
@@ -130,7 +131,7 @@ class MGMTrainer(CheckedRowsTrainer):
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns of a row that are read, or refused by name."""
-        return COLUMNS[self.model.config.model_type]
+        return columns_of(self.model.config)
 
     def batch_check(self) -> Callable[[Mapping], dict]:
         """See [`check_batch`]."""
@@ -158,7 +159,7 @@ class MGMTrainer(CheckedRowsTrainer):
         """This micro-batch's part of the loss, Σ w(t)·(−log p(x)) over masked positions / all positions of the
         optimizer step, and the model's output."""
         # 1. hide
-        masked = maskable(batch) & (noise.uniforms < self.corruption.masked_probability(noise.t)[:, None])
+        masked = maskable(batch) & (noise.uniforms < self.kind.masked_probability(noise.t)[:, None])
         state = self.noised(batch, masked, noise.t)
         # 2. predict
         output = model(**state.supervised(), **noise.iterations, num_items_in_batch=noise.num_items)
@@ -166,7 +167,7 @@ class MGMTrainer(CheckedRowsTrainer):
 
     def noised(self, batch: dict, masked: torch.Tensor, t: torch.Tensor) -> NoisedBatch:
         """`batch` hidden at `masked` (B, L), weighted as in training."""
-        weights = self.corruption.weight(self.args.loss_weighting)(t)
+        weights = self.kind.weight(self.args.loss_weighting)(t)
         return noised(batch, masked, t, weights, self.model.config.mask_token_id)
 
     def _draw(self, inputs: dict[str, torch.Tensor]) -> Noise:
@@ -179,7 +180,7 @@ class MGMTrainer(CheckedRowsTrainer):
         return Noise(
             key=batch.key,
             places=places,
-            t=antithetic_times(shift, places, batch.total, self.corruption.time),
+            t=antithetic_times(shift, places, batch.total, self.kind.time),
             uniforms=self._uniforms(batch.key, places, length),
             iterations={
                 "num_no_grad_iterations": no_grad,
@@ -247,8 +248,8 @@ class MGMTrainer(CheckedRowsTrainer):
         totals[2] = int(scored[fresh].sum()) * len(self._eval_draws)
         for draw in self._eval_draws:
             key = (self.args.seed, "eval", draw)
-            t = times_of_rows(key, rows, self.corruption.time)
-            probabilities, weights = self.corruption.masked_probability(t), self.corruption.weight(None)(t)
+            t = times_of_rows(key, rows, self.kind.time)
+            probabilities, weights = self.kind.masked_probability(t), self.kind.weight(None)(t)
             masked = scored & (self._uniforms(key, rows, length) < probabilities[:, None])
             state = noised(inputs, masked, t, weights, self.model.config.mask_token_id)
             with self.compute_loss_context_manager():

@@ -11,17 +11,13 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers.utils import is_peft_available, logging
 
+from ..models.kinds import KINDS
+
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig
 
 logger = logging.get_logger(__name__)
-
-# By model type. Not the injection, whose mix of state and input holds F near a contraction.
-LORA_TARGET_MODULES = {
-    "fpmdlm": ["qkv_proj", "o_proj", "up_proj", "down_proj"],
-    "fpmaskgit": ["qkv_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-}
 
 
 @dataclass
@@ -45,15 +41,15 @@ class LoraArguments:
 
 
 def register_target_modules() -> None:
-    """Let `LoraConfig()` without `target_modules` mean `LORA_TARGET_MODULES`; without PEFT, do nothing.
+    """Let `LoraConfig()` without `target_modules` mean those of the model's [`Kind`]; without PEFT, do nothing.
 
     `import fpmgm.trainers` calls it. What a user has registered for a model type stays.
     """
     if is_peft_available():
         from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as defaults
 
-        for model_type, modules in LORA_TARGET_MODULES.items():
-            defaults.setdefault(model_type, modules)
+        for model_type, kind in KINDS.items():
+            defaults.setdefault(model_type, list(kind.lora_target_modules))
 
 
 def lora_config(arguments: LoraArguments) -> "LoraConfig | None":

@@ -88,7 +88,7 @@ class SDTTTrainer(MGMTrainer):
         """KL(student ‖ target): a mean over a sequence's masked positions, then over sequences."""
         head = self.teacher.get_output_embeddings()
         # 1. hide
-        masked = maskable(batch) & (noise.uniforms < self.corruption.masked_probability(noise.t)[:, None])
+        masked = maskable(batch) & (noise.uniforms < self.kind.masked_probability(noise.t)[:, None])
         state = self.noised(batch, masked, noise.t)
         # 2. what the teacher says of each position when it reveals it
         hidden = self.targets(state, noise)  # (P, D)
@@ -117,7 +117,7 @@ class SDTTTrainer(MGMTrainer):
             now = replace(state, input_ids=tokens, t=to_device(t, device))
             hidden = denoise(self.teacher, **now.seen()).normed_hidden_state  # (P, D)
             targets = hidden if targets is None else torch.where(to_device(waiting, device)[:, None], hidden, targets)
-            revealed = waiting & (uniforms >= self.corruption.masked_probability(after)[rows])
+            revealed = waiting & (uniforms >= self.kind.masked_probability(after)[rows])
             waiting = waiting & ~revealed
             if step < self.args.teacher_steps - 1:  # no pass sees the last draw
                 shown = revealed.nonzero().squeeze(1)

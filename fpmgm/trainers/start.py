@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoModel, PreTrainedTokenizerBase
 
-from .corruption import CORRUPTIONS
+from ..models.kinds import KINDS
 
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -29,9 +29,9 @@ def load_model(model: nn.Module | str | Path | None, argument: str = "model") ->
 def check_model(model: nn.Module) -> None:
     """Raise a `ValueError` for a model of another architecture or with weights that are not finite."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in CORRUPTIONS:
+    if model_type not in KINDS:
         raise ValueError(
-            f"`model` is of `model_type`={model_type!r}, but must be one of {tuple(CORRUPTIONS)}: see `FPMDLMConfig` "
+            f"`model` is of `model_type`={model_type!r}, but must be one of {tuple(KINDS)}: see `FPMDLMConfig` "
             "and `FPMaskGITConfig`."
         )
     bad = not_finite(model)

@@ -13,6 +13,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEF
 from torch import nn
 from transformers import AutoModel
 
+from fpmgm.models.kinds import KINDS
 from fpmgm.trainers import peft as ours
 from fpmgm.trainers.peft import LoraArguments
 
@@ -96,7 +97,7 @@ def test_every_linear_map_can_be_adapted(layers):
 
 def test_the_gradient_is_that_of_the_matrices_written_out():
     # With W' = W + sBA and G = dL/dW': dL/dB = sGAᵀ, dL/dA = sBᵀG. F's matrices are used at each of the iterations.
-    model = adapted(config=lora(target_modules=[*ours.LORA_TARGET_MODULES["fpmdlm"], "state_proj", "out_proj"]))
+    model = adapted(config=lora(target_modules=[*KINDS["fpmdlm"].lora_target_modules, "state_proj", "out_proj"]))
     dense = written_out(model, training_model().double())
     labels = torch.randint(0, MASK, (3, LENGTH))
     masked = torch.rand(3, LENGTH) < 0.5
