@@ -20,7 +20,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import fpmgm  # noqa: F401  (registers the models)
 from fpmgm.command_line import LocalPath, ModelName, parse_arguments
 from fpmgm.evaluation import AnyJudge, budget_table, evaluate_budgets, provenance
-from judged_samples import JudgedSamplesArguments, cut, device_of, measure_text, open_judge, open_model
+from judged_samples import (
+    JudgedSamplesArguments,
+    cut,
+    device_of,
+    measure_text,
+    open_judge,
+    open_model,
+    shown_perplexity,
+)
 
 
 @dataclass(kw_only=True)
@@ -93,14 +101,13 @@ def markdown(found: dict) -> str:
     protocol, sampling = first["protocol"]["generative_perplexity"], first["sampling"]
     if "text" in found:
         text = found["text"]
-        lines.append(
-            f"The text given: Gen. PPL {text['generative_perplexity']:.3f}, entropy {text['unigram_entropy']:.3f}.\n"
-        )
+        shown = shown_perplexity(text)
+        lines.append(f"The text given: Gen. PPL {shown}, entropy {text['unigram_entropy']:.3f}.\n")
     lines.append(
-        f"{found['parameters']:,} parameters. Gen. PPL: under {protocol['judge']}, mean over texts first (eq. 4); "
-        f"texts tokenized anew, special tokens {protocol['special_tokens']}, at most {protocol['max_length']} tokens. "
-        f"Each row: {protocol['num_samples']} texts of {sampling['length']} tokens, in batches of "
-        f"{sampling['batch_size']}. Entropy: nats, of the model's tokens. ms: generation only, "
+        f"{found['parameters']:,} parameters. Gen. PPL ± standard error over texts: under {protocol['judge']}, mean "
+        f"over texts first (eq. 4); texts tokenized anew, special tokens {protocol['special_tokens']}, at most "
+        f"{protocol['max_length']} tokens. Each row: {protocol['num_samples']} texts of {sampling['length']} tokens, "
+        f"in batches of {sampling['batch_size']}. Entropy: nats, of the model's tokens. ms: generation only, "
         f"on {found['provenance']['device']}.\n"
     )
     return "\n".join(lines)

@@ -21,7 +21,9 @@ from fpmgm.evaluation import (
     common_entropies,
     evaluate_budgets,
     perplexity_at_entropy,
+    plus_minus,
     provenance,
+    standard_error_at_entropy,
     undominated,
 )
 from judged_samples import JudgedSamplesArguments, device_of, open_judge, open_model
@@ -64,6 +66,7 @@ def main(argv: list[str] | None = None) -> dict:
         "undominated": {name: [p["label"] for p in undominated(points)] for name, points in curves.items()},
         "entropies": entropies,
         "perplexity_at_entropy": {name: [at(points, h) for h in entropies] for name, points in curves.items()},
+        "standard_error_at_entropy": {name: [error_at(line, h) for h in entropies] for name, line in curves.items()},
         "judge": judge.name,
         "arguments": asdict(args),
         "provenance": provenance(device),
@@ -87,7 +90,13 @@ def settings(args: FrontierArguments) -> list[dict]:
 def point(row: dict) -> dict:
     """A point of a line, with the row it is made of."""
     label = ", ".join(f"{name} {row[name]}" for name in ("temperature", "top_p") if name in row)
-    return {"label": label, "entropy": row["unigram_entropy"], "perplexity": row["generative_perplexity"], "row": row}
+    return {
+        "label": label,
+        "entropy": row["unigram_entropy"],
+        "perplexity": row["generative_perplexity"],
+        "standard_error": row["generative_perplexity_standard_error"],
+        "row": row,
+    }
 
 
 def at(points: list[dict], entropy: float) -> float | None:
@@ -95,15 +104,24 @@ def at(points: list[dict], entropy: float) -> float | None:
     return perplexity_at_entropy([p["entropy"] for p in points], [p["perplexity"] for p in points], entropy)
 
 
+def error_at(points: list[dict], entropy: float) -> float | None:
+    """The standard error of [`at`], where the points have one."""
+    columns = ([p[name] for p in points] for name in ("entropy", "perplexity", "standard_error"))
+    return None if any(p["standard_error"] is None for p in points) else standard_error_at_entropy(*columns, entropy)
+
+
 def markdown(found: dict) -> str:
     """Perplexity at equal entropy."""
     header = " | ".join(f"entropy {entropy:.3f}" for entropy in found["entropies"])
     lines = [f"| model | {header} |", f"|---|{'---|' * len(found['entropies'])}"]
     for name, values in found["perplexity_at_entropy"].items():
-        lines.append(f"| {name} | {' | '.join('' if v is None else f'{v:.2f}' for v in values)} |")
+        errors = found["standard_error_at_entropy"][name]
+        cells = ["" if v is None else plus_minus(v, e) for v, e in zip(values, errors, strict=True)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     lines.append(
-        f"\nGenerative perplexity under {found['judge']} (mean over texts first, equation 4), log-linear in entropy "
-        "between the points of a sweep; empty where a sweep does not reach that entropy."
+        f"\nGenerative perplexity ± standard error over texts, under {found['judge']} (mean over texts first, "
+        "equation 4), log-linear in entropy between the points of a sweep; empty where a sweep does not reach that "
+        "entropy."
     )
     return "\n".join(lines) + "\n"
 

@@ -1,16 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the recipes that judge samples share: their arguments, the judge, the model, the report's files."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import numpy as np
 from accelerate import PartialState
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from fpmgm.command_line import LocalPath, ModelName
 from fpmgm.data import load_text, pack
-from fpmgm.evaluation import AnyJudge, NGramJudge, TruthJudge, load_judge, load_truth, measure_samples
+from fpmgm.evaluation import (
+    AnyJudge,
+    NGramJudge,
+    TruthJudge,
+    load_judge,
+    load_truth,
+    measure_samples,
+    plus_minus,
+)
+from fpmgm.models.text_input import read_tokenizer
+
+
+JUDGES = {  # option that names a judge → other options of this judge
+    "truth": ("truth_texts", "judge_batch_size"),
+    "judge_text_files": ("judge_blocks",),
+    "judge": ("judge_batch_size", "max_length"),
+}
 
 
 @dataclass(kw_only=True)
@@ -19,7 +34,9 @@ class JudgedSamplesArguments:
 
     length: int | None = field(default=None, metadata={"help": "Tokens of a text; null: the model's longest."})
     batch_size: int = field(default=8, metadata={"help": "Texts per call of the model."})
-    judge: ModelName = field(default="gpt2-large", metadata={"help": "Causal model: hub name, folder, .gguf file."})
+    judge: ModelName | None = field(
+        default=None, metadata={"help": "Causal model: hub name, folder, .gguf file; null: gpt2-large."}
+    )
     judge_text_files: list[LocalPath] | None = field(
         default=None, metadata={"help": "Text of a 4-gram judge, instead of `judge`: cheap, for small models."}
     )
@@ -29,11 +46,23 @@ class JudgedSamplesArguments:
     )
     truth_texts: int = field(default=2000, metadata={"help": "Texts of the truth that its entropy is measured on."})
     judge_blocks: int | None = field(default=None, metadata={"help": "Blocks that the 4-gram judge reads; null: all."})
-    judge_batch_size: int = field(default=8, metadata={"help": "Texts per call of the judge."})
-    max_length: int = field(default=1024, metadata={"help": "Tokens of a text that the judge reads."})
+    judge_batch_size: int | None = field(
+        default=None, metadata={"help": "Texts per call of a language model as the judge; null: 8."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a text that a language model reads as the judge; null: 1024."}
+    )
     output_dir: str = field(default="evaluation", metadata={"help": "Where everything is written."})
     seed: int = field(default=0, metadata={"help": "Of the samples."})
     device: str | None = field(default=None, metadata={"help": "Where to run; null: a GPU where there is one."})
+
+    def __post_init__(self):
+        judge = next((name for name in JUDGES if getattr(self, name) is not None), "judge")
+        options = {*JUDGES, *(name for names in JUDGES.values() for name in names)} - {judge, *JUDGES[judge]}
+        defaults = {f.name: f.default for f in fields(self)}
+        idle = {name: getattr(self, name) for name in sorted(options) if getattr(self, name) != defaults[name]}
+        if idle:
+            raise ValueError(f"{idle} does nothing where `{judge}` is the judge: leave it out.")
 
     @property
     def sampling(self) -> dict:
@@ -56,7 +85,7 @@ def device_of(args: JudgedSamplesArguments) -> str:
 
 def open_model(path: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A checkpoint, ready to sample."""
-    return AutoModel.from_pretrained(path).to(device).eval(), AutoTokenizer.from_pretrained(path)
+    return AutoModel.from_pretrained(path).to(device).eval(), read_tokenizer(path)
 
 
 def open_judge(args: JudgedSamplesArguments, models: list[str], device: str) -> AnyJudge:
@@ -64,10 +93,10 @@ def open_judge(args: JudgedSamplesArguments, models: list[str], device: str) -> 
     if args.truth is not None:
         return open_truth(args, models, device)
     if args.judge_text_files is None:
-        return load_judge(args.judge, device)
-    tokenizer = AutoTokenizer.from_pretrained(models[0])
+        return load_judge(args.judge or "gpt2-large", device)
+    tokenizer = read_tokenizer(models[0])
     for path in models[1:]:
-        if AutoTokenizer.from_pretrained(path).get_vocab() != tokenizer.get_vocab():
+        if read_tokenizer(path).get_vocab() != tokenizer.get_vocab():
             raise ValueError(
                 f"`judge_text_files`: {path!r} has another tokenizer than {models[0]!r}, and a 4-gram model judges "
                 "token ids: compare models of one tokenizer, or give a language model as `judge`."
@@ -75,16 +104,14 @@ def open_judge(args: JudgedSamplesArguments, models: list[str], device: str) -> 
     length = args.length or AutoConfig.from_pretrained(models[0]).max_position_embeddings
     blocks = cut(args.judge_text_files, tokenizer, length, args.judge_blocks, "judge_text_files", "judge_blocks")
     name = f"4-gram model of {', '.join(Path(file).name for file in args.judge_text_files)}"
-    return NGramJudge(np.array(blocks), len(tokenizer), name=name)
+    return NGramJudge(blocks, len(tokenizer), name=name)
 
 
 def open_truth(args: JudgedSamplesArguments, models: list[str], device: str) -> TruthJudge:
     """The truth, whose tokens all `models` must have."""
-    if args.judge_text_files is not None:
-        raise ValueError("`truth` and `judge_text_files` are two judges: give one of them.")
-    known = AutoTokenizer.from_pretrained(args.truth).get_vocab()
+    known = read_tokenizer(args.truth).get_vocab()
     for path in models:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = read_tokenizer(path)
         if {token: i for token, i in tokenizer.get_vocab().items() if i != tokenizer.mask_token_id} != known:
             raise ValueError(
                 f"`truth`={args.truth!r} has another tokenizer than {path!r}, which did not learn its texts: give the "
@@ -124,13 +151,17 @@ def rows_table(rows: list[dict], names: list[str]) -> str:
     ]
     for row in rows:
         values = [str({**row, **row["sampling"]["options"]}[name]) for name in names]
-        error = row["generative_perplexity_standard_error"] or 0
         lines.append(
             f"| {' | '.join(values)} | {row['num_steps']} | {row['block_evaluations']} "
-            f"| {row['generative_perplexity']:.2f} ± {error:.2f} | {row['unigram_entropy']:.3f} "
+            f"| {shown_perplexity(row)} | {row['unigram_entropy']:.3f} "
             f"| {row['milliseconds_per_sequence']:.1f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def shown_perplexity(row: dict) -> str:
+    """Generative perplexity with its standard error over the texts."""
+    return plus_minus(row["generative_perplexity"], row["generative_perplexity_standard_error"])
 
 
 def markdown(found: dict, table: str) -> str:
@@ -140,9 +171,7 @@ def markdown(found: dict, table: str) -> str:
     lines = [table]
     if "text" in found:
         text = found["text"]
-        lines.append(
-            f"Human text: Gen. PPL {text['generative_perplexity']:.2f}, entropy {text['unigram_entropy']:.3f}.\n"
-        )
+        lines.append(f"Human text: Gen. PPL {shown_perplexity(text)}, entropy {text['unigram_entropy']:.3f}.\n")
     lines.append(
         f"Gen. PPL ± standard error over texts: under {protocol['judge']}, mean over texts first (equation 4). Each "
         f"row: {protocol['num_samples']} texts of {sampling['length']} tokens, the same seeds in all. Entropy: nats, "

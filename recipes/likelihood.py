@@ -14,12 +14,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 import fpmgm  # noqa: F401  (registers the models)
 from fpmgm.command_line import DatasetName, LocalPath, ModelName, parse_arguments
 from fpmgm.data import load_text, pack
-from fpmgm.evaluation import elbo_perplexity, provenance
+from fpmgm.evaluation import elbo_perplexity, plus_minus, provenance
+from fpmgm.models.text_input import read_tokenizer
 
 
 @dataclass
@@ -37,7 +38,9 @@ class LikelihoodArguments:
     iterations: list[int] | None = field(
         default=None, metadata={"help": "Fixed-point iterations, a row for each; null: the model's own number."}
     )
-    num_draws: int = field(default=1, metadata={"help": "Passes over the text; two or more give a standard error."})
+    num_draws: int | None = field(
+        default=None, metadata={"help": "Passes over the text; null: until the standard error is under 2 %."}
+    )
     batch_size: int = field(default=8, metadata={"help": "Blocks per call of the model."})
     output_dir: str = field(default="evaluation", metadata={"help": "Where everything is written."})
     seed: int = field(default=0, metadata={"help": "Of times and masks."})
@@ -51,7 +54,7 @@ def main(argv: list[str] | None = None) -> dict:
     device, folder = args.device or str(state.device), Path(args.output_dir)
     rows = []
     for path in args.model:
-        tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).to(device).eval()
+        tokenizer, model = read_tokenizer(path), AutoModel.from_pretrained(path).to(device).eval()
         rows += measure(Path(path).name, model, tokenizer, args)
     found = {"rows": rows, "arguments": asdict(args), "provenance": provenance(device)}
     if state.is_main_process:
@@ -69,7 +72,7 @@ def measure(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     rows = []
     for corpus, text in corpora(args):
         blocks = pack(text, tokenizer, length)
-        blocks = list(blocks.select(range(min(len(blocks), args.blocks or len(blocks))))["input_ids"])
+        blocks = blocks.select(range(min(len(blocks), args.blocks or len(blocks))))
         for number in iterations:
             found = elbo_perplexity(
                 model, blocks, num_draws=args.num_draws, num_iterations=number, batch_size=args.batch_size,
@@ -88,15 +91,15 @@ def corpora(args: LikelihoodArguments) -> list[tuple]:
 
 
 def markdown(rows: list[dict]) -> str:
-    """The rows, with the standard error of the perplexity over draws where there are several."""
-    lines = ["| model | corpus | tokens | draws | iterations | perplexity ≤ | ± (draws) |", f"|{'---|' * 7}"]
+    """The rows."""
+    lines = ["| model | corpus | tokens | draws | iterations | perplexity ≤ |", f"|{'---|' * 6}"]
     for row in rows:
-        protocol, error = row["protocol"], row["standard_error_draws"]
-        shown = "" if error is None else f"{row['perplexity'] * error:.2f}"
+        protocol, shown = row["protocol"], plus_minus(row["perplexity"], row["perplexity_standard_error"])
         lines.append(
             f"| {row['model']} | {row['corpus']} | {protocol['num_tokens']:,} | {protocol['num_draws']} "
-            f"| {protocol['num_iterations'] or ''} | {row['perplexity']:.2f} | {shown} |"
+            f"| {protocol['num_iterations'] or ''} | {shown} |"
         )
+    lines.append("\n± standard error over the draws, where there are several: the noise of the estimate on this text.")
     return "\n".join(lines) + "\n"
 
 

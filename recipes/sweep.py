@@ -29,6 +29,7 @@ from fpmgm.evaluation import (
     evaluate_budgets,
     grid,
     measure_latency,
+    plus_minus,
     pool_settings,
     provenance,
     sweep,
@@ -46,6 +47,7 @@ from judged_samples import (
     open_judge,
     open_model,
     rows_table,
+    shown_perplexity,
 )
 
 
@@ -212,12 +214,14 @@ def draw_allocations(found: dict, path: Path, judge: str) -> None:
 
 def allocations_table(found: dict) -> str:
     """Table 22, and the rows behind it."""
-    lines = ["| allocation | mean Gen. PPL ↓ | average rank ↓ | wins |", "|---|---|---|---|"]
+    lines = ["| allocation | mean Gen. PPL ↓ | average rank ↓ | unbeaten |", "|---|---|---|---|"]
     for value in found["comparison"]:
+        names = ("mean_generative_perplexity", "mean_generative_perplexity_standard_error")
         lines.append(
-            f"| {value['allocation']} | {value['mean_generative_perplexity']:.2f} | {value['average_rank']:.2f} "
-            f"| {value['wins']} / {value['settings']} |"
+            f"| {value['allocation']} | {plus_minus(*map(value.get, names))} | {value['average_rank']:.2f} "
+            f"| {value['unbeaten']} / {value['settings']} |"
         )
+    lines.append("\nUnbeaten: no other allocation is better by two standard errors of the difference.")
     return "\n".join(lines) + "\n\n" + rows_table(found["rows"], ["reuse", "budget", "allocation"])
 
 
@@ -243,7 +247,7 @@ def run_gammas(args: GammasArguments, judge, device: str) -> dict:
     pooled = pool_settings(rows, default, args.entropy_slack)
     winner = pooled[0]["setting"]
     fresh = pool_settings(measure([default, winner], args.seed + 1), default, args.entropy_slack)
-    kept = winner != default and fresh[0]["setting"] == winner and fresh[0]["allowed"]
+    kept = any(pooled["setting"] == winner and pooled["better"] and pooled["allowed"] for pooled in fresh)
     if args.write and kept and PartialState().is_main_process:
         target = args.model if Path(args.model).is_dir() else args.output_dir
         model.generation_config.updated(**winner).save_pretrained(target)
@@ -271,8 +275,8 @@ def gammas_table(found: dict) -> str:
 
     def add(pooled: dict, note: str) -> None:
         values = " | ".join(map(str, pooled["setting"].values()))
-        score, error = pooled["generative_perplexity"], pooled["generative_perplexity_standard_error"]
-        lines.append(f"| {values} | {score:.2f} ± {error:.2f} | {pooled['entropy_loss']:.3f} | {note} |")
+        shown = shown_perplexity(pooled)
+        lines.append(f"| {values} | {shown} | {pooled['entropy_loss']:.3f} | {note} |")
 
     for pooled in found["pooled"]:
         note = "the checkpoint's" if pooled["setting"] == found["default"] else "" if pooled["allowed"] else "out"
@@ -282,7 +286,7 @@ def gammas_table(found: dict) -> str:
     verdict = "better" if found["better"] else "not better"
     lines.append(
         "\nGen. PPL: geometric mean over budgets; entropy lost: at most, against the checkpoint's γ. On new texts "
-        f"the best is {verdict} than the checkpoint's.\n"
+        f"the best is {verdict} than the checkpoint's, by two standard errors of the difference.\n"
     )
     return "\n".join(lines)
 
@@ -377,7 +381,7 @@ def latency_table(found: dict) -> str:
         lines.append(
             f"| {row['budget']} | {row['method']} | {time['seconds_per_sequence']:.4f} "
             f"| {time['seconds_per_batch']:.3f} ± {time['seconds_per_batch_standard_error']:.3f} "
-            f"| {row['generative_perplexity']:.2f} | {row['unigram_entropy']:.3f} |"
+            f"| {shown_perplexity(row)} | {row['unigram_entropy']:.3f} |"
         )
     protocol = found["rows"][0]["latency"]["protocol"]
     lines.append(

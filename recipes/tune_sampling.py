@@ -5,9 +5,9 @@
 
 Successive halving over random plans: few texts for each, more for the better ones. The score is generative perplexity;
 a plan whose entropy falls more than `entropy_slack` under that of the defaults is out. The winner is kept only if it
-beats the defaults on texts of another seed. It goes to `tuned_plans` in the checkpoint's generation_config.json, and
-`generate(budget=96)` uses it from then on. Writes tuning.json (with provenance) and tuning.md to `output_dir`. The
-same command goes on where it was interrupted.
+beats the defaults by two standard errors on texts of another seed. It goes to `tuned_plans` in the checkpoint's
+generation_config.json, and `generate(budget=96)` uses it from then on. Writes tuning.json (with provenance) and
+tuning.md to `output_dir`. The same command goes on where it was interrupted.
 """
 
 import json
@@ -19,8 +19,8 @@ from accelerate import PartialState
 
 import fpmgm  # noqa: F401  (registers the models)
 from fpmgm.command_line import ModelName, parse_arguments
-from fpmgm.evaluation import evaluate_budgets, provenance, sampling_candidates, successive_halving
-from judged_samples import JudgedSamplesArguments, device_of, open_judge, open_model
+from fpmgm.evaluation import clearly_below, evaluate_budgets, provenance, sampling_candidates, successive_halving
+from judged_samples import JudgedSamplesArguments, device_of, open_judge, open_model, shown_perplexity
 
 
 @dataclass(kw_only=True)
@@ -66,7 +66,7 @@ class Study:
         def score(plan: dict, num_samples: int) -> float:
             row = self.measure(budget, plan, num_samples, args.seed)
             default = self.measure(budget, {}, num_samples, args.seed)  # of the cache, after the first time
-            say(f"budget {budget}, {num_samples} texts: {row['generative_perplexity']:.2f} "
+            say(f"budget {budget}, {num_samples} texts: {shown_perplexity(row)} "
                 f"(entropy {row['unigram_entropy']:.3f}) {plan or 'defaults'}")  # fmt: skip
             return row["generative_perplexity"] if self.allowed(row, default) else math.inf
 
@@ -75,7 +75,8 @@ class Study:
         rows = {}
         for name, plan in (("default", {}), ("tuned", winner)):
             rows[name] = self.measure(budget, plan, args.num_samples[-1], args.seed + 1)
-        better = rows["tuned"]["generative_perplexity"] < rows["default"]["generative_perplexity"]
+        measured = ("generative_perplexity", "generative_perplexity_standard_error")
+        better = clearly_below(*(rows[name][measure] for name in ("tuned", "default") for measure in measured))
         kept = bool(winner) and better and self.allowed(rows["tuned"], rows["default"])
         trials = [[{"plan": plans[trial.index], **asdict(trial)} for trial in rung] for rung in rungs]
         return {"budget": budget, "plan": winner, "kept": kept, "new_texts": rows, "rungs": trials}
@@ -113,18 +114,15 @@ def markdown(found: dict) -> str:
     lines = ["| budget | plan | Gen. PPL | entropy | defaults: Gen. PPL | entropy | stored |", f"|{'---|' * 7}"]
     for result in found["budgets"]:
         rows = [result["new_texts"][name] for name in ("tuned", "default")]
-        errors = [row["generative_perplexity_standard_error"] or 0 for row in rows]
-        cells = [
-            f"{row['generative_perplexity']:.2f} ± {error:.2f} | {row['unigram_entropy']:.3f}"
-            for row, error in zip(rows, errors, strict=True)
-        ]
+        cells = [f"{shown_perplexity(row)} | {row['unigram_entropy']:.3f}" for row in rows]
         plan = ", ".join(f"{name} {value}" for name, value in result["plan"].items()) or "defaults"
         lines.append(f"| {result['budget']} | {plan} | {' | '.join(cells)} | {'yes' if result['kept'] else 'no'} |")
     arguments = found["arguments"]
     lines.append(
         f"\n± standard error, under {found['judge']} (mean over texts first, equation 4), on "
         f"{arguments['num_samples'][-1]} texts of another seed than the search's; "
-        f"{arguments['num_candidates']} plans, rungs of {arguments['num_samples']}."
+        f"{arguments['num_candidates']} plans, rungs of {arguments['num_samples']}. Stored: better by two standard "
+        "errors of the difference."
     )
     return "\n".join(lines) + "\n"
 

@@ -35,14 +35,16 @@ def lagged_divergence(
         model (`PreTrainedModel`): Fixed-point or explicit.
         trajectory ([`Trajectory`]): The contexts; the same for models to compare.
         lags (`tuple[int, ...]`, defaults to (1, 2, 3, 4)): ℓ, at least 1.
-        num_iterations (`int`, *optional*): Fixed-point iterations of each step, from h_pre. `None`: the model's own.
+        num_iterations (`int`, *optional*): Fixed-point iterations of each step, from h_pre; explicit models take none.
+            `None`: the model's own.
         progress_bar (`bool`, defaults to `False`): Whether to show the steps.
 
     Returns:
         `torch.Tensor`: (K, T, B) at the noisier step s; NaN where no position is masked at both.
     """
-    if min(lags) < 1:
-        raise ValueError(f"`lags`={tuple(lags)} must be at least 1 step each.")
+    lags = tuple(lags)
+    if not lags or min(lags) < 1:
+        raise ValueError(f"`lags`={lags} must be at least 1 step each.")
     training, (steps, batch_size) = model.training, (len(trajectory.times), trajectory.states.shape[1])
     options = {"num_iterations": num_iterations} if model.config.num_fixed_point_layers else {}
     found = torch.full((len(lags), steps, batch_size), float("nan"))

@@ -4,13 +4,16 @@
 Shapes: B batch, L length, T denoising steps.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from ..models.budget import check_whole
 from ..models.reveal import RevealTask
 from ..models.sampling import time_grid
+from ..models.text_input import token_rows
 
 
 # Three-state reuse that reuses nothing: the solver starts from h_pre, and no step is left out as idle.
@@ -67,9 +70,9 @@ def sampled_trajectory(
 
 def masked_trajectory(
     model: nn.Module,
-    input_ids: torch.Tensor,
+    input_ids: torch.Tensor | Iterable[Sequence[int]],
     num_steps: int,
-    class_labels: torch.Tensor | None = None,
+    class_labels: Sequence[int] | torch.Tensor | None = None,
     seed: int | list[int] = 0,
     remask: float | None = None,
 ) -> Trajectory:
@@ -79,14 +82,16 @@ def masked_trajectory(
 
     Args:
         model (`PreTrainedModel`): Whose order and mask id are used; its weights are not.
-        input_ids (`torch.Tensor`): (B, L) ids of real text or image codes.
+        input_ids (`torch.Tensor`, `Dataset` or `Iterable`): (B, L) ids of real text, such as `fpmgm.data.pack` gives,
+            or image codes.
         num_steps (`int`): Denoising steps T.
-        class_labels (`torch.Tensor`, *optional*): (B,) classes of images. `None`: no class.
+        class_labels (`list[int]` or `torch.Tensor`, *optional*): (B,) classes of images. `None`: no class.
         seed (`int` or `list[int]`, defaults to 0): Of the order, as in `generate`.
         remask (`float`, *optional*): Mask tokens again, as in `generate`. `None`: what is revealed stays.
 
     Raises:
-        `ValueError`: for `remask` where the model's order masks nothing again.
+        `ValueError`: for rows of different lengths, or one that holds the mask id, and for `remask` where the model's
+            order masks nothing again.
 
     Example:
 
@@ -101,7 +106,12 @@ def masked_trajectory(
 
     ```
     """
-    tokens, mask_token_id = input_ids.cpu(), model.config.mask_token_id
+    check_whole("num_steps", num_steps, minimum=1, unit="denoising steps")
+    mask_token_id = model.config.mask_token_id
+    rows = token_rows(input_ids, "input_ids", mask_token_id)
+    if len({len(row) for row in rows}) != 1:
+        raise ValueError(f"`input_ids` have {sorted({len(row) for row in rows})[:5]} tokens: give rows of one length.")
+    tokens = torch.tensor(rows)
     wanted = torch.ones_like(tokens, dtype=torch.bool)
     name, order = next(iter(model.orders.items()))
     if remask is not None and name != "ancestral":
@@ -112,5 +122,5 @@ def masked_trajectory(
     for reveals, remasks in zip(schedule.reveals, schedule.remasks, strict=True):
         states.append(tokens.masked_fill(masked.view_as(tokens), mask_token_id))
         masked = masked.index_fill(0, reveals, False).index_fill(0, remasks, True)
-    labels = None if class_labels is None else class_labels.cpu()
+    labels = None if class_labels is None else torch.as_tensor(class_labels).cpu()
     return Trajectory(torch.stack([*states, tokens]), time_grid(num_steps)[:-1], labels)

@@ -52,7 +52,8 @@ def load_text(
     columns = dataset.column_names
     if columns is not None and column not in columns:
         raise ValueError(f"`column`={column!r} is not among the columns {columns} of the data: name one of them.")
-    return dataset.rename_column(column, "text") if column != "text" else dataset
+    # There may be a "text" beside the column.
+    return dataset if column == "text" else dataset.select_columns([column]).rename_column(column, "text")
 
 
 def _load_files(files: list[Path], split: str, streaming: bool) -> Dataset | IterableDataset:

@@ -6,10 +6,10 @@
 
 from ..models.image_tokenizer import to_uint8
 from .budgets import budget_table, evaluate_budgets
-from .comparison import compare_values, pool_settings
+from .comparison import clearly_below, compare_values, plus_minus, pool_settings
 from .distances import energy_distance
 from .extractors import EfficientNetLiteExtractor, InceptionExtractor
-from .frontier import common_entropies, perplexity_at_entropy, undominated
+from .frontier import common_entropies, perplexity_at_entropy, standard_error_at_entropy, undominated
 from .images import (
     FeatureExtractor,
     ImageStatistics,
@@ -44,6 +44,7 @@ __all__ = [
     "Trial",
     "TruthJudge",
     "budget_table",
+    "clearly_below",
     "common_entropies",
     "compare_values",
     "distinct_n",
@@ -63,12 +64,14 @@ __all__ = [
     "measure_latency",
     "measure_samples",
     "perplexity_at_entropy",
+    "plus_minus",
     "pool_settings",
     "provenance",
     "repetition_rate",
     "sample_sequences",
     "sample_texts",
     "sampling_candidates",
+    "standard_error_at_entropy",
     "successive_halving",
     "sweep",
     "to_uint8",

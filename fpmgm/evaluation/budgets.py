@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The budget report: quality, diversity and cost of a checkpoint's samples at several budgets (Tables 2, 6, 9, 12)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .sweep import AnyJudge, sweep
+from ..models.budget import check_whole
+from .comparison import plus_minus
+from .sweep import AnyJudge, list_settings, sweep
 
 
 SHOWN = {  # measure → its name in a table
@@ -18,38 +20,48 @@ SHOWN = {  # measure → its name in a table
     "milliseconds_per_sequence": "ms per sequence",
     "plan": "steps (iterations)",
 }
+DIGITS = {"generative_perplexity": 2, "milliseconds_per_sequence": 1}  # of others 3
 
 
 def evaluate_budgets(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     judge: AnyJudge,
-    budgets: Sequence[int],
-    settings: Sequence[dict[str, Any]],
+    budgets: Iterable[int],
+    settings: Iterable[dict[str, Any]],
     **options: Any,
 ) -> list[dict[str, Any]]:
     """A row of measures for each setting and budget.
 
     Args:
         model, tokenizer, judge: See [`sweep`].
-        budgets (`Sequence[int]`): Block evaluations per sequence.
-        settings (`Sequence[dict]`): Options of `generate` beside the budget, such as `{"reuse": "3sr"}`.
+        budgets (`Iterable[int]`): Block evaluations per sequence.
+        settings (`Iterable[dict]`): Options of `generate` beside the budget, such as `{"reuse": "3sr"}`.
         options: `num_samples`, `batch_size`, `cache_dir` and all others of [`sweep`].
 
     Returns:
         `list[dict]`: Rows of [`sweep`], the budgets of a setting beside each other.
+
+    Raises:
+        `ValueError`: for a budget that is no whole number, a setting with a budget of its own, and from [`sweep`].
     """
+    budgets = [check_whole("budgets", budget, minimum=1, unit="block evaluations each") for budget in budgets]
+    settings = list_settings(settings)
+    for setting in settings:
+        if "budget" in setting:
+            raise ValueError(f"`settings` have {setting}, but the budgets are `budgets`={budgets}: leave its own out.")
     pairs = [{"budget": budget, **setting} for setting in settings for budget in budgets]
     return sweep(model, tokenizer, judge, pairs, **options)
 
 
-def budget_table(rows: Sequence[dict[str, Any]], name: str) -> str:
+def budget_table(rows: Iterable[dict[str, Any]], name: str) -> str:
     """Rows of [`evaluate_budgets`] in Markdown: a column per budget, a group of lines per setting.
 
     Args:
-        rows (`Sequence[dict]`): Rows of one or several settings.
+        rows (`Iterable[dict]`): Rows of one or several settings.
         name (`str`): The model's.
     """
+    rows = list(rows)
     budgets = sorted({row["budget"] for row in rows})
     groups: dict[str, dict[int, dict]] = {}
     for row in rows:
@@ -86,4 +98,4 @@ def _cell(row: dict[str, Any] | None, measure: str) -> str:
             return str(steps)
         first, last = iterations[0], iterations[-1]
         return f"{steps} ({first})" if len(set(iterations)) == 1 else f"{steps} ({first}…{last})"
-    return f"{row[measure]:.3f}" if measure != "milliseconds_per_sequence" else f"{row[measure]:.1f}"
+    return plus_minus(row[measure], row.get(f"{measure}_standard_error"), DIGITS.get(measure, 3))

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..models.budget import check_whole
 from .provenance import device_name
 from .samples import sampling_protocol, timed_batch
 from .store import ResultStore, finish
@@ -48,10 +49,9 @@ def measure_latency(
     Raises:
         `ValueError`: for less than 2 timed batches, or from `generate`.
     """
-    if timed_batches < 2 or warmup_batches < 0:
-        raise ValueError(
-            f"`timed_batches`={timed_batches} must be at least 2 and `warmup_batches`={warmup_batches} at least 0."
-        )
+    check_whole("timed_batches", timed_batches, minimum=2, unit="batches")
+    check_whole("warmup_batches", warmup_batches, minimum=0, unit="batches")
+    check_whole("batch_size", batch_size, minimum=1, unit="sequences")
     protocol = {
         "measure": "latency: seconds from masked ids to the last token, mean over batches",
         **sampling_protocol(model, options, length, batch_size, seed),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many samples of a model, in batches that an interruption does not lose, with their cost."""
 
+import json
 import statistics
 import time
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..models.budget import explicit_plan, plan_budget
+from ..models.budget import check_whole, explicit_plan, plan_budget
 from .store import ResultStore, fingerprint, finish
 
 
@@ -62,14 +63,17 @@ def sample_sequences(
         cache_dir (`str` or `Path`, *optional*): Keeps finished batches, so that a run that was interrupted goes on.
             `None`: nothing is kept.
         progress_bar (`bool`, defaults to `False`): Whether to show the batches.
-        options: Passed to `generate`: `budget`, `reuse`, `temperature`, `top_p`, …
+        options: Passed to `generate`: `budget`, `reuse`, `temperature`, `top_p`, …; plain values, which a file can
+            hold.
 
     Returns:
         [`Samples`].
 
     Raises:
-        `ValueError`: from `generate`.
+        `ValueError`: for an option that is no plain value, and from `generate`.
     """
+    check_whole("num_samples", num_samples, minimum=1, unit="sequences")
+    check_whole("batch_size", batch_size, minimum=1, unit="sequences")
     protocol = sampling_protocol(model, options, length, batch_size, seed)
     store = ResultStore(cache_dir, protocol)
     spans = [(start, min(start + batch_size, num_samples)) for start in range(0, num_samples, batch_size)]
@@ -100,7 +104,18 @@ def sample_sequences(
 def sampling_protocol(
     model: PreTrainedModel, options: dict[str, Any], length: int | None, batch_size: int, seed: int
 ) -> dict[str, Any]:
-    """All that samples depend on."""
+    """All that samples depend on.
+
+    Raises:
+        `ValueError`: for an option of `generate` that is no plain value, or is not the caller's.
+    """
+    for name, value in options.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`{name}` is of type {type(value).__name__}: give values that JSON can hold.") from error
+    if "return_dict_in_generate" in options:
+        raise ValueError("`return_dict_in_generate` is set here, whose output is read: leave it out.")
     defaults = model.generation_config.to_dict()
     unused = {"transformers_version", *options}  # a default that an option replaces changes nothing
     return {
@@ -128,9 +143,7 @@ def timed_batch(model: PreTrainedModel, seeds: list[int], length: int | None, op
     """One call of `generate` by the clock, as plain values: from masked ids to the last token, nothing else."""
     _wait(model.device)
     start = time.perf_counter()
-    out = model.generate(
-        batch_size=len(seeds), length=length, seed=seeds, **{**options, "return_dict_in_generate": True}
-    )
+    out = model.generate(batch_size=len(seeds), length=length, seed=seeds, return_dict_in_generate=True, **options)
     _wait(model.device)
     return {
         "seconds": time.perf_counter() - start,

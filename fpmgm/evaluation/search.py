@@ -4,11 +4,11 @@
 import itertools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ..models.budget import ALLOCATIONS, plan_budget
+from ..models.budget import ALLOCATIONS, check_whole, plan_budget
 from ..models.reuse import REUSES
 
 
@@ -32,28 +32,29 @@ class Trial:
 
 
 def successive_halving(
-    candidates: Sequence[Candidate],
+    candidates: Iterable[Candidate],
     score: Callable[[Candidate, int], float],
-    resources: Sequence[int],
+    resources: Iterable[int],
     factor: float = 3.0,
-    keep: Sequence[int] = (),
+    keep: Iterable[int] = (),
 ) -> list[list[Trial]]:
     """Give few resources to all candidates, more to the best 1/`factor` of them, and so on.
 
     This is successive halving (Jamieson & Talwalkar, 2016).
 
     Args:
-        candidates (`Sequence`): Anything that `score` takes.
+        candidates (`Iterable`): Anything that `score` takes.
         score (`Callable`): Of a candidate and a resource; lower is better, infinity is out.
-        resources (`Sequence[int]`): Of each rung, rising.
+        resources (`Iterable[int]`): Of each rung, rising.
         factor (`float`, defaults to 3.0): How many times fewer candidates a rung has than the one before, above 1.
-        keep (`Sequence[int]`, *optional*): Places of candidates that every rung holds, such as the defaults.
+        keep (`Iterable[int]`, *optional*): Places of candidates that every rung holds, such as the defaults.
 
     Returns:
         `list[list[Trial]]`: The rungs, each from the best candidate to the worst; ties keep the candidates' order.
 
     Raises:
-        `ValueError`: without candidates, for resources that do not rise, or a factor of 1 or less.
+        `ValueError`: without candidates, for resources that do not rise, a factor of 1 or less, or a place to keep
+            that there is not.
 
     Example:
 
@@ -64,12 +65,15 @@ def successive_halving(
 
     ```
     """
+    candidates, resources, keep = list(candidates), list(resources), list(keep)
     if not candidates:
         raise ValueError("`candidates` is empty: give at least one.")
     if not resources or any(low >= high for low, high in itertools.pairwise(resources)):
-        raise ValueError(f"`resources`={list(resources)} must be one or more numbers that rise.")
-    if not factor > 1:
+        raise ValueError(f"`resources`={resources} must be one or more numbers that rise.")
+    if isinstance(factor, str) or not factor > 1:
         raise ValueError(f"`factor`={factor} must be above 1: it is how many times fewer candidates a rung has.")
+    if not set(keep) <= set(range(len(candidates))):
+        raise ValueError(f"`keep`={keep} must be places among the {len(candidates)} candidates, from 0.")
     rungs, left = [], list(range(len(candidates)))
     for place, resource in enumerate(resources):
         if place:
@@ -97,6 +101,7 @@ def sampling_candidates(config, budget: int, count: int, seed: int = 0) -> list[
         `ValueError`: if the budget pays no step.
     """
     plan_budget(config, budget)
+    check_whole("count", count, minimum=1, unit="plans")
     explicit, shared = config.num_pre_layers + config.num_post_layers, config.num_fixed_point_layers
     if shared == 0:
         return [{}]

@@ -12,6 +12,9 @@ from torch import distributed, nn
 from transformers.utils import logging
 
 
+logger = logging.get_logger(__name__)
+
+
 class ResultStore:
     """What one procedure has finished: a value for each key, in a .jsonl file per process.
 
@@ -43,27 +46,36 @@ class ResultStore:
         for path in sorted(Path(folder).glob(f"{name}-*.jsonl")):
             self.values.update(_read(path))
         self.path = Path(folder) / f"{name}-{rank()}.jsonl"
-        (Path(folder) / f"{name}.json").write_text(json.dumps(protocol, indent=2, sort_keys=True) + "\n")
+        described = json.dumps(protocol, indent=2, sort_keys=True) + "\n"
+        (Path(folder) / f"{name}.json").write_text(described, encoding="utf-8")
 
     def add(self, values: dict[str, Any]) -> None:
         """Keep `values`, on disk before this returns."""
         self.values.update(values)
         if self.path is not None:
             lines = "".join(json.dumps([key, value]) + "\n" for key, value in values.items())
-            with self.path.open("a+") as file:
+            with self.path.open("a+", encoding="utf-8") as file:
                 # What an interruption tore off ends its own line and is not read again.
                 torn = file.tell() > 0 and not self.path.read_bytes().endswith(b"\n")
                 file.write("\n" * torn + lines)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    values = {}
-    for line in path.read_text().splitlines():
+    values, damaged = {}, 0
+    for line in filter(None, path.read_bytes().split(b"\n")):
         try:
-            key, value = json.loads(line)
-        except ValueError:  # torn
-            continue
-        values[key] = value
+            pair = json.loads(line)
+        except ValueError:  # torn, or a byte that is no text
+            pair = None
+        if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str):
+            values[pair[0]] = pair[1]
+        else:
+            damaged += 1
+    if damaged:
+        logger.warning(
+            f"{path}: {damaged} damaged line(s), as an interruption leaves them, are left out, and their values "
+            "computed again. Take them out of the file to be rid of this."
+        )
     return values
 
 

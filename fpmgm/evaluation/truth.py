@@ -24,6 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from ..models.noise import stream_generator
+from ..models.text_input import token_rows
 from .distances import energy_distance
 from .judge import summary
 from .likelihood import elbo_draws
@@ -173,13 +174,14 @@ class TruthJudge:
         }
 
     def _checked(self, sequences: Sequence[Sequence[int]]) -> torch.LongTensor:
-        lengths = {len(row) for row in sequences}
+        rows = token_rows(sequences)
+        lengths = {len(row) for row in rows}
         if lengths != {self.length}:
             raise ValueError(
                 f"`sequences` have {sorted(lengths)} tokens, but the entropy rate of {self.name!r} is known for texts "
                 f"of {self.length}: sample that `length`, or load the truth for another one."
             )
-        return torch.as_tensor(sequences).long().cpu()
+        return torch.tensor(rows)
 
 
 def load_truth(

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from datasets import Dataset
 
 from fpmgm.analysis import (
     Trajectory,
@@ -178,6 +179,12 @@ def test_masking_what_a_model_wrote_gives_the_states_in_which_it_wrote_it(make, 
     options = {"seed": [5, 6], "batch_size": 2}
     sampled = sampled_trajectory(model, steps, iterations=2, **options)
     masked = masked_trajectory(model, sampled.states[-1], steps, seed=[5, 6])
+    blocks = Dataset.from_dict({"input_ids": sampled.states[-1].tolist()})  # as `pack` gives them
+    assert masked_trajectory(model, blocks, steps, seed=[5, 6]).states.equal(masked.states)
+    with pytest.raises(ValueError, match=r"`input_ids` have \[1, 2\] tokens"):
+        masked_trajectory(model, [[1, 2], [3]], steps)
+    with pytest.raises(ValueError, match=r"`input_ids`\[1\] holds the mask id"):
+        masked_trajectory(model, [[1, 2], [1, model.config.mask_token_id]], steps)
     assert torch.equal(sampled.states, masked.states) and torch.equal(sampled.times, masked.times)
     assert (sampled.states[0] == model.config.mask_token_id).all()
     idle = (sampled.states[1:] == sampled.states[:-1]).flatten(1).all(dim=1)

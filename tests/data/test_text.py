@@ -155,6 +155,11 @@ def test_another_column_and_a_single_file_are_read(tmp_path):
     data = load_text(file, column="content")
     assert data["text"][:] == DOCUMENTS
     assert "content" not in data.column_names
+    rows = [{"text": "a title", "content": document} for document in DOCUMENTS]
+    (tmp_path / "titled.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    for streaming in (False, True):
+        data = load_text(tmp_path / "titled.jsonl", column="content", streaming=streaming)
+        assert [row["text"] for row in data] == DOCUMENTS
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -2,12 +2,15 @@
 """The bound against the enumeration of all masks, and its errors against their definitions."""
 
 import itertools
+import logging
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+import fpmgm.evaluation
 from fpmgm.evaluation import elbo_perplexity
 from fpmgm.evaluation.likelihood import corruption, negative_elbo
 from tests.testing_utils import tiny_model
@@ -98,6 +101,30 @@ def test_more_draws_go_on_from_fewer(tmp_path, monkeypatch):
     assert len(calls) == 3  # the third pass only
     elbo_perplexity(model, rows, num_draws=1, num_iterations=2, batch_size=2, cache_dir=tmp_path)
     assert len(calls) == 6  # other iterations are another measurement
+
+
+def test_passes_go_on_until_the_error_is_small(tmp_path, monkeypatch, caplog):
+    model, rows = tiny_model().double(), np.random.default_rng(0).integers(0, 10, (60, 8)).tolist()
+    assert fpmgm.evaluation.likelihood.RELATIVE_ERROR == 0.02
+    monkeypatch.setattr("fpmgm.evaluation.likelihood.RELATIVE_ERROR", 0.2)  # texts this short would take long
+    elbo_perplexity = partial(fpmgm.evaluation.elbo_perplexity, batch_size=60)
+    found = elbo_perplexity(model, rows, cache_dir=tmp_path)
+    draws, error = found["protocol"]["num_draws"], found["standard_error_draws"]
+    assert 4 < draws < 256 and error <= 0.2
+    assert found["perplexity_standard_error"] == pytest.approx(error * found["perplexity"])
+    assert found == elbo_perplexity(model, rows, num_draws=draws)  # the passes are those of a given number
+    assert elbo_perplexity(model, rows, num_draws=draws // 2)["standard_error_draws"] > 0.2
+    calls = []
+    monkeypatch.setattr("fpmgm.evaluation.likelihood.negative_elbo", lambda *a: calls.append(1))
+    assert found == elbo_perplexity(model, rows, cache_dir=tmp_path) and not calls
+    monkeypatch.setattr("fpmgm.evaluation.likelihood.negative_elbo", negative_elbo)
+    monkeypatch.setattr("fpmgm.evaluation.likelihood.MOST_DRAWS", 6)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    bounded = elbo_perplexity(model, rows)
+    assert bounded["protocol"]["num_draws"] == 6 and bounded["standard_error_draws"] > 0.2
+    assert (
+        f"After 6 passes the standard error of the perplexity is {bounded['standard_error_draws']:.1%}" in caplog.text
+    )
 
 
 def test_iterations_need_fixed_point_layers_and_sequences_need_tokens():

@@ -2,6 +2,7 @@
 """Samples do not depend on how many more are drawn nor on an interruption; the report measures what was drawn."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -65,6 +66,17 @@ def test_a_store_of_another_protocol_is_another_store(tmp_path):
     assert fingerprint(tiny_model()) == fingerprint(tiny_model()) != fingerprint(tiny_model(seed=1))
 
 
+def test_damaged_lines_of_a_cache_are_left_out_with_a_warning(tmp_path, caplog, monkeypatch):
+    store = ResultStore(tmp_path, {"a": 1})
+    store.add({f"k{i}": i for i in range(6)})
+    lines = store.path.read_bytes().split(b"\n")
+    lines[1], lines[2], lines[3], lines[4] = b'["k1", "\xff"]', b"5", b'{"k3": 3, "x": 4}', b'["k4", '
+    store.path.write_bytes(b"\n".join(lines))
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    assert ResultStore(tmp_path, {"a": 1}).values == {"k0": 0, "k5": 5}
+    assert f"{store.path}: 4 damaged line(s)" in caplog.text
+
+
 def test_the_report_measures_each_setting_at_each_budget(tmp_path):
     judge = tiny_judge(length=64)
     model = tiny_model(vocab_size=len(judge.tokenizer), mask_token_id=judge.tokenizer.mask_token_id)
@@ -88,6 +100,7 @@ def test_the_report_measures_each_setting_at_each_budget(tmp_path):
 
     table = budget_table(rows, "tiny").splitlines()
     assert table[0] == "| Method | Metric | 6 | 12 |"
-    perplexities = " | ".join(f"{row['generative_perplexity']:.3f}" for row in rows[2:])
+    measured = [(row["generative_perplexity"], row["generative_perplexity_standard_error"]) for row in rows[2:]]
+    perplexities = " | ".join(f"{value:.2f} ± {error:.2f}" for value, error in measured)
     assert f"| tiny, reuse 3sr, top_p 0.9 | Gen. PPL ↓ | {perplexities} |" in table
     assert table[5] == "|  | steps (iterations) | 1 (4) | 2 (6…2) |"

@@ -79,6 +79,8 @@ def test_perplexity_at_an_entropy_lies_on_the_line_between_neighbours():
     assert halfway == pytest.approx(math.sqrt(10 * 30))
     assert perplexity_at_entropy(entropies, perplexities, 5.41) is None
     assert perplexity_at_entropy([], [], 5.0) is None
+    with pytest.raises(ValueError, match=r"`perplexities` are 3 and `entropies` 2"):
+        perplexity_at_entropy([1.0, 2.0], [1.0, 2.0, 3.0], 1.5)
     assert common_entropies([[1.0, 3.0], [2.0, 5.0]], count=2) == [2.0, 3.0]
     assert common_entropies([[1.0, 2.0], [3.0, 5.0]]) == []
 
@@ -92,6 +94,9 @@ def test_the_frontier_holds_what_nothing_beats():
         return no_worse and a != b
 
     expected = {tuple(p.values()) for p in points if not any(beats(other, p) for other in points)}
-    found = undominated(points)
+    found = undominated(iter(points))
     assert {tuple(p.values()) for p in found} == expected
     assert [p["entropy"] for p in found] == sorted(p["entropy"] for p in found)
+    for point in points:
+        point["standard_error"] = 9.0
+    assert len(undominated(points)) == len(points)  # noise beats nothing

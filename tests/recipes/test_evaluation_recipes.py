@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ import budget_report
 import frontier
 import likelihood
 import tune_sampling
-from fpmgm.evaluation import elbo_perplexity, perplexity_at_entropy
+from fpmgm.evaluation import clearly_below, elbo_perplexity, perplexity_at_entropy
+from judged_samples import JudgedSamplesArguments
 from tests.evaluation.helpers import tiny_judge
 from tests.testing_utils import tiny_model
 
@@ -34,6 +36,20 @@ def folder(tmp_path_factory) -> Path:
     judge.tokenizer.save_pretrained(folder / "judge")
     (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 10)
     return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"judge": "gpt2", "judge_text_files": ["a.txt"]}, "{'judge': 'gpt2'} does nothing where `judge_text_files`"),
+        ({"max_length": 64, "judge_text_files": ["a.txt"]}, "{'max_length': 64} does nothing where"),
+        ({"max_length": 9, "truth": "gpt2"}, "{'max_length': 9} does nothing where `truth` is the judge"),
+        ({"judge_blocks": 9}, "{'judge_blocks': 9} does nothing where `judge` is the judge"),
+    ],
+)
+def test_options_of_another_judge_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        JudgedSamplesArguments(**options)
 
 
 def arguments(folder: Path, output: Path, *extra: str) -> list[str]:
@@ -101,10 +117,47 @@ def test_likelihood_has_a_row_for_each_model_corpus_and_number_of_iterations(fol
     blocks = [[end, *ids[6 * i : 6 * i + 6], end] for i in range(10)]
     expected = elbo_perplexity(model, blocks, num_draws=2, num_iterations=4)
     assert rows[1]["perplexity"] == pytest.approx(expected["perplexity"])
-    assert (tmp_path / "likelihood.md").read_text().count("\n") == 8
+    written = (tmp_path / "likelihood.md").read_text(encoding="utf-8")
+    assert written.count("| 2 |") == 6 and written.count(" ± ") == 6
 
 
-def test_tuning_stores_what_wins_and_generate_uses_it(folder, tmp_path):
+def rows_of(scores: dict, error: float):
+    """In place of `evaluate_budgets`: a row with the perplexity of (seed, whether it is a plan or the defaults)."""
+
+    def rows(model, tokenizer, judge, budgets, settings, *, seed, **unused):
+        planned = len(settings[0]) > 1  # beside `tuned_plans`
+        return [
+            {
+                "generative_perplexity": scores[seed, planned],
+                "generative_perplexity_standard_error": error,
+                "unigram_entropy": 3.0,
+            }
+        ]
+
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("plan", "defaults", "error", "kept"),
+    [(758.0, 790.0, 9.0, True), (758.0, 790.0, 54.0, False), (790.0, 758.0, 9.0, False)],
+)
+def test_a_plan_is_stored_only_beyond_its_error(folder, tmp_path, monkeypatch, plan, defaults, error, kept):
+    shutil.copytree(folder / "fp", tmp_path / "fp")
+    scores = {(0, True): 1.0, (0, False): 2.0, (1, True): plan, (1, False): defaults}  # seed 1: new texts
+    monkeypatch.setattr(tune_sampling, "evaluate_budgets", rows_of(scores, error))
+    argv = arguments(folder, tmp_path, "--model", str(tmp_path / "fp"), "--num_candidates", "3", "--budgets", "24")
+    (result,) = tune_sampling.main([*argv, "--num_samples", "2", "6"])["budgets"]
+    assert result["kept"] == kept and result["plan"]
+    stored = json.loads((tmp_path / "fp" / "generation_config.json").read_text(encoding="utf-8"))["tuned_plans"]
+    assert stored == ({"24": result["plan"]} if kept else {})
+    written = (tmp_path / "tuning.md").read_text(encoding="utf-8")
+    assert f"{plan:.2f} ± {error:.2f} | 3.000 | {defaults:.2f} ± {error:.2f}" in written
+    if kept:
+        tuned = AutoModel.from_pretrained(tmp_path / "fp").generate(budget=24, return_dict_in_generate=True)
+        assert tuned.tuned_plan == result["plan"] and tuned.num_steps == result["plan"]["num_steps"]
+
+
+def test_tuning_goes_by_rungs_and_refuses_what_loses_entropy(folder, tmp_path):
     model = AutoModel.from_pretrained(folder / "fp")
     model.save_pretrained(tmp_path / "fp")
     tiny_judge().tokenizer.save_pretrained(tmp_path / "fp")
@@ -119,15 +172,13 @@ def test_tuning_stores_what_wins_and_generate_uses_it(folder, tmp_path):
 
     found = tune_sampling.main([*argv, "--budgets", "24", "36", "--entropy_slack", "9"])
     kept = {str(result["budget"]): result["plan"] for result in found["budgets"] if result["kept"]}
-    assert kept and json.loads(config_file.read_text())["tuned_plans"] == kept
+    assert json.loads(config_file.read_text())["tuned_plans"] == kept
+    names = ("generative_perplexity", "generative_perplexity_standard_error")
     for result in found["budgets"]:
         tuned, default = (result["new_texts"][name] for name in ("tuned", "default"))
-        assert result["kept"] == (tuned["generative_perplexity"] < default["generative_perplexity"])
+        assert result["kept"] == clearly_below(*(row[name] for row in (tuned, default) for name in names))
         assert [len(rung) for rung in result["rungs"]] in ([6, 2], [6, 3])
         assert [{trial["resource"] for trial in rung} for rung in result["rungs"]] == [{2}, {6}]
-    (budget, plan) = next(iter(kept.items()))
-    tuned = AutoModel.from_pretrained(tmp_path / "fp").generate(budget=int(budget), return_dict_in_generate=True)
-    assert tuned.tuned_plan == plan and tuned.num_steps == plan["num_steps"]
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from transformers import AutoModel
 
 import sweep
 from fpmgm.data import load_text, pack
-from fpmgm.evaluation import NGramJudge, unigram_entropy
+from fpmgm.evaluation import NGramJudge, clearly_below, unigram_entropy
 from fpmgm.models.budget import ALLOCATIONS, plan_budget
 from tests.evaluation.helpers import tiny_judge
 from tests.testing_utils import tiny_model
@@ -81,14 +81,15 @@ def test_allocations_are_compared_at_equal_budget(folder, tmp_path):
         plan = plan_budget(config, option["budget"], allocation=option["allocation"])
         perplexity, _ = expected(folder, iterations=plan.iterations, reuse=option["reuse"])
         assert row["generative_perplexity"] == pytest.approx(perplexity) and row["iterations"] == plan.iterations
-        scores[option["reuse"], option["budget"], option["allocation"]] = row["generative_perplexity"]
+        measured = (row["generative_perplexity"], row["generative_perplexity_standard_error"])
+        scores[option["reuse"], option["budget"], option["allocation"]] = measured
     cells = {key[:2] for key in scores}
     assert len(scores) == 4 * len(ALLOCATIONS)
     for value in found["comparison"]:
         name = value["allocation"]
-        assert value["mean_generative_perplexity"] == pytest.approx(sum(scores[(*c, name)] for c in cells) / 4)
-        best = [min(scores[(*c, other)] for other in ALLOCATIONS) for c in cells]
-        assert value["wins"] == sum(scores[(*c, name)] == b for c, b in zip(cells, best, strict=True))
+        assert value["mean_generative_perplexity"] == pytest.approx(sum(scores[(*c, name)][0] for c in cells) / 4)
+        clear = [any(clearly_below(*scores[(*c, o)], *scores[(*c, name)]) for o in ALLOCATIONS) for c in cells]
+        assert value["unbeaten"] == clear.count(False)
     assert (tmp_path / "allocations.png").stat().st_size > 1000
 
 
@@ -115,14 +116,14 @@ def test_gammas_are_pooled_over_budgets_and_compared_with_the_checkpoints_on_new
         sweep.main([*argv, "--gamma_changed", "1.5"])
 
 
-def judged(scores: dict, entropies: dict):
+def judged(scores: dict, entropies: dict, error: float):
     """In place of `sweep`: rows with the perplexity of (seed, γ of revealed tokens) and the entropy of (budget, γ)."""
 
     def rows(model, tokenizer, judge, settings, *, seed, **unused):
         return [
             {
                 "generative_perplexity": scores[seed, s["gamma_changed"]],
-                "generative_perplexity_standard_error": None,
+                "generative_perplexity_standard_error": error,
                 "unigram_entropy": entropies.get((s["budget"], s["gamma_changed"]), 3.0),
                 "protocol": {"generative_perplexity": {"judge": "tables", "num_samples": 1}},
                 "sampling": {"options": s, "length": 8},
@@ -134,22 +135,23 @@ def judged(scores: dict, entropies: dict):
 
 
 @pytest.mark.parametrize(
-    ("on_new_texts", "entropies", "written"),
+    ("on_new_texts", "entropies", "error", "written"),
     [
-        (4.0, {}, 0.9),
-        (6.0, {}, None),  # new texts do not agree
-        (4.0, {(24, 0.9): 2.9}, 0.5),  # the best one loses entropy at one of the budgets: the next
-        (4.0, {(24, 0.9): 2.9, (12, 0.5): 2.9}, None),
+        (4.0, {}, 0.1, 0.9),
+        (4.0, {}, 0.6, None),  # within the error
+        (6.0, {}, 0.1, None),  # new texts do not agree
+        (4.0, {(24, 0.9): 2.9}, 0.1, 0.5),  # the best one loses entropy at one of the budgets: the next
+        (4.0, {(24, 0.9): 2.9, (12, 0.5): 2.9}, 0.1, None),
     ],
 )
 def test_the_best_gammas_are_written_if_new_texts_agree_and_generate_uses_them(
-    folder, tmp_path, monkeypatch, on_new_texts, entropies, written
+    folder, tmp_path, monkeypatch, on_new_texts, entropies, error, written
 ):
     shutil.copytree(folder / "fp", tmp_path / "fp")
     config_file = tmp_path / "fp" / "generation_config.json"
     before = json.loads(config_file.read_text())
     scores = {(0, 0.2): 5.0, (0, 0.5): 4.5, (0, 0.9): 4.0, (1, 0.2): 5.0, (1, 0.5): 4.5, (1, 0.9): on_new_texts}
-    monkeypatch.setattr(sweep, "sweep", judged(scores, entropies))
+    monkeypatch.setattr(sweep, "sweep", judged(scores, entropies, error))
     argv = ["gammas", "--model", str(tmp_path / "fp"), "--budgets", "12", "24", "--gamma_masked", "0.75:0.9"]
     argv += ["--gamma_changed", "0.2", "0.5", "0.9", *arguments(folder, tmp_path)]
     assert sweep.main(argv)["better"] == (written is not None)

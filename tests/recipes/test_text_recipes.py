@@ -2,20 +2,14 @@
 """Text on its way into recipes: prompts with blanks, and where training text comes from."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import BertTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+import sample
 from fpmgm.data import train_tokenizer
 from tests.testing_utils import tiny_model
-
-
-sys.path.append(str(Path(__file__).parents[2] / "recipes"))
-
-import sample
 from text_data import DataArguments, load_blocks, load_tokenizer
 
 
