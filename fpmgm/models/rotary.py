@@ -38,51 +38,27 @@ def rotated(qkv: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> tup
 
     ```
     """
-    if not torch.compiler.is_compiling():
-        return _Rotated.apply(qkv, *rotary)
-    cos, sin = (table[:, None, None] for table in rotary)
-    first, second = qkv[:, :, :2].chunk(2, dim=-1)
-    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
-    query_key = torch.cat(turned, dim=-1)
-    return *query_key.permute(2, 0, 3, 1, 4), qkv[:, :, 2].transpose(1, 2)
+    query_key, value = qkv.split([2, 1], dim=2)
+    query, key = _Turned.apply(query_key, *(table[:, None, None] for table in rotary)).permute(2, 0, 3, 1, 4)
+    return query, key, value.squeeze(2).transpose(1, 2).clone()  # a view would keep all of qkv for the backward pass
 
 
-class _Rotated(torch.autograd.Function):
-    """`rotated` in few passes over memory: autograd's own steps move three times the bytes."""
+class _Turned(torch.autograd.Function):
+    """`x` (…, K), its pairs of channels turned; slopes are turned back.
+
+    Measured at width 768: as plain steps this would move 1.08 (float32) to 1.14 (bfloat16) times a step's bytes.
+    """
 
     @staticmethod
-    def forward(ctx, qkv, cos, sin):
+    def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        heads = torch.empty_like(qkv)
-        _turn(qkv[:, :, :2], cos[:, None, None], sin[:, None, None], out=heads[:, :, :2])
-        heads[:, :, 2] = qkv[:, :, 2]  # a view would keep all of qkv for the backward pass
-        return heads.permute(2, 0, 3, 1, 4).unbind()
-
-    @staticmethod
-    def backward(ctx, *slopes):
-        return _TurnedBack.apply(*ctx.saved_tensors, *slopes), None, None
-
-
-class _TurnedBack(torch.autograd.Function):
-    """The slope of qkv from those of queries, keys and values; `_Rotated` is the slope of this."""
-
-    @staticmethod
-    def forward(ctx, cos, sin, *slopes):
-        ctx.save_for_backward(cos, sin)
-        query, key, value = (slope.transpose(1, 2) for slope in slopes)  # (B, L, H, K)
-        slope = value.new_empty(*value.shape[:2], 3, *value.shape[2:])
-        for place, x in enumerate((query, key)):
-            _turn(x, cos[:, None], -sin[:, None], out=slope[:, :, place])
-        slope[:, :, 2] = value
-        return slope
+        turned = torch.mul(x, torch.cat([cos, cos], dim=-1), out=torch.empty_like(x))
+        (first, second), (turned_first, turned_second) = x.chunk(2, dim=-1), turned.chunk(2, dim=-1)
+        turned_first.addcmul_(second, sin, value=-1)
+        turned_second.addcmul_(first, sin)
+        return turned
 
     @staticmethod
     def backward(ctx, slope):
-        return None, None, *_Rotated.apply(slope, *ctx.saved_tensors)
-
-
-def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> None:
-    """Write `x` (…, K) into `out`, its pairs of channels turned."""
-    (first, second), (turned_first, turned_second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
-    torch.mul(first, cos, out=turned_first).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=turned_second).addcmul_(first, sin)
+        cos, sin = ctx.saved_tensors
+        return _Turned.apply(slope, cos, -sin), None, None

@@ -237,7 +237,7 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
-        free = function.is_view or any(name in str(function) for name in ("detach", "empty", "alias", "unsafe_view"))
+        free = function.is_view or any(name in str(function) for name in ("detach", "empty", "alias", "view", "split"))
         read = {name: value for name, value in (kwargs or {}).items() if name != "out"}
         tensors = [x for x in tree_leaves((args, read, output)) if torch.is_tensor(x)]
         self.total += 0 if free else sum(x.numel() * x.element_size() for x in tensors)
