@@ -72,7 +72,7 @@ class HiddenMarkovChain:
         return torch.stack(columns, dim=1)
 
     def messages(self, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """From p(seen | state) (N, L, S): p(state | what is seen elsewhere) (N, L, S), and log p of what is seen (N,)."""
+        """From p(seen | state) (N, L, S): p(state | what is seen elsewhere) (N, L, S), log p of what is seen (N,)."""
         before, log_p = [self.start.expand(len(seen), -1)], 0.0
         for column in seen.unbind(dim=1):  # forward
             joint = before[-1] * column
