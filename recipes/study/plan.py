@@ -88,7 +88,7 @@ def load_plan(path: str | Path) -> Plan:
     Raises:
         `ValueError`: for names that a row does not have, two rows of one name, or a start that is no earlier row.
     """
-    values = yaml.safe_load(Path(path).read_text())
+    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     known = {f.name for f in fields(Row)}
     rows: list[Row] = []
     for entry in values.pop("rows"):
