@@ -51,7 +51,7 @@ class AtomicCheckpointTrainer(Trainer):
     _staging = False
     _put_off = False  # a checkpoint, to the end of the epoch
     _random = (None, ())  # a step, and the states of the random numbers at its end
-    _logged = (None, {})  # a step, and what its end left for the next log line
+    _logged = (None, {}, 0)  # a step, what its end left for the next log line, and of operations to count
     _stopped = False  # by a rule, before the checkpoint that is resumed from
 
     def __init__(self, *args, origin: Origin | None = None, **kwargs):
@@ -191,7 +191,8 @@ class AtomicCheckpointTrainer(Trainer):
 
     def forget_steps(self) -> None:
         """Drop what earlier steps, of a run that failed in this process, left for the next log line."""
-        self._random, self._logged, self._put_off = (None, ()), (None, {}), False
+        self._random, self._logged, self._put_off = (None, ()), (None, {}, 0), False
+        self.current_flos = 0
 
     def since_log(self) -> dict[str, list[torch.Tensor]]:
         """What this rank has collected since the last log line, by name."""
@@ -217,16 +218,16 @@ class AtomicCheckpointTrainer(Trainer):
 
     def save_beside(self, folder: Path) -> None:
         """Write into a checkpoint what is needed to go on, beside what `Trainer` does. All ranks call it."""
-        step, collected = self._logged
+        step, collected, _ = self._logged
         if step != self.state.global_step:  # else the next step may have begun: a stop saves in its middle
             collected = self.since_log()
         save_file({name: torch.stack(values) for name, values in collected.items()}, self._log_file(folder))
         if self.args.should_save:
-            (folder / RUN_FILE).write_text(json.dumps(self._recorded, indent=2) + "\n", encoding="utf-8")
+            (folder / RUN_FILE).write_text(json.dumps(self._recorded, indent=2) + "\n")
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         step, at_step_end = self.state.global_step, self._random[0] != self.state.global_step
-        self._random = (step, get_random_states())
+        self._random, self._logged = (step, get_random_states()), (None, {}, 0)
         # The end of an epoch may log and evaluate once more for its last step: a checkpoint of it waits for that.
         if at_step_end and self._ends_epoch():
             self._put_off, self.control.should_save = self.control.should_save, False
@@ -234,7 +235,7 @@ class AtomicCheckpointTrainer(Trainer):
             self.control.should_save |= self._put_off
             self._put_off = False
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        self._logged = (step, self.since_log())
+        self._logged = (step, self.since_log(), self.current_flos)
 
     def _ends_epoch(self) -> bool:
         stops = self.control.should_training_stop or self.control.should_epoch_stop
@@ -246,6 +247,8 @@ class AtomicCheckpointTrainer(Trainer):
         if self.last_saved == (step, folder.resolve()):
             return
         staged = run_dir / STAGING_FOLDER / folder.name
+        if self._logged[0] == step:  # the next step may have begun
+            self.current_flos = self._logged[2]
         try:
             self._write_staged(model, trial, staged, folder)
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk in Python, torch and safetensors

@@ -99,7 +99,7 @@ class EMACallback(TrainerCallback):
                     f"an average of the trained weights is expected, {min(names ^ parameters.keys())} differs"
                 )
             self.num_updates = int(file.metadata()["num_updates"])
-            self.shadow = {name: part_from(_finite(file, name), p) for name, p in parameters.items()}
+            self.shadow = {name: part_from(_read(file, name, p), p) for name, p in parameters.items()}
 
     # --- events -------------------------------------------------------------------------------------------------
 
@@ -111,8 +111,10 @@ class EMACallback(TrainerCallback):
         self.update()
 
 
-def _finite(file, name: str) -> torch.Tensor:
-    tensor = file.get_tensor(name)
+def _read(file, name: str, parameter: nn.Parameter) -> torch.Tensor:
+    tensor, shape = file.get_tensor(name), getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 may have split it
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(shape)}")
     if not tensor.isfinite().all():
         raise ValueError(f"values that are not finite in {name}")
     return tensor

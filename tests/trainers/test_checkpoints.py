@@ -20,37 +20,11 @@ from fpmgm.trainers import last_checkpoint
 from fpmgm.trainers.lock import LOCK_FILE
 
 from . import faults
+from .same_run import contents, differences
 from .training_utils import CallOnce, RecordWeights, make_trainer, token_rows, training_model
 
 
 EVERY_TWO = {"save_strategy": "steps", "save_steps": 2}
-
-
-def contents(folder: Path) -> dict:
-    """Everything that a resumed run goes on from, but for the clock."""
-    state = json.loads((folder / "trainer_state.json").read_text())
-    clocks = ("tokens_per_second", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
-    lines = [{name: x for name, x in line.items() if name not in clocks} for line in state["log_history"]]
-    pickled = {path.stem: torch.load(path, weights_only=False) for path in folder.glob("*.pt*")}
-    tensors = {name: load_file(folder / f"{name}.safetensors") for name in ("model", "ema")}
-    assert {"optimizer", "scheduler"} < pickled.keys() and len(pickled["optimizer"]["state"]) > 20
-    return {"step": state["global_step"], "lines": lines, **tensors, **pickled}
-
-
-def differences(actual, expected, where: str = "") -> list[str]:
-    """Paths at which two nests of dicts and sequences differ in any bit."""
-    if type(actual) is not type(expected):
-        return [where]
-    if isinstance(actual, torch.Tensor):
-        return [] if torch.equal(actual, expected) else [where]
-    if isinstance(actual, dict) and actual.keys() == expected.keys():
-        return [d for key in actual for d in differences(actual[key], expected[key], f"{where}/{key}")]
-    if isinstance(actual, list | tuple) and len(actual) == len(expected):
-        pairs = enumerate(zip(actual, expected, strict=True))
-        return [d for i, (a, e) in pairs for d in differences(a, e, f"{where}/{i}")]
-    if hasattr(actual, "tobytes"):
-        return [] if actual.tobytes() == expected.tobytes() else [where]
-    return [] if actual == expected else [where]
 
 
 def listing(folder: Path) -> dict[str, bytes]:

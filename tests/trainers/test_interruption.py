@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run carries from step to step beside its weights: it resumes with all of it, its history included."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from fpmgm.trainers import ConsistencyConfig, ConsistencyTrainer, ImageTokenizerTrainer
+
+from .same_run import contents, differences
+from .test_image_tokenizer_trainer import tokenizer_trainer
+from .training_utils import CallOnce, make_trainer, token_rows, training_model
+
+
+class PlannedTrainer(ConsistencyTrainer):
+    """Its evaluations give planned perplexities by step, and the first a number of its own each time."""
+
+    planned, before = {}, [100.0]
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics[f"{metric_key_prefix}_perplexity"] = self.planned[self.state.global_step]
+        return output
+
+
+SAVED = {"save_strategy": "steps", "logging_steps": 3, "eval_dataset": token_rows(4, seed=1)}
+BEST = {"load_best_model_at_end": True, "metric_for_best_model": "perplexity", "greater_is_better": False}
+
+
+def consistency(folder, planned=None, **options):
+    options = {"eval_steps": 1, "ema_decay": 0.5, **SAVED, **options}
+    kind = ConsistencyTrainer if planned is None else PlannedTrainer
+    trainer = make_trainer(folder, training_model(dropout=0.1), kind, ConsistencyConfig, **options)
+    trainer.planned = planned
+    return trainer
+
+
+def text(folder, **options):
+    return make_trainer(folder, training_model(dropout=0.1), ema_decay=0.5, **{**SAVED, **options})
+
+
+def early(folder, planned, **options):
+    patient = [EarlyStoppingCallback(early_stopping_patience=2)]
+    rule = {"stop_at_perplexity_increase": None, "callbacks": patient, **BEST}
+    return consistency(folder, planned, **{**rule, **options})
+
+
+class Noisy(list):
+    """Rows that draw a random number each time, as augmentations do."""
+
+    def __getitem__(self, index):
+        torch.rand(())
+        return super().__getitem__(index)
+
+
+def pictures(folder, **options):
+    trainer = tokenizer_trainer(folder, **options)
+    trainer.eval_dataset = Noisy(trainer.eval_dataset)
+    return trainer
+
+
+def resumed(make, folder: Path, step: int, **options) -> tuple[dict, dict, object]:
+    """What the uninterrupted run's last checkpoint holds, what that of a run from its checkpoint `step` holds, and
+    the trainer of the latter."""
+    straight = make(folder / "straight", **options)
+    straight.train()
+    last = straight.last_saved[1].name
+    shutil.copytree(folder / f"straight/checkpoint-{step}", folder / f"again/checkpoint-{step}")
+    best = f"checkpoint-{straight.state.best_global_step}"
+    if (folder / "straight" / best).is_dir() and not (folder / "again" / best).exists():
+        shutil.copytree(folder / "straight" / best, folder / "again" / best)
+    again = make(folder / "again", **options)
+    again.train(resume_from_checkpoint=str(folder / f"again/checkpoint-{step}"))
+    return contents(folder / "straight" / last), contents(folder / "again" / last), again
+
+
+PLANS = {
+    "consistency": (consistency, {"max_steps": 6, "save_steps": 2}, 2),
+    "its rule": (consistency, {"max_steps": 9, "save_steps": 2, "planned": {0: 9, 1: 8, 2: 9, 3: 10, 4: 99}}, 2),
+    "early stopping": (early, {"max_steps": 9, "save_steps": 1, "planned": {0: 1, 1: 5, 2: 4, 3: 6, 4: 6, 5: 1}}, 3),
+    "lower rates on a plateau": (
+        text,
+        {
+            "max_steps": 8, "save_steps": 4, "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps",
+            "eval_steps": 1, "lr_scheduler_kwargs": {"patience": 1, "threshold": 10.0}, **BEST,
+        },
+        4,
+    ),
+    "epochs": (
+        text,
+        {
+            "max_steps": 18, "save_steps": 6, "eval_strategy": "epoch", "logging_strategy": "epoch",
+            "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2,
+        },
+        12,
+    ),
+    "means": (text, {"max_steps": 9, "save_steps": 5, "gradient_accumulation_steps": 2}, 5),
+    "image tokenizer": (
+        pictures,
+        {
+            "max_steps": 8, "save_steps": 3, "save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 3,
+            "mirror": True, "restart_every": 2,
+        },
+        3,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "options", "step"), PLANS.values(), ids=PLANS)
+def test_what_trainers_carry_on_survives_an_interruption(tmp_path, make, options, step):
+    straight, again, _ = resumed(make, tmp_path, step, **options)
+    assert straight["state"]["global_step"] > step and len(straight["lines"]) > 2
+    assert differences(again, straight) == []
+
+
+def test_each_plan_holds_what_it_is_to_show(tmp_path):
+    make, options, _ = PLANS["its rule"]
+    trainer = make(tmp_path / "rule", **options)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    make, options, _ = PLANS["early stopping"]
+    trainer = make(tmp_path / "early", **options)
+    trainer.train()
+    assert (trainer.state.global_step, trainer.state.best_global_step) == (4, 2)
+    make, options, _ = PLANS["lower rates on a plateau"]
+    trainer = make(tmp_path / "plateau", **options)
+    trainer.train()
+    rates = [line["learning_rate"] for line in trainer.state.log_history if "learning_rate" in line]
+    assert rates[0] > rates[-1]
+
+
+def test_a_run_that_a_rule_has_stopped_stays_stopped_unless_options_change(tmp_path):
+    planned = {0: 9, 1: 99, 2: 1, 3: 1}
+    consistency(tmp_path, planned, save_steps=9, max_steps=9).train()
+    again = consistency(tmp_path, planned, save_steps=9, max_steps=9)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 1
+    on = consistency(tmp_path, planned, save_steps=9, max_steps=3, stop_at_perplexity_increase=None)
+    on.train(resume_from_checkpoint=True)
+    assert on.state.global_step == 3
+
+
+class Signal(TrainerCallback):
+    """SIGTERM before the end of step `step`."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("step", [4, 6], ids=["within an epoch", "at its end"])
+def test_a_signal_saves_a_step_from_which_the_same_run_goes_on(tmp_path, step):
+    options = {"max_steps": 8, "save_steps": 8, "eval_strategy": "steps", "eval_steps": 2}
+
+    def trainer(folder, **more):
+        made = text(folder, **options, **more)
+        made.train(resume_from_checkpoint=(folder / f"checkpoint-{step}").is_dir())
+        return made
+
+    trainer(tmp_path / "straight")
+    handler = signal.getsignal(signal.SIGTERM)
+    made = text(tmp_path / "cut", **options, enable_jit_checkpoint=True, callbacks=[Signal(step)])
+    manager = next(c.jit_manager for c in made.callback_handler.callbacks if hasattr(c, "jit_manager"))
+    manager._sigterm_handler = None
+    signal.signal(signal.SIGTERM, lambda *args: manager._enable_checkpoint())  # without three seconds of waiting
+    made.train()
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert made.state.global_step == step and [path.name for path in (tmp_path / "cut").iterdir()] == [
+        f"checkpoint-{step}"
+    ]
+    trainer(tmp_path / "cut", enable_jit_checkpoint=False)
+    straight, cut = (contents(tmp_path / name / "checkpoint-8") for name in ("straight", "cut"))
+    assert differences(cut, straight) == []
+
+
+def test_a_stop_at_a_bad_loss_does_not_change_the_next_line_of_the_log(tmp_path):
+    def poison(model):
+        model.final_norm.register_forward_hook(lambda module, args, output: output * float("nan"))
+
+    options = {"max_steps": 6, "save_steps": 6}
+    text(tmp_path / "straight", **options).train()
+    with pytest.raises(FloatingPointError, match="Step 4 is saved"):
+        text(tmp_path / "cut", **options, callbacks=[CallOnce(5, poison)]).train()
+    text(tmp_path / "cut", **options).train(resume_from_checkpoint=True)
+    straight, cut = (contents(tmp_path / name / "checkpoint-6") for name in ("straight", "cut"))
+    assert differences(cut, straight) == []
+
+
+def test_a_trainer_that_failed_goes_on_in_its_process_without_what_failed(tmp_path):
+    straight = text(tmp_path / "straight", max_steps=6, save_steps=2, logging_steps=4)
+    straight.train()
+
+    class Fail(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                trainer.remove_callback(Fail)
+                raise RuntimeError("cut off")
+
+    trainer = text(tmp_path / "cut", max_steps=6, save_steps=2, logging_steps=4, callbacks=[Fail()])
+    with pytest.raises(RuntimeError, match="cut off"):
+        trainer.train()
+    trainer.train(resume_from_checkpoint=True)
+    expected, cut = (contents(tmp_path / name / "checkpoint-6") for name in ("straight", "cut"))
+    assert differences(cut, expected) == []
+    assert isinstance(trainer, type(straight)) and not isinstance(trainer, ImageTokenizerTrainer)
+    assert torch.isfinite(torch.tensor(trainer.state.log_history[-1]["train_loss"]))
