@@ -70,7 +70,6 @@ def no_waiting() -> Iterator[None]:
         {"reuse": "none"},
         {"reuse": "full"},
         {"reuse": "3sr"},
-        {"reuse": "3sr", "skip_idle_steps": True},
         {"remask": 0.3, "final": "argmax"},
         {"temperature": 0.5, "top_k": 3, "top_p": 0.9},
         {"temperature": 0},

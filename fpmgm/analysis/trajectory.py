@@ -23,7 +23,6 @@ NOTHING_REUSED = {
     "gamma_masked": [0.0, 0.0],
     "gamma_changed": 0.0,
     "gamma_remasked": 0.0,
-    "skip_idle_steps": False,
 }
 
 

@@ -19,6 +19,7 @@ from .cka import explicit_layers, layer_similarity, strongest_boundary
 
 STACKS = {"pre": "pre_layers", "fixed_point": "fixed_point.layers", "post": "post_layers"}
 PAPER_MAP = {"pre": [1], "fixed_point": [6], "post": [12]}
+INJECTION_NOISE = 1e-3  # standard deviation of what is added to the injection's weights for u
 
 
 def convert_to_fixed_point(
@@ -28,7 +29,6 @@ def convert_to_fixed_point(
     batches: Iterable[torch.Tensor] | None = None,
     initialize: bool = True,
     input_injection: str = "diagonal",
-    injection_noise: float = 1e-3,
     **overrides: Any,
 ) -> nn.Module:
     """A fixed-point student of an explicit model.
@@ -44,8 +44,6 @@ def convert_to_fixed_point(
         input_injection (`str`, defaults to `"diagonal"`): How the shared stack sees its input. `"diagonal"` starts as
             z = h/2 + u/2 and stays a contraction. `"mlp"` (the paper's) and `"linear"` start as z = h, so that F is
             the layer itself, which need not have a fixed point: reuse may then carry a growing state.
-        injection_noise (`float`, defaults to 1e-3): Standard deviation of what is added to the weights for u of an
-            injection that starts as z = h: at 0 they would pass no gradient to the pre-stack.
         overrides: Fields of the student's configuration.
 
     Returns:
@@ -79,7 +77,7 @@ def convert_to_fixed_point(
     student.generation_config = copy.deepcopy(model.generation_config)
     if initialize:
         copy_weights(model, student, layer_map)
-        add_noise(student, injection_noise)
+        add_noise(student)
     return student.to(model.device, model.dtype).eval()
 
 
@@ -147,12 +145,13 @@ def copy_weights(teacher: nn.Module, student: nn.Module, layer_map: dict[str, li
 
 
 @torch.no_grad()
-def add_noise(student: nn.Module, deviation: float) -> None:
-    """Add normal noise to the injection's weights for u, the same at every call."""
+def add_noise(student: nn.Module) -> None:
+    """Add normal noise to the injection's weights for u, the same at every call: at 0, where an injection starts as
+    z = h, they would pass no gradient to the pre-stack."""
     projection = getattr(student.fixed_point.injection, "input_proj", None)
     if projection is not None:
         noise = torch.randn(projection.weight.shape, generator=stream_generator("injection noise"))
-        projection.weight.add_(deviation * noise)
+        projection.weight.add_(INJECTION_NOISE * noise)
 
 
 def check_layer_map(layer_map: dict[str, list[int]], depth: int) -> None:

@@ -15,7 +15,8 @@ from .reuse import REUSES
 
 FINALS = ("sample", "argmax", "none")
 GAMMAS = ("gamma_unchanged", "gamma_masked", "gamma_changed", "gamma_remasked")
-TUNABLE = ("num_steps", "allocation", "reuse", *GAMMAS, "tolerance", "carry_over", "solver", "skip_idle_steps")
+TUNABLE = ("num_steps", "allocation", "reuse", *GAMMAS, "tolerance", "solver")
+RETIRED = ("carry_over", "skip_idle_steps")  # in files of earlier versions, where they are off
 MISPLACED = {
     "max_length": "use `length`: a masked model writes a sequence of fixed length",
     "max_new_tokens": "use `length`: a masked model writes a sequence of fixed length",
@@ -43,11 +44,7 @@ class MGMGenerationConfig(GenerationConfig):
         gamma_remasked (`float`, defaults to 0.2): Share reused at tokens that were masked again or rewritten (3sr).
         tolerance (`float`, *optional*): A sequence's solve stops when its relative residual is at most this. `None`:
             every planned iteration is taken.
-        carry_over (`bool`, defaults to `False`): Give iterations that `tolerance` saved to the sequence's later steps.
         solver (`str`, defaults to `"picard"`): `"picard"` or `"anderson"`; an iteration of either costs the same.
-        skip_idle_steps (`bool`, defaults to `False`): With reuse, also skip steps that reveal nothing in a sequence.
-            That is another procedure than the plain one: the solution is refined less often. Without reuse such steps
-            are always skipped, which changes nothing. What is not spent shows in `block_evaluations`.
         tuned_plans (`dict[str, dict]`, defaults to `{}`): For a budget, as text, the values that were tuned for it, of
             the names above but `budget` and `iterations` (`recipes/tune_sampling.py` finds them). A call with that
             budget uses them all, unless it sets one of them itself: then it uses none.
@@ -93,9 +90,7 @@ class MGMGenerationConfig(GenerationConfig):
         self.gamma_changed: float = kwargs.pop("gamma_changed", 0.2)
         self.gamma_remasked: float = kwargs.pop("gamma_remasked", 0.2)
         self.tolerance: float | None = kwargs.pop("tolerance", None)
-        self.carry_over: bool = kwargs.pop("carry_over", False)
         self.solver: str = kwargs.pop("solver", "picard")
-        self.skip_idle_steps: bool = kwargs.pop("skip_idle_steps", False)
         tuned = kwargs.pop("tuned_plans", {})
         self.tuned_plans: dict[str, dict] = {str(budget): plan for budget, plan in tuned.items()}
 
@@ -118,6 +113,7 @@ class MGMGenerationConfig(GenerationConfig):
         self.transformers_version: str | None = kwargs.pop("transformers_version", None)
         for name in ("_commit_hash", "_from_model_config", "_original_object_hash"):  # set by the hub's loader
             setattr(self, name, kwargs.pop(name, None))
+        kwargs = {name: value for name, value in kwargs.items() if value or name not in RETIRED}
         if kwargs:
             raise ValueError(unknown_arguments(kwargs, self))
         self.validate()
@@ -179,8 +175,6 @@ def _check_computation(config: MGMGenerationConfig) -> None:
         raise ValueError(f"`gamma_masked`={config.gamma_masked} must be two values in [0, 1].")
     if config.tolerance is not None and not config.tolerance >= 0:
         raise ValueError(f"`tolerance`={config.tolerance} must be at least 0; `None` takes every iteration.")
-    if config.carry_over and config.tolerance is None:
-        raise ValueError("`carry_over`=True has nothing to carry without `tolerance`: give one, such as 0.02.")
 
 
 def _check_tuned_plan(budget: str, plan: dict[str, Any]) -> None:

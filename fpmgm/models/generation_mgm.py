@@ -17,7 +17,7 @@ from .budget import BudgetPlan, check_whole, explicit_plan, plan_budget
 from .generation_config_mgm import MGMGenerationConfig
 from .guidance import check_classes, class_rows, guidance_scales, guided_logits
 from .ledger import GenerationStep, Ledger, MGMGenerationOutput
-from .reuse import REUSE_STATES, Solution, reuse_states, reuse_weights, updated_solution, visible_fraction
+from .reuse import REUSE_STATES, Solution, reuse_states, reuse_weights, visible_fraction
 from .reveal import TEXT_ORDERS, RevealTask
 from .sampling import time_grid
 from .transfer import to_device
@@ -125,7 +125,7 @@ class MGMGenerationMixin:
         for step in logging.tqdm(range(plan.num_steps), desc="denoising", disable=not config.progress_bar):
             # 1. the positions whose logits the step needs; where there are none, and nothing is reused, it is idle
             positions = rule.candidates(step, tokens)
-            if len(positions) == 0 and (not reusing or config.skip_idle_steps):
+            if len(positions) == 0 and not reusing:
                 tokens, _ = rule.write(step, tokens, positions, None)
                 ledger.skip()
                 continue
@@ -148,11 +148,7 @@ class MGMGenerationMixin:
             tokens, revealed = rule.write(step, tokens, positions, logits)
             # 4. what the next step and the caller see
             if reusing:
-                busy = None
-                if config.skip_idle_steps:  # a sequence that revealed nothing keeps its solution
-                    busy = torch.bincount(positions // tokens.shape[1], minlength=batch_size) > 0
-                    busy = to_device(busy.repeat(copies), tokens.device)
-                solution = updated_solution(solution, Solution(rows, state, busy))
+                solution = Solution(rows, state)
             ledger.add(residuals, logits)
             if callback is not None:
                 state = None if state is None else state[:batch_size]
@@ -197,7 +193,7 @@ class MGMGenerationMixin:
         states = reuse_states(*ids, mask)
         of_tokens = states[:, : rows.shape[1]]
         ledger.reused.append(torch.stack([(of_tokens == i).float().mean() for i in range(len(REUSE_STATES))]))
-        weights = reuse_weights(
+        return reuse_weights(
             states,
             visible_fraction(rows, mask, attention_mask),
             config.reuse,
@@ -206,7 +202,6 @@ class MGMGenerationMixin:
             config.gamma_changed,
             config.gamma_remasked,
         )
-        return weights if solution.rows is None else weights * solution.rows[:, None]
 
     def _plan(self, config: MGMGenerationConfig) -> BudgetPlan:
         if config.iterations is not None:

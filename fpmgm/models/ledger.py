@@ -86,15 +86,14 @@ class Ledger:
         self.plan, self.config, self.batch_size, self.rows = plan, config, batch_size, rows
         self.explicit = model_config.num_pre_layers + model_config.num_post_layers
         self.shared = model_config.num_fixed_point_layers
-        self.saved: torch.Tensor | int = 0  # iterations that each row may take on top of its plan
         self.residuals: list[torch.Tensor | None] = []  # per step (N, R), None where no iteration was taken
         self.ran: list[bool] = []
         self.reused: list[torch.Tensor | None] = []
         self.finite: torch.Tensor | None = None
 
-    def iterations(self, step: int) -> int | torch.Tensor | None:
-        """The most iterations of this step, for all or for each row; `None` without fixed-point layers."""
-        return self.plan.iterations[step] + self.saved if self.shared else None
+    def iterations(self, step: int) -> int | None:
+        """The most iterations of this step; `None` without fixed-point layers."""
+        return self.plan.iterations[step] if self.shared else None
 
     def skip(self) -> None:
         """Book a step that did not run."""
@@ -104,13 +103,10 @@ class Ledger:
 
     def add(self, residuals: torch.Tensor | None, logits: torch.Tensor) -> None:
         """Book a step: its residuals (N, R), NaN where a row had stopped, and whether its logits are numbers."""
-        allowed = self.iterations(len(self.ran))
         self.ran.append(True)
         self.residuals.append(residuals)
         if len(self.reused) < len(self.ran):
             self.reused.append(None)
-        if self.config.carry_over and residuals is not None:
-            self.saved = allowed - (~residuals.isnan()).sum(dim=0)
         finite = logits.isfinite().all()
         self.finite = finite if self.finite is None else self.finite & finite
 

@@ -17,24 +17,10 @@ REUSE_STATES = ("changed", "unchanged", "masked", "remasked")  # what happened t
 
 
 class Solution(NamedTuple):
-    """A step's fixed point: `state` (B, L, D), solved for the tokens `input_ids` (B, L); `rows` (B,) bool says which
-    sequences have one yet (`None`: all)."""
+    """A step's fixed point: `state` (B, L, D), solved for the tokens `input_ids` (B, L)."""
 
     input_ids: torch.Tensor
     state: torch.Tensor
-    rows: torch.Tensor | None = None
-
-
-def updated_solution(old: Solution | None, new: Solution) -> Solution:
-    """`new` in the sequences of `new.rows`, `old` in the others."""
-    if old is None or new.rows is None:
-        return new
-    busy = new.rows[:, None]
-    return Solution(
-        torch.where(busy, new.input_ids, old.input_ids),
-        torch.where(busy[:, :, None], new.state, old.state),
-        None if old.rows is None else old.rows | new.rows,
-    )
 
 
 def reuse_states(previous_ids: torch.Tensor, input_ids: torch.Tensor, mask_token_id: int) -> torch.Tensor:

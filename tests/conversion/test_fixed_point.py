@@ -105,10 +105,11 @@ def composed(teacher, numbers: list[int], tokens: torch.Tensor, t: torch.Tensor)
 
 @pytest.mark.parametrize("injection", ["mlp", "linear"])
 @pytest.mark.parametrize("iterations", [1, 4])
-def test_the_student_iterates_the_chosen_layers(injection, iterations):
+def test_the_student_iterates_the_chosen_layers(injection, iterations, monkeypatch):
+    monkeypatch.setattr("fpmgm.conversion.fixed_point.INJECTION_NOISE", 0)
     teacher, t = teacher_model(3, time_conditioning=True), torch.tensor([0.1, 0.5, 1.0])
     layer_map = {"pre": [1, 2], "fixed_point": [6, 4], "post": [7]}
-    student = convert_to_fixed_point(teacher, layer_map, injection_noise=0, input_injection=injection)
+    student = convert_to_fixed_point(teacher, layer_map, input_injection=injection)
     expected = composed(teacher, [1, 2, *[6, 4] * iterations, 7], ids(), t)
     with torch.no_grad():
         logits = student(ids(), timesteps=t, num_iterations=iterations).logits
@@ -119,16 +120,17 @@ def test_the_student_iterates_the_chosen_layers(injection, iterations):
 
 def test_an_identity_map_of_few_layers_is_the_teacher_itself():
     teacher = tiny_model(0, 0.1, num_pre_layers=3, num_fixed_point_layers=0, num_post_layers=0).double()
-    student = convert_to_fixed_point(teacher, {"pre": [1], "fixed_point": [2], "post": [3]}, injection_noise=0)
+    student = convert_to_fixed_point(teacher, {"pre": [1], "fixed_point": [2], "post": [3]})
     with torch.no_grad():
         found, expected = student(ids(), num_iterations=1).logits, teacher(ids()).logits
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_noise_lies_on_the_weights_of_u_alone_and_lets_the_pre_stack_learn():
+def test_noise_lies_on_the_weights_of_u_alone_and_lets_the_pre_stack_learn(monkeypatch):
     teacher, layer_map = teacher_model(hidden_size=64), {"pre": [1], "fixed_point": [6], "post": [7]}
     noisy, again = (convert_to_fixed_point(teacher, layer_map, input_injection="mlp") for _ in range(2))
-    silent = convert_to_fixed_point(teacher, layer_map, input_injection="mlp", injection_noise=0)
+    monkeypatch.setattr("fpmgm.conversion.fixed_point.INJECTION_NOISE", 0)
+    silent = convert_to_fixed_point(teacher, layer_map, input_injection="mlp")
     changed = {name for name, p in noisy.named_parameters() if not torch.equal(p, silent.get_parameter(name))}
     name = "fixed_point.injection.input_proj.weight"
     assert changed == {name}

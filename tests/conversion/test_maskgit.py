@@ -119,7 +119,7 @@ def test_the_arguments_are_read_from_the_weights(tmp_path):
 def test_a_loaded_model_converts_to_a_fixed_point(tmp_path):
     save_file(original_state(depth=4), tmp_path / "w.safetensors")
     teacher = load_halton_maskgit(tmp_path / "w.safetensors", {"heads": 2})
-    student = convert_to_fixed_point(teacher, {"pre": [1], "fixed_point": [3], "post": [4]}, injection_noise=0.0)
+    student = convert_to_fixed_point(teacher, {"pre": [1], "fixed_point": [3], "post": [4]})
     layers, codes = teacher.pre_layers, torch.randint(CODES + 1, (2, SIDE**2))
     with torch.no_grad():
         once = student(codes, num_iterations=1).logits

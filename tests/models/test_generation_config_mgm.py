@@ -109,9 +109,7 @@ EFFECTIVE_VALUES = {
     "gamma_changed": 0.9,
     "gamma_remasked": 0.9,
     "tolerance": 0.1,
-    "carry_over": True,
     "solver": "anderson",
-    "skip_idle_steps": True,
     "tuned_plans": {"24": {"num_steps": 3, "reuse": "none"}},
     "remask": 0.5,
     "order": "confidence",
@@ -120,7 +118,7 @@ EFFECTIVE_VALUES = {
     "top_p": 0.5,
 }
 # What a parameter needs beside it to have anything to act on.
-NEEDED = {"gamma_remasked": {"remask": 0.5}, "carry_over": {"tolerance": 0.03}, "skip_idle_steps": {"num_steps": 8}}
+NEEDED = {"gamma_remasked": {"remask": 0.5}}
 # Tested by name above or (guidance) with images, or (progress_bar, token ids) without influence on the tokens.
 OTHER_FIELDS = {"final", "guidance_scale", "guidance_schedule", "progress_bar", "return_dict_in_generate"} | {
     f"{kind}_token_id" for kind in ("bos", "eos", "pad")

@@ -3,6 +3,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from importlib.metadata import version
 from inspect import signature
 from itertools import groupby
 from math import isfinite
@@ -20,7 +21,6 @@ from lm_eval.utils import simple_parse_args_string
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ... import __version__
 from ...models.budget import check_whole
 from ...models.noise import stream_generator
 from ...models.text_input import boundary_ids, encode_text
@@ -169,7 +169,7 @@ class MGMLM(TemplateLM):
             "protocol_description": self.protocol.description,
             "truncated_requests": self.truncated,  # of this process
             "model_num_parameters": self.model.num_parameters(),
-            "fpmgm_version": __version__,
+            "fpmgm_version": version("fpmgm"),
         }
 
     def _procedure(self) -> dict[str, Any]:
