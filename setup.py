@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fpmgm/__init__.py").read_text()).group(1)
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fpmgm/__init__.py").read_text(encoding="utf-8")).group(1)
 
 EXTRAS = {
     "train": ["accelerate>=1.10", "datasets>=4.0", "peft>=0.18"],
@@ -39,7 +39,7 @@ setup(
     name="fpmgm",
     version=VERSION,
     description="Fixed-point masked generative models for Hugging Face: train, convert, sample under a budget",
-    long_description=(ROOT / "README.md").read_text(),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="The fpmgm authors",
     license="Apache-2.0",

@@ -59,7 +59,7 @@ def main() -> None:
             for d in flips
         ]
     result["rows"] = rows
-    Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
+    Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
 
 

@@ -92,10 +92,10 @@ def make_codes(args: argparse.Namespace) -> dict:
         metrics = train_vq.main([*argv, "--output_dir", str(folder)])
         kept = ("eval_psnr", "eval_codebook_usage", "eval_codebook_perplexity")
         run = {"command": command(train_vq, argv, args), "commit": commit(), **{name: metrics[name] for name in kept}}
-        done.write_text(json.dumps(run))
+        done.write_text(json.dumps(run), encoding="utf-8")
     options = ["--tokenizer", str(folder), "--augment", "flip", "--output_dir", str(codes), "--device", "cpu"]
     prepare_images.main([*source, *options])
-    return json.loads(done.read_text())
+    return json.loads(done.read_text(encoding="utf-8"))
 
 
 def train(name: str, args: argparse.Namespace) -> dict:
@@ -109,7 +109,9 @@ def train(name: str, args: argparse.Namespace) -> dict:
     done = folder / "run.json"
     if not done.is_file():
         metrics = recipe.main(argv)
-        state = json.loads((sorted(folder.glob("checkpoint-*"))[-1] / "trainer_state.json").read_text())
+        state = json.loads(
+            (sorted(folder.glob("checkpoint-*"))[-1] / "trainer_state.json").read_text(encoding="utf-8")
+        )
         model = AutoModel.from_pretrained(folder)
         run = {
             "command": command(recipe, argv, args),
@@ -120,8 +122,8 @@ def train(name: str, args: argparse.Namespace) -> dict:
             "masked_accuracy": masked_accuracy(model, load_codes(folder_of("codes", args))[0]["validation"]),
             "parameters": model.num_parameters(),
         }
-        done.write_text(json.dumps(run))
-    return json.loads(done.read_text())
+        done.write_text(json.dumps(run), encoding="utf-8")
+    return json.loads(done.read_text(encoding="utf-8"))
 
 
 def command(recipe, argv: list[str], args: argparse.Namespace) -> str:
@@ -214,11 +216,11 @@ def sample(name: str, reuse: str, budget: int, args: argparse.Namespace) -> tupl
     """(N, L) codes, the classes in turn, and what they cost."""
     protocol = {key: getattr(args, key) for key in ("num_samples", "guidance_scale", "seed")}
     path = Path(args.work_dir) / "samples" / f"{folder_of(name, args).name}_{reuse}_{budget}.json"
-    found = json.loads(path.read_text()) if path.is_file() else {}
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if found.get("protocol") != protocol:
         found = {"protocol": protocol, **generate(name, reuse, budget, args)}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found))
+        path.write_text(json.dumps(found), encoding="utf-8")
     return torch.tensor(found["codes"]), found["row"]
 
 
@@ -359,8 +361,8 @@ def main() -> None:
     result |= found
     path = Path(args.output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(result) + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(markdown(result) + "\n", encoding="utf-8")
     draw(sets, args, path.with_suffix(".png"))
     print(markdown(result))
 

@@ -72,7 +72,7 @@ def earlier(path: Path, arguments: dict) -> dict | None:
     """What an earlier run left in `path`; a `ValueError` if it was another one."""
     if not path.is_file():
         return None
-    result = json.loads(path.read_text())
+    result = json.loads(path.read_text(encoding="utf-8"))
     if result["arguments"] != arguments:
         raise ValueError(f"`output`={str(path)!r} is of a run with {result['arguments']}: give another file.")
     return result
@@ -235,8 +235,8 @@ def main() -> None:
                 result["rows"].append(run(injection, rate, seed, args, data, folder))
                 result["rows"].sort(key=order)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(result, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(result) + "\n")
+                path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(markdown(result) + "\n", encoding="utf-8")
     draw(result, path.with_suffix(".png"))
     print(markdown(result))
 

@@ -212,8 +212,8 @@ def main() -> None:
         "rows": [measure(args, model, protocol) for protocol in tqdm(args.protocols)],
     }
     path = Path(args.output)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(result) + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(markdown(result) + "\n", encoding="utf-8")
     print(markdown(result))
 
 

@@ -90,7 +90,9 @@ def train(name: str, args: argparse.Namespace) -> dict:
     done = folder / "run.json"
     if not done.is_file():
         metrics = recipe.main([*argv, *data])
-        state = json.loads((sorted(folder.glob("checkpoint-*"))[-1] / "trainer_state.json").read_text())
+        state = json.loads(
+            (sorted(folder.glob("checkpoint-*"))[-1] / "trainer_state.json").read_text(encoding="utf-8")
+        )
         command = " ".join(["python", f"recipes/{recipe.__name__}.py", *argv]).replace(
             str(Path(args.work_dir)), "WORK"
         )
@@ -102,9 +104,10 @@ def train(name: str, args: argparse.Namespace) -> dict:
                 "perplexity_before": metrics.get("before_perplexity"),
                 "perplexity": metrics["eval_perplexity"],
                 "parameters": int(transformers.AutoModel.from_pretrained(folder).num_parameters()),
-            })
+            }),
+            encoding="utf-8",
         )  # fmt: skip
-    return json.loads(done.read_text())
+    return json.loads(done.read_text(encoding="utf-8"))
 
 
 def sample(name: str, judge, args: argparse.Namespace) -> list[dict]:
@@ -176,8 +179,8 @@ def main() -> None:
         run["samples"] = sample(name, judge, args)
     path = Path(args.output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(result) + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(markdown(result) + "\n", encoding="utf-8")
     print(markdown(result))
 
 

@@ -83,8 +83,8 @@ def main() -> None:
     arguments = {name: value for name, value in asdict(args).items() if name not in paths}
     result = {"provenance": provenance(device), "arguments": arguments, "model": Path(args.model).name, "rows": rows}
     path = Path(args.output)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    path.with_suffix(".md").write_text(table(rows, args.budgets) + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(table(rows, args.budgets) + "\n", encoding="utf-8")
     print(table(rows, args.budgets))
 
 

@@ -433,13 +433,13 @@ def main() -> None:
     if "time" in args.measure:
         result |= measure(args)
         result["ratios"] = ratios(result["rows"])
-        path.with_suffix(".md").write_text(markdown(result) + "\n")
+        path.with_suffix(".md").write_text(markdown(result) + "\n", encoding="utf-8")
         draw(result, path.with_suffix(".png"))
         print(markdown(result))
     if "memory" in args.measure:
         result["peak_memory"] = peak_memory(args)
         print(*result["peak_memory"], sep="\n")
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -173,8 +173,8 @@ def main() -> None:
         "rows": rows,
         "broken": broken(rows),
     }
-    Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
-    Path(args.output).with_suffix(".md").write_text(table(result))
+    Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    Path(args.output).with_suffix(".md").write_text(table(result), encoding="utf-8")
     print(table(result))
     if result["broken"]:
         raise SystemExit("a measure does not order the texts as it must: " + "; ".join(result["broken"]))

@@ -408,8 +408,8 @@ def main() -> None:
     result["ratios"] = ratios(result)
     path = Path(args.output or f"benchmarks/results/training_cost_{args.device}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(result) + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(markdown(result) + "\n", encoding="utf-8")
     if "rows" in result:
         draw(result, path.with_suffix(".png"))
     print(markdown(result))

@@ -304,7 +304,7 @@ class FPMaskGITPipeline:
                 shutil.copyfile(code, folder / code.name)
         index = {part: [type(c).__module__.split(".")[0], type(c).__name__] for part, c in parts.items()}
         index = {"_class_name": type(self).__name__, "_fpmgm_version": version("fpmgm"), **index}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         self._card(name).save(folder / "README.md")
 
     def _card(self, name: str) -> ModelCard:

@@ -107,8 +107,8 @@ def main(argv: list[str] | None = None) -> dict:
         }
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "analysis.json").write_text(json.dumps(found, indent=1) + "\n")
-        (folder / "analysis.md").write_text(markdown(found))
+        (folder / "analysis.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        (folder / "analysis.md").write_text(markdown(found), encoding="utf-8")
         draw(folder, models, solvers, divergences, similarities, args)
         print(f"\n{markdown(found)}\n{folder}/analysis.json and pictures")
     return found

@@ -60,8 +60,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         reports[name] |= {"name": name, "arguments": asdict(args), "provenance": provenance(device)}
         if PartialState().is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{name}.json").write_text(json.dumps(reports[name], indent=1) + "\n")
-            (folder / f"{name}.md").write_text(markdown(reports[name]))
+            (folder / f"{name}.json").write_text(json.dumps(reports[name], indent=1) + "\n", encoding="utf-8")
+            (folder / f"{name}.md").write_text(markdown(reports[name]), encoding="utf-8")
             print(f"\n{markdown(reports[name])}\n{folder / name}.json, {folder / name}.md")
     return reports
 

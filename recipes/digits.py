@@ -65,8 +65,8 @@ def main(argv: list[str] | None = None) -> dict:
     results["samples"] = sample(args, model, judge, test_codes, test_labels)
     draw_picture(args, model, folder / "digits.png")
 
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    (folder / "table.md").write_text(table(results))
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (folder / "table.md").write_text(table(results), encoding="utf-8")
     print(f"\n{table(results)}\nOne row for each guidance scale: {folder / 'digits.png'}")
     return results
 

@@ -170,7 +170,7 @@ def load_config(name: str, vocab_size: int) -> PreTrainedConfig:
         return FPMaskGITConfig(**IMAGE_MODELS[name])
     if Path(name).suffix not in (".yaml", ".yml"):
         return AutoConfig.from_pretrained(name)
-    values = yaml.safe_load(Path(name).read_text()) or {}
+    values = yaml.safe_load(Path(name).read_text(encoding="utf-8")) or {}
     of_text, of_images = (
         {f.name for f in fields(kind)} & set(kind.__annotations__) for kind in (FPMDLMConfig, FPMaskGITConfig)
     )

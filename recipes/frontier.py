@@ -73,8 +73,8 @@ def main(argv: list[str] | None = None) -> dict:
     }
     if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "frontier.json").write_text(json.dumps(found, indent=1) + "\n")
-        (folder / "frontier.md").write_text(markdown(found))
+        (folder / "frontier.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        (folder / "frontier.md").write_text(markdown(found), encoding="utf-8")
         plot_frontier(curves, folder / "frontier.png", judge.name, entropies)
         print(f"\n{markdown(found)}\n{folder / 'frontier.png'}")
     return found

@@ -94,7 +94,7 @@ def check_model_reads(config: PreTrainedConfig, model_name: str, preparation: di
     path = None
     if not Path(model_name).is_file():
         path = cached_file(model_name, PREPARATION, _raise_exceptions_for_missing_entries=False)
-    if path is not None and json.loads(Path(path).read_text())["codebook"] != preparation["codebook"]:
+    if path is not None and json.loads(Path(path).read_text(encoding="utf-8"))["codebook"] != preparation["codebook"]:
         raise ValueError(
             f"`model_name_or_path`={model_name!r} was trained on codes of another tokenizer than `codes_dir`: prepare "
             "the pictures with the one whose codes it reads."

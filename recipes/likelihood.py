@@ -59,8 +59,8 @@ def main(argv: list[str] | None = None) -> dict:
     found = {"rows": rows, "arguments": asdict(args), "provenance": provenance(device)}
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "likelihood.json").write_text(json.dumps(found, indent=1) + "\n")
-        (folder / "likelihood.md").write_text(markdown(rows))
+        (folder / "likelihood.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        (folder / "likelihood.md").write_text(markdown(rows), encoding="utf-8")
         print(f"\n{markdown(rows)}")
     return found
 

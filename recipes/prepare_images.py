@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> DatasetDict:
     """Encode and report."""
     pictures, encoding, args = parse_arguments((PictureArguments, EncodingArguments, PrepareArguments), __doc__, argv)
     codes = encode_pictures(pictures, encoding, args.output_dir, args.device)
-    report = json.loads((Path(args.output_dir) / "preparation.json").read_text())
+    report = json.loads((Path(args.output_dir) / "preparation.json").read_text(encoding="utf-8"))
     for split, rows in codes.items():
         found, left_out = report["counts"][split]["pictures"], len(report["unreadable"][split])
         print(f"{split}: {found:,} pictures, {left_out} unreadable, {len(rows):,} rows of codes")

@@ -86,8 +86,8 @@ def main(argv: list[str] | None = None) -> dict:
             draw_picture(model, tokenizer, folder / "denoising.png", args.seed)
     results["seconds"] = round(time.perf_counter() - start, 1)
 
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    (folder / "table.md").write_text(table(results))
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (folder / "table.md").write_text(table(results), encoding="utf-8")
     print(f"\n{table(results)}\n{how_to_load(folder / 'fp_mdlm')}")
     return results
 

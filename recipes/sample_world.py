@@ -104,12 +104,12 @@ def check_same_world(folder: Path, args: WorldArguments, weights: str) -> None:
     path = folder / "world.json"
     asked = {name: getattr(args, name) for name in ("length", "seed", "texts_per_shard")} | {"truth_weights": weights}
     if path.exists():
-        held = json.loads(path.read_text())
+        held = json.loads(path.read_text(encoding="utf-8"))
         wrong = {name: held[name] for name, value in asked.items() if held[name] != value}
         if wrong:
             raise ValueError(f"`output_dir`={args.output_dir!r} holds a world of {wrong}: give another folder.")
     else:
-        path.write_text(json.dumps(asked, indent=1) + "\n")
+        path.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
 
 
 def describe(folder: Path, args: WorldArguments, weights: str) -> dict:
@@ -128,7 +128,7 @@ def describe(folder: Path, args: WorldArguments, weights: str) -> dict:
         "entropy_rate_standard_error": rates.std().item() / math.sqrt(len(rates)),
         "provenance": provenance(args.device),
     }
-    (folder / "world.json").write_text(json.dumps(found, indent=1) + "\n")
+    (folder / "world.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(
         f"{found['num_tokens']:,} tokens in {folder}; entropy rate {found['entropy_rate']:.4f} ± "
         f"{found['entropy_rate_standard_error']:.4f} nats"

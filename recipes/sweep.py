@@ -156,8 +156,8 @@ def main(argv: list[str] | None = None) -> dict:
     found |= {"judge": judge.name, "arguments": asdict(args), "provenance": provenance(device)}
     if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-        (folder / f"{name}.md").write_text(markdown(found, table(found)))
+        (folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        (folder / f"{name}.md").write_text(markdown(found, table(found)), encoding="utf-8")
         draw(found, folder / f"{name}.png", judge.name)
         print(f"\n{markdown(found, table(found))}\n{folder / name}.json, .md, .png")
     return found
@@ -310,7 +310,7 @@ def run_checkpoints(args: CheckpointsArguments, judge, device: str) -> dict:
         settings = [{"reuse": args.reuse, "tuned_plans": {}}]
         found = evaluate_budgets(model, tokenizer, judge, args.budgets, settings, **options)
         rows += [{"step": step, "checkpoint": folder.name, **row} for row in found]
-    history = json.loads((folders[-1][1] / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((folders[-1][1] / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     validation = {line["step"]: line["eval_perplexity"] for line in history if "eval_perplexity" in line}
     return {"rows": rows, "validation": [{"step": step, "perplexity": p} for step, p in validation.items()]}
 

@@ -89,7 +89,7 @@ def load_model(name: str) -> PreTrainedModel:
         return load_mdlm(name)
     if Path(name).suffix in (".pth", ".safetensors"):
         return load_halton_maskgit(name)
-    config = json.loads(Path(cached_file(name, "config.json")).read_text())
+    config = json.loads(Path(cached_file(name, "config.json")).read_text(encoding="utf-8"))
     return load_mdlm(name) if config.get("model_type") == "mdlm" else AutoModel.from_pretrained(name)
 
 

@@ -97,8 +97,8 @@ def main(argv: list[str] | None = None) -> dict:
         target = args.model if Path(args.model).is_dir() else folder
         folder.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(target)
-        (folder / "tuning.json").write_text(json.dumps(found, indent=1) + "\n")
-        (folder / "tuning.md").write_text(markdown(found))
+        (folder / "tuning.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        (folder / "tuning.md").write_text(markdown(found), encoding="utf-8")
         print(f"\n{markdown(found)}\ntuned plans: {Path(target) / 'generation_config.json'}")
     return found
 

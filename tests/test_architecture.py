@@ -31,7 +31,7 @@ model_files = pytest.mark.parametrize("path", sorted(MODELS.glob("*.py")), ids=l
 
 
 def parse(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -205,9 +205,30 @@ def test_no_printing_and_no_pickle(path):
     assert not {name.split(".")[0] for name in imported_modules(path)} & {"pickle", "cloudpickle", "dill", "joblib"}
 
 
+def opens_text_without_encoding(node: ast.Call) -> bool:
+    name, keywords = node.func, {keyword.arg for keyword in node.keywords}
+    called = name.attr if isinstance(name, ast.Attribute) else getattr(name, "id", None)
+    if called not in ("open", "read_text", "write_text") or "encoding" in keywords:
+        return False
+    if called == "open":  # of the built-in function the mode is the second argument, of a path the first
+        owner = ast.unparse(name.value) if isinstance(name, ast.Attribute) else None
+        mode = node.args[(0 if owner else 1) :][:1]
+        return owner not in ("gzip", "os", "Image", "PILImage") and not (mode and "b" in ast.unparse(mode[0]))
+    return True
+
+
+@pytest.mark.parametrize("folder", ["fpmgm", "recipes", "benchmarks"])
+def test_text_files_are_opened_in_utf_8_whatever_the_locale(folder):
+    wrong = []
+    for path in sorted((PACKAGE.parent / folder).rglob("*.py")):
+        calls = [node for node in ast.walk(parse(path)) if isinstance(node, ast.Call)]
+        wrong += [f"{path.name}:{node.lineno}" for node in calls if opens_text_without_encoding(node)]
+    assert wrong == []
+
+
 @every_file
 def test_files_and_functions_are_short(path):
-    assert len(path.read_text().splitlines()) <= MOST_LINES
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
     lengths = {function.name: lines_without_docstring(function) for function in functions(path)}
     assert {name: lines for name, lines in lengths.items() if lines > MOST_FUNCTION_LINES} == {}
 

@@ -108,7 +108,9 @@ def _hub_files(path_or_repo: str | Path, revision: str | None) -> tuple[dict, di
     else:
         paths = [hf_hub_download(str(path_or_repo), name, revision=revision) for name in files]
     state = load_file(paths[1])
-    return json.loads(Path(paths[0]).read_text()), {name.removeprefix("backbone."): x for name, x in state.items()}
+    return json.loads(Path(paths[0]).read_text(encoding="utf-8")), {
+        name.removeprefix("backbone."): x for name, x in state.items()
+    }
 
 
 def _config_from_original(original: dict, source: str | Path) -> dict:

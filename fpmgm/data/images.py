@@ -219,7 +219,7 @@ def load_codes(folder: str | Path) -> tuple[DatasetDict, dict]:
         raise ValueError(f"`folder`={str(folder)!r} has no {PREPARATION}: make codes with recipes/prepare_images.py.")
     if not (folder / "dataset_dict.json").is_file() or (folder / "parts").exists():
         raise ValueError(f"`folder`={str(folder)!r} is not finished: repeat the command that prepares it.")
-    codes, preparation = load_from_disk(folder), json.loads((folder / PREPARATION).read_text())
+    codes, preparation = load_from_disk(folder), json.loads((folder / PREPARATION).read_text(encoding="utf-8"))
     for split, rows in codes.items():
         _check_rows(rows, preparation, f"{split!r} of `folder`={str(folder)!r}")
     return codes, preparation
@@ -257,7 +257,7 @@ def _encode(rows: Dataset, tokenizer, processor, vary, parts: Path, batch_size: 
         if not part.is_dir():
             chosen = rows.select(range(start, min(start + PART, len(rows))))
             _write_part(part, chosen, start, tokenizer, lambda image: vary(image, processor), batch_size)
-        unreadable += json.loads((part / "unreadable.json").read_text())
+        unreadable += json.loads((part / "unreadable.json").read_text(encoding="utf-8"))
         if (part / "codes").is_dir():
             encoded.append(load_from_disk(part / "codes"))
     for name in unreadable:
@@ -281,7 +281,7 @@ def _write_part(part: Path, rows: Dataset, start: int, tokenizer, vary: Callable
         features = Features({"input_ids": List(Value(small)), "class_labels": rows.features["label"]})
         table = {"input_ids": np.concatenate(ids), "class_labels": labels}
         Dataset.from_dict(table, features=features).save_to_disk(unfinished / "codes")
-    (unfinished / "unreadable.json").write_text(json.dumps(unreadable))
+    (unfinished / "unreadable.json").write_text(json.dumps(unreadable), encoding="utf-8")
     unfinished.rename(part)
 
 
@@ -330,7 +330,7 @@ def _check_same(folder: Path, settings: dict) -> None:
     if not path.exists():
         _write_json(path, settings)
         return
-    other = json.loads(path.read_text())
+    other = json.loads(path.read_text(encoding="utf-8"))
     different = [f"{name}={other.get(name)!r}" for name in settings if settings[name] != other.get(name)]
     if different:
         raise ValueError(
@@ -340,5 +340,5 @@ def _check_same(folder: Path, settings: dict) -> None:
 
 def _write_json(path: Path, values: dict) -> None:
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(values, indent=2) + "\n")
+    unfinished.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     unfinished.rename(path)

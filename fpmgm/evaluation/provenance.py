@@ -60,7 +60,7 @@ def device_name(device: str | torch.device) -> str:
 def processor_name() -> str:
     """The processor's own name where the system tells it."""
     cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    found = re.search(r"model name\s*: (.+)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else None
     return found[1] if found else platform.processor() or platform.machine()
 
 

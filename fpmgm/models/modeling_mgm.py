@@ -346,6 +346,26 @@ class MGMPreTrainedModel(PreTrainedModel):
         if self.fixed_point is not None:
             self.fixed_point.compile(**options)
 
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """As `is_activation_checkpointing`: PEFT asks by this name, which transformers warns of."""
+        return self.is_activation_checkpointing
+
+    def load_adapter(self, peft_model_id=None, *args, **kwargs):
+        """As in transformers, of an adapter all of whose weights are found: else some would be random.
+
+        Raises:
+            `ValueError`: names what is missing; transformers does not find DoRA's magnitudes.
+        """
+        loaded = super().load_adapter(peft_model_id, *args, **kwargs)
+        missing = sorted(loaded.missing_keys)
+        if missing:
+            raise ValueError(
+                f"the adapter {str(peft_model_id)!r} was loaded without {missing[0]} and {len(missing) - 1} more "
+                "weights: let PEFT load it, by `PeftModel.from_pretrained(model, adapter)` on the model it belongs to."
+            )
+        return loaded
+
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """Save weights, configurations and the model's code, so that its Auto classes load it anywhere."""
         # The copier writes AutoConfig and one Auto class; AutoModel must be named here.

@@ -223,7 +223,7 @@ class AtomicCheckpointTrainer(Trainer):
             collected = self.since_log()
         save_file({name: torch.stack(values) for name, values in collected.items()}, self._log_file(folder))
         if self.args.should_save:
-            (folder / RUN_FILE).write_text(json.dumps(self._recorded, indent=2) + "\n")
+            (folder / RUN_FILE).write_text(json.dumps(self._recorded, indent=2) + "\n", encoding="utf-8")
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         step, at_step_end = self.state.global_step, self._random[0] != self.state.global_step

@@ -228,7 +228,7 @@ def publish(staged: Path, folder: Path) -> None:
     """List the files of `staged`, flush them to the disk, and give it the name `folder`."""
     files = sorted(path for path in staged.rglob("*") if path.is_file())
     sizes = {path.relative_to(staged).as_posix(): path.stat().st_size for path in files}
-    (staged / FILE_LIST).write_text(json.dumps(sizes, indent=2) + "\n")
+    (staged / FILE_LIST).write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
     for path in [*staged.rglob("*"), staged]:
         _flush(path)
     if folder.exists():  # of another run; nothing can be renamed onto it

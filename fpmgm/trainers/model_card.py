@@ -49,7 +49,7 @@ def write_model_card(folder: str | Path, model: nn.Module, args: TrainingArgumen
         kind = f"A {adapter.peft_type.value} adapter of {f'`{base}`' if base else 'an unnamed model'}"
         parameters = [p for p in parameters if p.requires_grad]
     results = {
-        path.name: json.loads(path.read_text())
+        path.name: json.loads(path.read_text(encoding="utf-8"))
         for path in sorted(folder.glob("*_results.json"))
         if path.name != "all_results.json"  # a copy of the others
     }

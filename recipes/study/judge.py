@@ -24,7 +24,7 @@ def judge_row(plan: Plan, row: Row, folder: Path, judge: TruthJudge, device: str
     path, export = folder / "results" / "rows" / f"{row.name}.json", folder / "runs" / row.name
     if path.exists():
         return
-    training = json.loads((export / "training.json").read_text())
+    training = json.loads((export / "training.json").read_text(encoding="utf-8"))
     found = {
         "name": row.name,
         "title": row.title or row.name,
@@ -47,7 +47,7 @@ def judge_row(plan: Plan, row: Row, folder: Path, judge: TruthJudge, device: str
         )  # fmt: skip
     found["provenance"] = provenance(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def settings(plan: Plan, row: Row, config) -> list[dict]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a study trains and judges, read from its YAML: one entry of `rows` is one run.
 
-world:      {length: 128, held_out_texts: 2000, reference_texts: 1000}
+world:      {length: 128, held_out_texts: 2000, validation_texts: 256}
 model:      fields of `FPMDLMConfig` that all rows share
 training:   fields of the trainers' configurations that all rows share
 judging:    {num_samples: 512, batch_size: 64, budgets: [24, 48], settings: [{reuse: none}], likelihood_draws: 2}
@@ -88,7 +88,7 @@ def load_plan(path: str | Path) -> Plan:
     Raises:
         `ValueError`: for names that a row does not have, two rows of one name, or a start that is no earlier row.
     """
-    values = yaml.safe_load(Path(path).read_text())
+    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     known = {f.name for f in fields(Row)}
     rows: list[Row] = []
     for entry in values.pop("rows"):

@@ -56,14 +56,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def make_world(plan: Plan, args: StudyArguments) -> None:
-    """Training texts, held-out ones and references, each with a seed of its own."""
-    held_out, references = plan.world["held_out_texts"], plan.world["reference_texts"]
-    for seed, (name, count) in enumerate(
-        (("world", plan.num_texts), ("held_out", held_out), ("references", references))
-    ):
+    """Training texts and held-out ones, each with a seed of its own."""
+    length, shard = str(plan.world["length"]), str(plan.world.get("texts_per_shard", 500))
+    for seed, (name, count) in enumerate([("world", plan.num_texts), ("held_out", plan.world["held_out_texts"])]):
         sample_world.main(
-            ["--truth", args.truth, "--num_texts", str(count), "--length", str(plan.world["length"]), "--seed",
-             str(seed), "--output_dir", str(Path(args.output_dir) / name), "--device", args.device]
+            ["--truth", args.truth, "--num_texts", str(count), "--length", length, "--texts_per_shard", shard,
+             "--seed", str(seed), "--output_dir", str(Path(args.output_dir) / name), "--device", args.device]
         )  # fmt: skip
 
 

@@ -16,10 +16,10 @@ SETTING = ("reuse", "temperature", "top_p", "order", "num_steps", "iterations", 
 def write_tables(plan: Plan, folder: Path, truth: dict, name: str, target: Path) -> None:
     """Write NAME.json, all rows that are finished, and NAME.md."""
     paths = [folder / "results" / "rows" / f"{row.name}.json" for row in plan.rows]
-    rows = [json.loads(path.read_text()) for path in paths if path.exists()]
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
     target.mkdir(parents=True, exist_ok=True)
-    (target / f"{name}.json").write_text(json.dumps({"truth": truth, "rows": rows}, indent=1) + "\n")
-    (target / f"{name}.md").write_text(markdown(truth, rows))
+    (target / f"{name}.json").write_text(json.dumps({"truth": truth, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    (target / f"{name}.md").write_text(markdown(truth, rows), encoding="utf-8")
 
 
 def markdown(truth: dict, rows: Sequence[dict]) -> str:

@@ -72,7 +72,7 @@ def train_row(plan: Plan, row: Row, folder: Path, device: str) -> Path:
         "log": trainer.state.log_history,
         "provenance": provenance(device),
     }
-    (export / "training.json").write_text(json.dumps(found, indent=1) + "\n")
+    (export / "training.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return export
 
 

@@ -182,6 +182,17 @@ def test_tuning_goes_by_rungs_and_refuses_what_loses_entropy(folder, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_recipe_reads_writes_and_prints_under_an_ascii_locale(folder, tmp_path):
+    (tmp_path / "text.txt").write_text("Příliš žluťoučký kůň. " * 20, encoding="utf-8")
+    command = [sys.executable, str(RECIPES / "likelihood.py"), "--model", str(folder / "fp"), "--device", "cpu"]
+    command += ["--text_files", str(tmp_path / "text.txt"), "--num_draws", "2", "--output_dir", str(tmp_path)]
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONPATH": str(RECIPES.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert " ± " in (tmp_path / "likelihood.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
 def test_two_processes_report_what_one_does(folder, tmp_path):
     argv = ["--model", str(folder / "fp"), "--budgets", "6", "--num_samples", "7", "--reuse", "full"]
     single = budget_report.main(arguments(folder, tmp_path / "one", *argv))

@@ -2,6 +2,9 @@
 """The study in a tiny world: from the world to the tables, and on from wherever it was cut."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,6 +109,17 @@ def test_the_same_command_repeats_nothing_and_makes_what_is_missing_as_before(st
     assert [s["excess"] for s in after["samples"]] == [s["excess"] for s in before["samples"]]
     monkeypatch.setattr(train, "start_model", lambda *_: pytest.fail("trained again"))
     run.main(arguments(studied, truth))
+
+
+def test_the_command_for_a_gpu_goes_on_like_the_study(studied, truth):
+    """Rehearsed on the finished study: it finds everything done, and prints the tables."""
+    command = [str(TINY.parent / "gpu.sh"), "--rehearse", truth, str(studied)]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "| CoFRe |" in done.stdout
+    load_plan(TINY.parent / "gpu.yaml")
+    load_plan(TINY.parent / "small.yaml")
 
 
 def test_budget_report_judges_by_the_truth(studied, truth, tmp_path):

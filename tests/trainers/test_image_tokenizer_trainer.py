@@ -4,6 +4,7 @@
 import math
 import shutil
 
+import pytest
 import torch
 from transformers import JanusVQVAEConfig
 
@@ -79,3 +80,44 @@ def test_the_metrics_are_those_of_the_exported_tokenizer(tmp_path):
     shares = [c / codes.numel() for c in counts if c]
     assert abs(metrics["eval_codebook_usage"] - len(shares) / 24) < 1e-6
     assert abs(metrics["eval_codebook_perplexity"] - math.prod(p**-p for p in shares)) < 1e-6
+
+
+def test_pictures_are_mirrored_by_the_step(tmp_path):
+    def seen(mirror):
+        trainer, pixels = tokenizer_trainer(tmp_path, 2, mirror=mirror), []
+        trainer.model.register_forward_pre_hook(lambda module, args: pixels.append(args[0]))
+        trainer.train()
+        return torch.cat(pixels)
+
+    plain, mirrored, again = seen(False), seen(True), seen(True)
+    assert torch.equal(mirrored, again)
+    flipped = [torch.equal(a, b.flip(-1)) for a, b in zip(mirrored, plain, strict=True)]
+    assert 0 < sum(flipped) < 8
+    assert all(f or torch.equal(a, b) for f, a, b in zip(flipped, mirrored, plain, strict=True))
+
+
+def test_rows_that_are_no_pictures_are_named_and_predictions_are_reconstructions(tmp_path):
+    good = rows(8)
+    wrong = {
+        "three columns": ({"pictures": good[0]["pixel_values"]}, "must have `pixel_values`"),
+        "8 bits": (
+            {"pixel_values": torch.full((3, 8, 8), 255.0)},
+            r"row 5 of the evaluation data: .*255.*2 \* image / 255",
+        ),
+        "no number": ({"pixel_values": torch.full((3, 8, 8), float("nan"))}, "row 5 of the evaluation data.*nan"),
+    }
+    trainer = tokenizer_trainer(tmp_path, 1)
+    for bad, message in wrong.values():
+        data = [*good[:5], bad] if "pixel_values" in bad else [bad] * 3
+        with pytest.raises(ValueError, match=message):
+            trainer.evaluate(data)
+    small = [{"pixel_values": torch.zeros(3, 4, 4)}] * 2
+    with pytest.raises(ValueError, match=r"row 0 of the evaluation data: `pixel_values` is of shape \(3, 4, 4\)"):
+        trainer.evaluate(small)
+    labelled = [{**row, "label": 1} for row in good]
+    found = trainer.predict(labelled)
+    pixels = torch.stack([row["pixel_values"] for row in good])
+    assert torch.equal(torch.tensor(found.label_ids), pixels)
+    with torch.no_grad():
+        expected = trainer.model.eval()(pixels).pixel_values
+    torch.testing.assert_close(torch.tensor(found.predictions), expected, rtol=1e-4, atol=1e-5)

@@ -5,6 +5,7 @@ python -m fpmgm.evaluation.lm_eval --model_args pretrained=FOLDER,protocol=pgm -
 accelerate launch -m fpmgm.evaluation.lm_eval --model_args pretrained=FOLDER --tasks arc_easy
 """
 
+import io
 import sys
 
 import torch
@@ -32,6 +33,9 @@ def with_defaults(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Run lm-eval."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks the table's arrows is no reason to stop
+            stream.reconfigure(errors="replace")
     sys.argv[1:] = with_defaults(sys.argv[1:])
     utils.make_table = make_table
     try:

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training starts from: tokenizers that fit, adapters that can be trained or are whole, and no warning that a
+user cannot act on."""
+
+import logging
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+
+from fpmgm.data import train_tokenizer
+
+from ..testing_utils import tiny_image_model
+from .training_utils import LENGTH, VOCABULARY, image_rows, make_trainer, token_rows, training_model, weights
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(["the cat sat on the mat and the dog ran"] * 9, 270)
+
+
+def fitting_model(tokenizer, **overrides):
+    return training_model(vocab_size=len(tokenizer), mask_token_id=tokenizer.mask_token_id, **overrides)
+
+
+# --- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, tokenizer):
+    sizes = {"vocab_size": len(tokenizer) + 80, "mask_token_id": len(tokenizer) + 79}
+    both = rf"mask id {tokenizer.mask_token_id}, but .*`mask_token_id`={len(tokenizer) + 79}"
+    with pytest.raises(ValueError, match=both):
+        make_trainer(tmp_path, training_model(**sizes), processing_class=tokenizer)
+    small = training_model(vocab_size=len(tokenizer) - 1, mask_token_id=len(tokenizer) - 2)
+    with pytest.raises(
+        ValueError, match=rf"`processing_class` has {len(tokenizer)} tokens.*`vocab_size`={len(tokenizer) - 1}"
+    ):
+        make_trainer(tmp_path, small, processing_class=tokenizer)
+    without = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(ValueError, match=r"no mask token.*add_mask_token"):
+        make_trainer(tmp_path, processing_class=without)
+    larger = training_model(vocab_size=len(tokenizer) + 3, mask_token_id=tokenizer.mask_token_id)  # padded to 64, say
+    make_trainer(tmp_path, larger, processing_class=tokenizer)
+    make_trainer(tmp_path, tiny_image_model(), train_dataset=image_rows(4), processing_class=tokenizer)
+
+
+def test_no_warning_is_left_that_a_user_cannot_act_on(tmp_path, tokenizer, caplog):
+    model = fitting_model(tokenizer)
+    assert model.config.eos_token_id is None
+    with caplog.at_level("WARNING"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer = make_trainer(
+            tmp_path, model, processing_class=tokenizer, peft_config=LoraConfig(r=2), eval_dataset=token_rows(4),
+            save_strategy="steps", save_steps=3,
+        )  # fmt: skip
+        trainer.train()
+        trainer.evaluate()
+        trainer.save_model(str(tmp_path / "adapter"))
+        plain = type(trainer.args)(output_dir=str(tmp_path), report_to="none")
+        assert plain.dataloader_pin_memory == torch.cuda.is_available()
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
+    assert (model.config.eos_token_id, model.generation_config.eos_token_id) == (tokenizer.eos_token_id,) * 2
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "adapter")) == len(tokenizer)
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+def saved_adapter(folder, **options) -> torch.Tensor:
+    """Saves a model and an adapter that does something; returns ids and the logits of both together."""
+    training_model(scale=0.3).double().save_pretrained(folder / "base")
+    torch.manual_seed(1)
+    model = get_peft_model(AutoModel.from_pretrained(folder / "base"), LoraConfig(r=2, **options)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder / "adapter")
+    ids = torch.randint(0, VOCABULARY, (2, LENGTH))
+    return ids, model(ids).logits
+
+
+def test_a_frozen_adapter_says_how_it_is_trained(tmp_path):
+    saved_adapter(tmp_path)
+    base, adapter = tmp_path / "base", str(tmp_path / "adapter")
+    frozen = [
+        AutoModel.from_pretrained(adapter),
+        PeftModel.from_pretrained(AutoModel.from_pretrained(base), adapter),
+        adapter,
+    ]
+    for model in frozen:
+        trainer = make_trainer(tmp_path / "out", model, eval_dataset=token_rows(4))
+        assert trainer.evaluate()["eval_loss"] > 0
+        with pytest.raises(ValueError, match=r"nothing to train.*`is_trainable=True`"):
+            trainer.train()
+    with pytest.raises(ValueError, match=r"nothing to train.*requires_grad_\(True\)"):
+        make_trainer(tmp_path / "out", training_model().requires_grad_(False)).train()
+
+    loaded = AutoModel.from_pretrained(base)
+    loaded.load_adapter(adapter, is_trainable=True)
+    for model in (loaded, PeftModel.from_pretrained(AutoModel.from_pretrained(base), adapter, is_trainable=True)):
+        before = weights(model)
+        make_trainer(tmp_path / "out", model, learning_rate=1e-2).train()
+        changed = {name for name, old in before.items() if not model.get_parameter(name).equal(old)}
+        assert changed == {name for name in before if "lora_" in name}
+
+
+def test_an_adapter_of_which_weights_would_be_missing_is_refused(tmp_path):
+    ids, expected = saved_adapter(tmp_path, use_dora=True)
+    with pytest.raises(ValueError, match=r"without .*lora_magnitude_vector.*`PeftModel.from_pretrained"):
+        AutoModel.from_pretrained(tmp_path / "adapter")
+    model = PeftModel.from_pretrained(AutoModel.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-12)
