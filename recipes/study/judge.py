@@ -20,12 +20,36 @@ def open_truth(truth: str, folder: Path, device: str) -> TruthJudge:
 
 
 def judge_row(plan: Plan, row: Row, folder: Path, judge: TruthJudge, device: str) -> None:
-    """Write the row's results unless they are there; an interrupted judgement goes on where it was."""
+    """Write the row's results, but for what is there; an interrupted judgement goes on where it was."""
     path, export = folder / "results" / "rows" / f"{row.name}.json", folder / "runs" / row.name
-    if path.exists():
-        return
-    training = json.loads((export / "training.json").read_text(encoding="utf-8"))
-    found = {
+    found = json.loads(path.read_text()) if path.exists() else describe_row(plan, row, export)
+    missing = wanted(plan, row, found) - set(found)
+    if missing:
+        model = AutoModel.from_pretrained(export).to(device).eval()
+        options = {"batch_size": plan.judging["batch_size"], "cache_dir": folder / "cache"}
+        likelihood = {"num_draws": plan.judging["likelihood_draws"], **options}
+        count = plan.judging["likelihood_texts"]
+        if "likelihood_excess" in missing:
+            found |= judge.likelihood_excess(model, count, **likelihood)
+        if "likelihood_by_iterations" in missing:
+            found["likelihood_by_iterations"] = {
+                str(n): judge.likelihood_excess(model, count // 4, num_iterations=n, **likelihood)
+                for n in plan.judging["likelihood_iterations"]
+            }
+        if "samples" in missing:
+            found["samples"] = sweep(
+                model, AutoTokenizer.from_pretrained(export), judge, settings(plan, row, model.config),
+                num_samples=row.num_samples or plan.judging["num_samples"], judge_batch_size=64, seed=1, **options,
+            )  # fmt: skip
+    if missing or not path.exists():
+        found["provenance"] = provenance(device)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def describe_row(plan: Plan, row: Row, export: Path) -> dict:
+    """What a row is, and how it was trained."""
+    return {
         "name": row.name,
         "title": row.title or row.name,
         "group": row.group,
@@ -33,21 +57,17 @@ def judge_row(plan: Plan, row: Row, folder: Path, judge: TruthJudge, device: str
         "start": row.start,
         "model": {**plan.model, **row.model},
         "training_options": {**plan.training, **row.training, "seed": row.seed},
-        "training": training,
+        "training": json.loads((export / "training.json").read_text()),
     }
-    if row.judged != "none":
-        model = AutoModel.from_pretrained(export).to(device).eval()
-        count, draws = plan.judging["likelihood_texts"], plan.judging["likelihood_draws"]
-        options = {"batch_size": plan.judging["batch_size"], "cache_dir": folder / "cache"}
-        found |= judge.likelihood_excess(model, count, num_draws=draws, **options)
-    if row.judged == "samples":
-        found["samples"] = sweep(
-            model, AutoTokenizer.from_pretrained(export), judge, settings(plan, row, model.config),
-            num_samples=row.num_samples or plan.judging["num_samples"], judge_batch_size=64, seed=1, **options,
-        )  # fmt: skip
-    found["provenance"] = provenance(device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def wanted(plan: Plan, row: Row, found: dict) -> set[str]:
+    """Names of the measures that a row is to have."""
+    if row.judged == "none":
+        return set()
+    names = {"likelihood_excess"} | ({"samples"} if row.judged == "samples" else set())
+    iterated = row.judged == "samples" and any("residual" in line for line in found["training"]["log"])
+    return names | ({"likelihood_by_iterations"} if iterated and "likelihood_iterations" in plan.judging else set())
 
 
 def settings(plan: Plan, row: Row, config) -> list[dict]:

@@ -32,7 +32,7 @@ def markdown(truth: dict, rows: Sequence[dict]) -> str:
     ]
     for group in dict.fromkeys(row["group"] for row in rows):
         members = [row for row in rows if row["group"] == group]
-        lines += [f"## {group}\n", training_table(members)]
+        lines += [f"## {group}\n", training_table(members), iterations_table(members)]
         judged = [row for row in members if "samples" in row]
         if judged:
             lines += [samples_table(judged), equal_entropy_table(judged, truth)]
@@ -56,6 +56,17 @@ def training_table(rows: Sequence[dict]) -> str:
             f"{validation[-1]:.3f} | {excess} | {f'{residual[-1]:.4f}' if residual else ''} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def iterations_table(rows: Sequence[dict]) -> str:
+    """Excess of the likelihood by fixed-point iterations."""
+    rows = [row for row in rows if "likelihood_by_iterations" in row]
+    counts = list(dict.fromkeys(n for row in rows for n in row["likelihood_by_iterations"]))
+    lines = [f"| ELBO excess by iterations | {' | '.join(counts)} |", f"|---|{'---|' * len(counts)}"]
+    for row in rows:
+        cells = [plus_minus(row["likelihood_by_iterations"][n], "likelihood_excess") for n in counts]
+        lines.append(f"| {row['title']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n" if rows else ""
 
 
 def samples_table(rows: Sequence[dict]) -> str:
