@@ -149,8 +149,8 @@ def main(argv: list[str] | None = None) -> dict:
             print(json.dumps(found["rows"][-1]), flush=True)
     target = Path(args.output)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    target.with_suffix(".md").write_text(markdown(found))
+    target.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    target.with_suffix(".md").write_text(markdown(found), encoding="utf-8")
     return found
 
 
