@@ -32,6 +32,7 @@ from fpmgm.evaluation import (
     unigram_entropy,
 )
 from fpmgm.evaluation.judge import decode_for
+from fpmgm.models.text_input import encode_text
 
 
 MEASURES = {
@@ -65,7 +66,7 @@ def variants(blocks: list[list[int]], tokenizer: PreTrainedTokenizerBase, seed: 
         words = tokenizer.decode(block, skip_special_tokens=True).split()
         mixed = generator.sample(words, len(words))
         for rows, text in ((shuffled, mixed), (repeated, words[1:5] * len(words))):
-            ids = tokenizer(" ".join(text), add_special_tokens=False)["input_ids"]
+            (ids,) = encode_text(tokenizer, [" ".join(text)])
             rows.append([block[0], *ids[: len(block) - 2], *end])
     return {"human": blocks, "shuffled": shuffled, "repeated": repeated}
 
@@ -83,14 +84,15 @@ def measure(
 
     @torch.no_grad()
     def mean_hidden_state(texts: list[str]) -> np.ndarray:
-        ids = [tokenizer(text, add_special_tokens=False)["input_ids"][: args.length] for text in texts]
+        ids = [row[: args.length] for row in encode_text(tokenizer, texts)]
         return np.stack(
             [model(torch.tensor([row]).to(model.device)).last_hidden_state[0].mean(0).cpu() for row in ids]
         )
 
     plain = tokenizer.batch_decode(sequences, skip_special_tokens=True)
     featurizer = judge if args.featurizer == "judge" else mean_hidden_state
-    found = mauve_score(plain, references, featurizer, num_samples=len(plain), **options)
+    judged = options if featurizer is judge else {}
+    found = mauve_score(plain, references, featurizer, num_samples=len(plain), **judged)
     row["mauve"], row["protocol"]["mauve"] = found["mauve"], found["protocol"]
     likelihood = elbo_perplexity(model, sequences, num_draws=args.num_draws, batch_size=32)
     row["protocol"]["elbo_perplexity"] = likelihood["protocol"]

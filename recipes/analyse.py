@@ -20,7 +20,7 @@ from statistics import median
 import torch
 from accelerate import PartialState
 from datasets import Dataset, load_from_disk
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 import fpmgm  # noqa: F401  (registers the models)
 from fpmgm.analysis import (
@@ -45,6 +45,7 @@ from fpmgm.data import load_text, pack
 from fpmgm.evaluation import provenance
 from fpmgm.evaluation.store import ResultStore, digest, fingerprint, finish
 from fpmgm.models.reuse import REUSE_STATES, REUSES
+from fpmgm.models.text_input import read_tokenizer
 
 
 STATES = {"changed": "newly revealed", "masked": "still masked", "unchanged": "visible", "remasked": "masked again"}
@@ -133,7 +134,7 @@ def data(args: AnalysisArguments, model: PreTrainedModel) -> Dataset | None:
     if args.codes_dir is not None:
         rows = load_from_disk(args.codes_dir)[args.split].shuffle(seed=args.seed)  # they lie class by class
     else:
-        tokenizer = AutoTokenizer.from_pretrained(args.model[0])
+        tokenizer = read_tokenizer(args.model[0])
         rows = pack(load_text(args.text_files), tokenizer, args.length or model.config.max_position_embeddings)
     if len(rows) < args.num_sequences:
         raise ValueError(f"the data give {len(rows)} sequences, fewer than `num_sequences`={args.num_sequences}.")

@@ -31,7 +31,9 @@ class LikelihoodArguments:
     text_files: list[LocalPath] | None = field(default=None, metadata={"help": "Local files, each a corpus."})
     dataset_name: DatasetName | None = field(default=None, metadata={"help": "Hub dataset, instead of local files."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub dataset."})
-    split: str = field(default="validation", metadata={"help": "Split of the hub dataset."})
+    split: str | None = field(
+        default=None, metadata={"help": "Split, or a part of it; null: validation of a hub dataset, all of a file."}
+    )
     text_column: str = field(default="text", metadata={"help": "Column of the text."})
     blocks: int | None = field(default=None, metadata={"help": "Most blocks of a corpus; null: all."})
     length: int | None = field(default=None, metadata={"help": "Tokens of a block; null: the model's longest."})
@@ -85,9 +87,10 @@ def measure(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 def corpora(args: LikelihoodArguments) -> list[tuple]:
     """Names and documents."""
     if args.text_files is None:
-        options = {"dataset_name": args.dataset_name, "dataset_config": args.dataset_config, "split": args.split}
-        return [(args.dataset_name, load_text(**options, column=args.text_column))]
-    return [(Path(file).name, load_text(file, args.dataset_name, column=args.text_column)) for file in args.text_files]
+        source = (None, args.dataset_name, args.dataset_config, args.split or "validation")
+        return [(args.dataset_name, load_text(*source, column=args.text_column))]
+    rest = (args.dataset_name, args.dataset_config, args.split or "train")
+    return [(Path(file).name, load_text(file, *rest, column=args.text_column)) for file in args.text_files]
 
 
 def markdown(rows: list[dict]) -> str:

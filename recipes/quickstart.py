@@ -24,7 +24,7 @@ from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion
 from fpmgm.analysis import plot_denoising
 from fpmgm.command_line import LocalPath, parse_arguments
 from fpmgm.data import load_text, pack, train_tokenizer
-from fpmgm.evaluation import NGramJudge, provenance, unigram_entropy
+from fpmgm.evaluation import NGramJudge, plus_minus, provenance, unigram_entropy
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
 from installed_english import paragraphs
 
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> dict:
             "held_out_tokens": len(eval_blocks) * args.length,
         },
         "judge": "interpolated 4-gram model (Witten-Bell) of the training tokens",
-        "held_out": {"entropy": unigram_entropy(held_out), "ngram_perplexity": judge.perplexity(held_out)},
+        "held_out": {"entropy": unigram_entropy(held_out), **judged(judge, held_out)},
         "models": {},
         "samples": [],
     }
@@ -157,6 +157,7 @@ def train(name, architecture, args, tokenizer, train_blocks, eval_blocks) -> tup
         "steps": args.max_steps,
         "seconds_per_step": trained["train_runtime"] / args.max_steps,
         "validation_perplexity": metrics["eval_perplexity"],
+        "validation_perplexity_standard_error": metrics.get("eval_perplexity_stderr"),
     }
     return FPMDLMForMaskedDiffusion.from_pretrained(training.output_dir), measured
 
@@ -180,11 +181,22 @@ def sample(name, model, args, tokenizer, judge) -> list[dict]:
                 "block_evaluations": out.block_evaluations,
                 "milliseconds_per_text": 1000 * seconds / args.num_samples,
                 "entropy": unigram_entropy(out.sequences.numpy()),
-                "ngram_perplexity": judge.perplexity(out.sequences.numpy()),
+                **judged(judge, out.sequences.numpy()),
                 "text": tokenizer.decode(out.sequences[0], skip_special_tokens=True),
             }
         )
     return rows
+
+
+def judged(judge: NGramJudge, sequences: np.ndarray) -> dict[str, float]:
+    """Perplexity under the judge, with its standard error over texts."""
+    found = judge.generative_perplexity(sequences)
+    return {f"ngram_perplexity{end}": found[f"generative_perplexity{end}"] for end in ("", "_standard_error")}
+
+
+def shown_perplexity(row: dict) -> str:
+    """What [`judged`] found."""
+    return plus_minus(row["ngram_perplexity"], row["ngram_perplexity_standard_error"], 1)
 
 
 def draw_picture(model, tokenizer, path: Path, seed: int) -> None:
@@ -208,7 +220,7 @@ def table(results: dict) -> str:
     for name, m in results["models"].items():
         lines.append(
             f"| {TITLES[name]} | {m['parameters']:,} | {m['steps']} | {m['seconds_per_step']:.3f} "
-            f"| {m['validation_perplexity']:.1f} |"
+            f"| {plus_minus(m['validation_perplexity'], m['validation_perplexity_standard_error'], 1)} |"
         )
     lines += [
         "",
@@ -219,13 +231,13 @@ def table(results: dict) -> str:
         lines.append(
             f"| {row['budget']} | {TITLES[row['model']]} | {row['reuse']} | {row['num_steps']} "
             f"| {row['block_evaluations']} | {row['milliseconds_per_text']:.1f} | {row['entropy']:.2f} "
-            f"| {row['ngram_perplexity']:.1f} |"
+            f"| {shown_perplexity(row)} |"
         )
     held_out = results["held_out"]
-    lines.append(f"| | held-out text | | | | | {held_out['entropy']:.2f} | {held_out['ngram_perplexity']:.1f} |")
+    lines.append(f"| | held-out text | | | | | {held_out['entropy']:.2f} | {shown_perplexity(held_out)} |")
     lines += [
         "",
-        f"4-gram perplexity: under an {results['judge']}; it sees local fluency only. "
+        f"4-gram perplexity ± standard error over texts: under an {results['judge']}; it sees local fluency only. "
         f"Each row: {results['arguments']['num_samples']} texts of {results['arguments']['length']} tokens.",
     ]
     return "\n".join(lines) + "\n"

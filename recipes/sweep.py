@@ -311,8 +311,10 @@ def run_checkpoints(args: CheckpointsArguments, judge, device: str) -> dict:
         found = evaluate_budgets(model, tokenizer, judge, args.budgets, settings, **options)
         rows += [{"step": step, "checkpoint": folder.name, **row} for row in found]
     history = json.loads((folders[-1][1] / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    validation = {line["step"]: line["eval_perplexity"] for line in history if "eval_perplexity" in line}
-    return {"rows": rows, "validation": [{"step": step, "perplexity": p} for step, p in validation.items()]}
+    validation = {line["step"]: line for line in history if "eval_perplexity" in line}
+    names = {"perplexity": "eval_perplexity", "standard_error": "eval_perplexity_stderr"}
+    points = [{"step": s, **{name: line.get(key) for name, key in names.items()}} for s, line in validation.items()]
+    return {"rows": rows, "validation": points}
 
 
 def checkpoints_of(run: str) -> list[tuple[int, Path]]:
@@ -339,7 +341,9 @@ def draw_checkpoints(found: dict, path: Path, judge: str) -> None:
 
 def checkpoints_table(found: dict) -> str:
     """All rows, and validation perplexity by step."""
-    points = ", ".join(f"{point['step']}: {point['perplexity']:.2f}" for point in found["validation"])
+    points = ", ".join(
+        f"{point['step']}: {plus_minus(point['perplexity'], point['standard_error'])}" for point in found["validation"]
+    )
     return rows_table(found["rows"], ["checkpoint", "budget"]) + f"\nValidation perplexity by step: {points}.\n"
 
 

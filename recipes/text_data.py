@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fpmgm.command_line import DatasetName, LocalPath, ModelName
 from fpmgm.data import add_mask_token, load_text, pack, train_tokenizer
+from fpmgm.data.text_files import list_files
 from fpmgm.models.text_input import read_tokenizer
 from fpmgm.trainers.run_record import describe_files
 
@@ -16,7 +17,9 @@ from fpmgm.trainers.run_record import describe_files
 class DataArguments:
     """Where the text comes from and how it is cut into blocks."""
 
-    text_files: list[LocalPath] | None = field(default=None, metadata={"help": "Local .txt, .jsonl, .parquet files."})
+    text_files: list[LocalPath] | None = field(
+        default=None, metadata={"help": "Local .txt, .jsonl, .parquet files, or folders."}
+    )
     eval_text_files: list[LocalPath] | None = field(default=None, metadata={"help": "Local files to validate on."})
     dataset_name: DatasetName | None = field(default=None, metadata={"help": "Hub dataset, instead of local files."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub dataset."})
@@ -92,8 +95,8 @@ def load_blocks(data: DataArguments, tokenizer: PreTrainedTokenizerBase, length:
 def describe_text(data: DataArguments) -> dict:
     """What a checkpoint records of the text: its files' contents, or where it is on the hub."""
     names = ("dataset_name", "dataset_config", "train_split", "eval_split", "eval_share", "eval_blocks", "text_column")
+    given = {"text_files": data.text_files, "eval_text_files": data.eval_text_files}
     return {
-        "text_files": describe_files(data.text_files),
-        "eval_text_files": describe_files(data.eval_text_files),
+        **{name: describe_files(None if files is None else list_files(files)) for name, files in given.items()},
         **{name: getattr(data, name) for name in names},
     }

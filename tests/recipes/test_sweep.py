@@ -178,7 +178,7 @@ def test_checkpoints_are_judged_with_the_weights_that_they_would_export(folder, 
         history = [
             {"step": 0, "eval_perplexity": 9.0},
             {"step": 1, "loss": 2.0},
-            {"step": step, "eval_perplexity": 8.0},
+            {"step": step, "eval_perplexity": 8.0, "eval_perplexity_stderr": 0.5},
         ]
         (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": history}))
         if step < 12:  # the last one was interrupted
@@ -192,7 +192,11 @@ def test_checkpoints_are_judged_with_the_weights_that_they_would_export(folder, 
         model = models[row["step"]] if row["step"] else AutoModel.from_pretrained(folder / "fp")
         drawn = model.generate(batch_size=4, seed=[0, 1, 2, 3], budget=row["budget"], reuse="none").numpy()
         assert row["generative_perplexity"] == pytest.approx(judge.perplexity(drawn))
-    assert found["validation"] == [{"step": 0, "perplexity": 9.0}, {"step": 10, "perplexity": 8.0}]
+    assert found["validation"] == [
+        {"step": 0, "perplexity": 9.0, "standard_error": None},
+        {"step": 10, "perplexity": 8.0, "standard_error": 0.5},
+    ]
+    assert "0: 9.00, 10: 8.00 ± 0.50." in (tmp_path / "checkpoints.md").read_text(encoding="utf-8")
     assert (tmp_path / "checkpoints.png").stat().st_size > 1000
     # An export that is the last checkpoint's average is not judged again, another one is.
     argv += ["--budgets", "6", *arguments(folder, tmp_path)]
