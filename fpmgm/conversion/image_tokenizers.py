@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import JanusVQVAEConfig, PreTrainedConfig
+from transformers import JanusVQVAEConfig
 
 from ..models.configuration_xqgan import XQGANConfig
 from ..models.modeling_vqgan import VQGANModel
 from ..models.modeling_xqgan import XQGANModel
-from .checkpoint import check_state, read_checkpoint
+from .checkpoint import check_file, check_tensors, few, one_line, read_checkpoint, read_json, read_tensors, reading
+from .pretrained import load_pretrained
+from .sources import FILE_SUFFIXES, SAFETENSORS, fetch
+from .state_dict import count_layers, fitting, unwrapped
 
 
 IMAGE_TOKENIZERS = {"janus_vqgan": VQGANModel, "xqgan": XQGANModel}  # by `model_type`
@@ -50,6 +52,8 @@ XQGAN_RENAMES = [
 XQGAN_PARTS = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")  # others serve its training
 COUNTERS = (".codebook_used", ".ema_vocab_hit_SV", ".lvl1LC")  # buffers that count codes or can be computed
 DINO_HEAD_SIZE = 64  # of every DINOv2 size
+NO_MODEL = "its sizes are those of no model"
+HUB = ("revision", "token", "cache_dir", "local_files_only")  # options of a download
 
 
 def load_image_tokenizer(path_or_repo: str | Path, subfolder: str = "", **kwargs: Any) -> VQGANModel | XQGANModel:
@@ -59,30 +63,32 @@ def load_image_tokenizer(path_or_repo: str | Path, subfolder: str = "", **kwargs
         path_or_repo (`str` or `Path`): A folder or hub repository that `save_pretrained` wrote, or a file of LlamaGen
             (`vq_ds16_c2i.pt`) or XQGAN (`XQGAN-4096.pt`).
         subfolder (`str`, *optional*): Where in the folder or repository, such as `"vq"`. Empty: at its top.
-        kwargs: For `from_pretrained`: `revision`, `token`, `dtype`, `device_map`, … Not for a file.
+        kwargs: Of the hub, `revision`, `token`, `cache_dir`, `local_files_only`; of `from_pretrained`, `dtype`,
+            `device_map`, … Not for a file.
 
     Returns:
         [`VQGANModel`] or [`XQGANModel`] in evaluation mode: both have `encode` and `decode`.
 
     Raises:
-        `ValueError`: for a folder or file of something else.
+        `ValueError`: for a folder or file of something else, a damaged one, and weights missing or not finite.
     """
     path = Path(path_or_repo)
-    if path.suffix in (".pt", ".pth", ".safetensors"):
-        if kwargs:
-            raise ValueError(
-                f"{sorted(kwargs)} cannot be given with a file, `path_or_repo`={str(path)!r}: leave them out."
-            )
+    if path.suffix in FILE_SUFFIXES:
+        if kwargs or subfolder:
+            given = sorted(kwargs) + ["subfolder"] * bool(subfolder)
+            raise ValueError(f"{given} cannot be given with a file, `path_or_repo`={str(path)!r}: leave them out.")
         state = _tensors(path, use_ema=True)
         return _xqgan(state, path) if "encoder.latent_tokens" in state else _llamagen(state, path, image_size=256)
-    config, _ = PreTrainedConfig.get_config_dict(path_or_repo, subfolder=subfolder, **kwargs)
-    if config.get("model_type") not in IMAGE_TOKENIZERS:
+    hub = {name: kwargs.pop(name) for name in HUB if name in kwargs}
+    files = ("config.json", *SAFETENSORS)
+    folder = fetch(path_or_repo, [str(Path(subfolder) / name) for name in files], **hub) / subfolder
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind not in IMAGE_TOKENIZERS:
         raise ValueError(
-            f"`path_or_repo`={str(path_or_repo)!r} holds `model_type`={config.get('model_type')!r}, which is no image "
-            f"tokenizer: known are {tuple(IMAGE_TOKENIZERS)}."
+            f"{str(folder)!r} holds `model_type`={one_line(kind)!r}, which is no image tokenizer: known are "
+            f"{tuple(IMAGE_TOKENIZERS)}."
         )
-    tokenizer_class = IMAGE_TOKENIZERS[config["model_type"]]
-    return tokenizer_class.from_pretrained(path_or_repo, subfolder=subfolder, **kwargs).eval()
+    return load_pretrained(IMAGE_TOKENIZERS[kind], folder, **kwargs)
 
 
 def load_llamagen_vq(path: str | Path, image_size: int = 256, use_ema: bool = True) -> VQGANModel:
@@ -123,11 +129,14 @@ def load_xqgan(path: str | Path, use_ema: bool = True) -> XQGANModel:
 
 
 def _llamagen(state: dict[str, torch.Tensor], path: str | Path, image_size: int) -> VQGANModel:
-    config = JanusVQVAEConfig(**_llamagen_sizes(state, path, image_size))
-    renamed = {_renamed(name, LLAMAGEN_RENAMES): tensor for name, tensor in state.items()}
     codebook = "quantize.embedding.weight"
-    renamed[codebook] = F.normalize(renamed[codebook], dim=-1)
-    return _filled(VQGANModel(config), renamed, path)
+    with reading(path, "a VQ model of LlamaGen", NO_MODEL):
+        config = JanusVQVAEConfig(**_llamagen_sizes(state, path, image_size))
+        with torch.device("meta"):
+            model = VQGANModel(config)
+        ours = {_renamed(name, LLAMAGEN_RENAMES): tensor for name, tensor in state.items()}
+        ours[codebook] = F.normalize(ours[codebook].float(), dim=-1)
+    return _filled(model, ours, path)
 
 
 def _xqgan(state: dict[str, torch.Tensor], path: str | Path) -> XQGANModel:
@@ -137,44 +146,42 @@ def _xqgan(state: dict[str, torch.Tensor], path: str | Path) -> XQGANModel:
             "needs the one of a single codebook, XQGAN-4096."
         )
     parts = {name: tensor for name, tensor in state.items() if name.startswith(XQGAN_PARTS)}
-    config = XQGANConfig(**_xqgan_sizes(parts, path))
-    return _filled(XQGANModel(config), {_renamed(name, XQGAN_RENAMES): x for name, x in parts.items()}, path)
+    with reading(path, "an XQGAN of vision transformers", NO_MODEL):
+        config = XQGANConfig(**_xqgan_sizes(parts, path))
+        with torch.device("meta"):
+            model = XQGANModel(config)
+    return _filled(model, {_renamed(name, XQGAN_RENAMES): x for name, x in parts.items()}, path)
 
 
 def _tensors(path: Path, use_ema: bool) -> dict[str, torch.Tensor]:
     """The state dict of a file, without counters."""
-    if not path.is_file():
-        raise ValueError(f"`path`={str(path)!r} does not exist: give the tokenizer's file or folder.")
+    check_file(path)
     if path.suffix == ".safetensors":
-        state = load_file(path)
+        state = read_tensors(path)
     else:
         checkpoint = read_checkpoint(path)
         checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
         ema = checkpoint.get("ema") if use_ema else None
         state = ema or checkpoint.get("model") or checkpoint
-    if not state or not all(torch.is_tensor(tensor) for tensor in state.values()):
-        raise ValueError(f"`path`={str(path)!r} holds no state dict, neither under 'model' nor at its top.")
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    return {name: tensor.float() for name, tensor in state.items() if not name.endswith(COUNTERS)}
+    check_tensors(state, path)
+    return {name: tensor for name, tensor in unwrapped(state, path).items() if not name.endswith(COUNTERS)}
 
 
 def _filled(model: torch.nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> torch.nn.Module:
-    check_state(model, state, path)
-    model.load_state_dict(state)
-    return model.eval()
+    model.load_state_dict(fitting(model, state, path), assign=True)
+    return model.requires_grad_(True).eval()
 
 
 def _llamagen_sizes(state: dict[str, torch.Tensor], path: str | Path, image_size: int) -> dict:
     needed = ("encoder.conv_in.weight", "encoder.conv_out.weight", "quant_conv.weight", "quantize.embedding.weight")
     _need(state, (*needed, "encoder.conv_blocks.0.res.0.conv1.weight"), path, "a VQ model of LlamaGen")
     base, latent, embed = (len(state[name]) for name in needed[:3])
-    levels = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.conv_blocks."))
+    levels = count_layers(state, "encoder.conv_blocks.", path)
     widths = [len(state[f"encoder.conv_blocks.{level}.res.0.conv1.weight"]) for level in range(levels)]
-    blocks = {name.split(".")[4] for name in state if name.startswith("encoder.conv_blocks.0.res.")}
     return {
         "base_channels": base,
         "channel_multiplier": [width // base for width in widths],
-        "num_res_blocks": len(blocks),
+        "num_res_blocks": count_layers(state, "encoder.conv_blocks.0.res.", path),
         "latent_channels": latent,
         "embed_dim": embed,
         "num_embeddings": len(state["quantize.embedding.weight"]),
@@ -190,13 +197,12 @@ def _xqgan_sizes(state: dict[str, torch.Tensor], path: str | Path) -> dict:
     )
     width, _, _, patch = state[needed[0]].shape
     side = round((state[needed[1]].shape[1] - 1) ** 0.5)
-    layers = [int(name.split(".")[3]) for name in state if name.startswith(f"{model}blocks.")]
     codebook_size, codebook_dim = state["quantize.embedding.weight"].shape
     return {
         "image_size": side * patch,
         "patch_size": patch,
         "hidden_size": width,
-        "num_hidden_layers": 1 + max(layers),
+        "num_hidden_layers": count_layers(state, f"{model}blocks.", path),
         "num_attention_heads": max(1, width // DINO_HEAD_SIZE),
         "intermediate_size": len(state[needed[2]]),
         "codebook_size": codebook_size,
@@ -207,7 +213,7 @@ def _xqgan_sizes(state: dict[str, torch.Tensor], path: str | Path) -> dict:
 def _need(state: dict[str, torch.Tensor], names: tuple[str, ...], path: str | Path, what: str) -> None:
     missing = [name for name in names if name not in state]
     if missing:
-        raise ValueError(f"`path`={str(path)!r} is not {what}: it has no {missing}.")
+        raise ValueError(f"`path`={str(path)!r} is not {what}: it has no {missing}; it has {few(list(state))}.")
 
 
 def _renamed(name: str, rules: list[tuple[str, str]]) -> str:

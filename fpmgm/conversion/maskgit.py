@@ -2,15 +2,14 @@
 """Halton-MaskGIT checkpoints: the original `.pth` files, or their weights as `.safetensors`, read as data."""
 
 import math
-import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from ..models.configuration_fpmaskgit import FPMaskGITConfig
 from ..models.modeling_fpmaskgit import FPMaskGITModel
-from .checkpoint import check_state
+from .checkpoint import check_file, check_tensors, few, read_checkpoint, read_tensors, reading
+from .state_dict import count_layers, fitting, renamed, unwrapped
 
 
 # Halton-MaskGIT's parameter names → ours; `transformer.layers.` is our `pre_layers.`: it is a pre-stack alone.
@@ -30,7 +29,7 @@ RENAMES = [
     (r"^transformer\.layers\.(\d+)\.ff\.w2\.", r"pre_layers.\1.down_proj."),
     (r"^transformer\.layers\.(\d+)\.ff\.w3\.", r"pre_layers.\1.up_proj."),
 ]
-LAYER = r"^transformer\.layers\.(\d+)\."
+LAYERS = "transformer.layers."
 HEADS = {384: 6, 512: 6, 768: 12, 1024: 16, 1152: 16}  # by width, of the published sizes: no weight tells them
 
 
@@ -62,47 +61,53 @@ def load_halton_maskgit(path: str | Path, config: dict | None = None) -> FPMaskG
     path = Path(path)
     state = _read(path)
     found = _arguments_from_shapes(state, path)
-    heads = _check_arguments(found, config or {})
-    with torch.device("meta"):
-        model = FPMaskGITModel(_our_config(state, found, heads))
-    renamed = {_rename(name): tensor.float() for name, tensor in _joined(state).items()}
-    check_state(model, renamed, path)
-    model.load_state_dict(renamed, assign=True)
+    heads = _check_arguments(found, config or {}, path)
+    with reading(path, "a Halton-MaskGIT checkpoint", "its sizes are those of no model"):
+        ours = {renamed(name, RENAMES): tensor for name, tensor in _joined(state).items()}
+        with torch.device("meta"):
+            model = FPMaskGITModel(_our_config(state, found, heads))
+    state = fitting(model, ours, path)
+    model.load_state_dict(state, assign=True)
     model.tie_weights()
     return model.requires_grad_(True).eval()
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
-    if path.suffix not in (".pth", ".pt", ".safetensors") or not path.is_file():
-        raise ValueError(f"`path`={str(path)!r} must be an existing .pth or .safetensors file.")
+    check_file(path)
     if path.suffix == ".safetensors":
-        return load_file(path)
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model_state_dict"), dict):
-        raise ValueError(f"`path`={str(path)!r} is not a Halton-MaskGIT checkpoint: it has no `model_state_dict`.")
-    return checkpoint["model_state_dict"]
+        state = read_tensors(path)
+    else:
+        checkpoint = read_checkpoint(path, "save `{'model_state_dict': ...}` alone and load that")
+        if not isinstance(checkpoint, dict) or "model_state_dict" not in checkpoint:
+            raise ValueError(f"`path`={str(path)!r} is not a Halton-MaskGIT checkpoint: it has no `model_state_dict`.")
+        state = checkpoint["model_state_dict"]
+    check_tensors(state, path)
+    return unwrapped(state, path)
 
 
 def _arguments_from_shapes(state: dict[str, torch.Tensor], path: Path) -> dict[str, int]:
     """The original constructor's arguments, but for the heads."""
-    layers = [int(found[1]) for found in (re.match(LAYER, name) for name in state) if found]
     needed = ("tok_emb.weight", "pos_emb.weight", "cls_emb.weight", "transformer.layers.0.ff.w1.weight")
     missing = [name for name in needed if name not in state]
     if missing:
-        raise ValueError(f"`path`={str(path)!r} is not a Halton-MaskGIT checkpoint: it has no {missing}.")
+        raise ValueError(
+            f"`path`={str(path)!r} is not a Halton-MaskGIT checkpoint: it has no {missing}; it has {few(list(state))}."
+        )
+    if any(state[name].dim() != 2 for name in needed):
+        raise ValueError(f"`path`={str(path)!r} is not a Halton-MaskGIT checkpoint: {needed} must be matrices.")
     ids, hidden_dim = state["tok_emb.weight"].shape
     return {
         "input_size": math.isqrt(len(state["pos_emb.weight"])),
         "hidden_dim": hidden_dim,
         "codebook_size": ids - 1,
-        "depth": 1 + max(layers),
+        "depth": count_layers(state, LAYERS, path),
         "nclass": len(state["cls_emb.weight"]) - 1,
         "register": len(state["reg_tokens.weight"]) if "reg_tokens.weight" in state else 0,
         "proj": 1,
     }
 
 
-def _check_arguments(found: dict[str, int], given: dict[str, int]) -> int:
+def _check_arguments(found: dict[str, int], given: dict[str, int], path: Path) -> int:
     """The heads, where the arguments `given` do not contradict those `found` in the weights."""
     unknown = sorted(set(given) - {*found, "heads", "mlp_dim"})
     if unknown:
@@ -113,8 +118,8 @@ def _check_arguments(found: dict[str, int], given: dict[str, int]) -> int:
     heads = given.get("heads", HEADS.get(found["hidden_dim"]))
     if heads is None:
         raise ValueError(
-            f"`config`['heads'] is needed: the weights do not tell it, and width {found['hidden_dim']} is none of the "
-            f"published {tuple(HEADS)}."
+            f"`config`['heads'] is needed for `path`={str(path)!r}: the weights do not tell it, and width "
+            f"{found['hidden_dim']} is none of the published {tuple(HEADS)}."
         )
     return heads
 
@@ -146,11 +151,3 @@ def _joined(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     joined.setdefault("head.weight", state["tok_emb.weight"])
     joined.setdefault("reg_tokens.weight", state["tok_emb.weight"][:0])
     return joined
-
-
-def _rename(name: str) -> str:
-    for pattern, replacement in RENAMES:
-        name, found = re.subn(pattern, replacement, name)
-        if found:
-            break
-    return name
