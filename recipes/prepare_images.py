@@ -33,8 +33,8 @@ def main(argv: list[str] | None = None) -> DatasetDict:
     codes = encode_pictures(pictures, encoding, args.output_dir, args.device)
     report = json.loads((Path(args.output_dir) / "preparation.json").read_text(encoding="utf-8"))
     for split, rows in codes.items():
-        found, left_out = report["counts"][split]["pictures"], len(report["unreadable"][split])
-        print(f"{split}: {found:,} pictures, {left_out} unreadable, {len(rows):,} rows of codes")
+        found, left_out = report["counts"][split]["pictures"], report["left_out"][split]
+        print(f"{split}: {found:,} pictures, {left_out:,} unreadable, {len(rows):,} rows of codes")
     return codes
 
 

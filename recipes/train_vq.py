@@ -30,6 +30,7 @@ from train_and_export import run_checkpoint
 
 
 SHOWN = 16  # pictures in the reconstructions
+MOST_NAMED = 10  # pictures that cannot be read
 
 
 @dataclass
@@ -108,12 +109,16 @@ class Pixels(torch.utils.data.Dataset):
     """Pixels of pictures that can be read, decoded once and kept as bytes."""
 
     def __init__(self, rows: Dataset, processor):
-        pixels = []
+        pixels, left_out = [], []
         for row in tqdm(rows, desc="reading pictures"):
             try:
                 pixels.append(to_uint8(torch.from_numpy(centre_crop(read_image(row["image"]), processor))))
-            except (OSError, ValueError, SyntaxError) as error:
-                print(f"left out {row['image']['path']}: {error}")
+            except ValueError as error:
+                left_out.append(f"{row['image']['path']} ({error})")
+        if left_out:
+            print(f"left out {len(left_out)} pictures that cannot be read, such as {'; '.join(left_out[:MOST_NAMED])}")
+        if not pixels:
+            raise ValueError(f"none of the {len(rows)} pictures can be read, such as {left_out[0]}.")
         self.pixels = torch.cat(pixels)  # (N, 3, S, S)
 
     def __len__(self) -> int:

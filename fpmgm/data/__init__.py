@@ -8,7 +8,8 @@ if not is_datasets_available():
     raise ImportError("fpmgm.data needs datasets: pip install 'fpmgm[train]'")
 
 from ..models.image_processing import make_image_processor
-from .images import load_codes, load_images, prepare_codes
+from .codes import load_codes
+from .images import load_images, prepare_codes
 from .text import load_text, pack
 from .tokenizer import add_mask_token, train_tokenizer
 

@@ -6,7 +6,10 @@ Shapes: A variants of a picture, S image size, L codes of a picture.
 
 import hashlib
 import json
+import os
 import shutil
+import stat
+import warnings
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -31,7 +34,9 @@ from tqdm.auto import tqdm
 from transformers import CLIPImageProcessorPil
 from transformers.utils import logging
 
+from ..models.image_processing import check_sides, to_rgb
 from ..models.image_tokenizer import ImageTokenizerMixin
+from .codes import PREPARATION, load_folder, read_json
 
 
 if TYPE_CHECKING:
@@ -40,9 +45,11 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow's names; for others it may run programs
+SYSTEM_FOLDERS = ("__MACOSX", "__pycache__", "@eaDir", "lost+found")
+MOST_LISTED = 100  # unreadable pictures of a split that `preparation.json` names
 ZOOM = 1.1  # of the shortest edge, for ten crops
 PART = 1024  # pictures that an interruption can cost at most
-PREPARATION = "preparation.json"
 
 
 def load_images(
@@ -96,30 +103,78 @@ def _image_folders(folders: dict[str, Path]) -> DatasetDict:
     for folder in folders.values():
         if not folder.is_dir():
             raise ValueError(f"`image_dir`: {str(folder)!r} does not exist: give a folder of splits of class folders.")
-    names = sorted({path.name for folder in folders.values() for path in folder.iterdir() if path.is_dir()})
+    found = {split: _class_files(folder) for split, folder in folders.items()}
+    names = sorted({name for classes in found.values() for name, files in classes.items() if files})
+    if empty := sorted({name for classes in found.values() for name in classes} - set(names)):
+        logger.warning(f"these folders hold no pictures, so that they are no classes: {empty[:MOST_LISTED]}")
     features = Features({"image": Image(decode=False), "label": ClassLabel(names=names)})
     datasets = {}
-    for split, folder in folders.items():
-        files = [
-            (str(path), label)
-            for label, name in enumerate(names)
-            for path in sorted((folder / name).rglob("*"))
-            if path.suffix.lower() in SUFFIXES
-        ]
+    for split, classes in found.items():
+        files = [(path, label) for label, name in enumerate(names) for path in classes.get(name, ())]
         if not files:
-            raise ValueError(f"`image_dir`: {str(folder)!r} has no pictures ({', '.join(SUFFIXES)}) in class folders.")
+            folder = str(folders[split])
+            raise ValueError(f"`image_dir`: {folder!r} has no pictures ({', '.join(SUFFIXES)}) in class folders.")
         paths, labels = zip(*files, strict=True)
         datasets[split] = Dataset.from_dict({"image": list(paths), "label": list(labels)}, features=features)
     return DatasetDict(datasets)
 
 
+def _class_files(folder: Path) -> dict[str, list[str]]:
+    """By class, the files that are named like pictures, without those that are hidden or a system's."""
+    classes = [path for path in folder.iterdir() if path.is_dir() and not _is_hidden(path.name)]
+    for path in classes:
+        if path.name != _readable(path.name):
+            raise ValueError(
+                f"`image_dir`: the name of the class {_readable(path)!r} is not UTF-8: rename the folder."
+            )
+    return {
+        path.name: [
+            _readable(file)
+            for file in sorted(path.rglob("*"))
+            if file.suffix.lower() in SUFFIXES and not any(map(_is_hidden, file.relative_to(path).parts))
+        ]
+        for path in classes
+    }
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in SYSTEM_FOLDERS
+
+
+def _readable(path: str | Path) -> str:
+    """A path as text; bytes that are not UTF-8 are escaped, so that no file has this name."""
+    return os.fsencode(path).decode("utf-8", errors="backslashreplace")
+
+
 def read_image(image: dict) -> "PILImage.Image":
-    """The picture, a `PIL.Image`, of an undecoded `{"path", "bytes"}`; its orientation tag is not applied."""
+    """The picture, an RGB `PIL.Image`, of an undecoded `{"path", "bytes"}`; its orientation tag is not applied.
+
+    16-bit grey is scaled to 8 bits, what is transparent lies on white.
+
+    Raises:
+        `ValueError`: says why it cannot be read, whatever is wrong with it: no regular file, no picture of `FORMATS`,
+            damaged, sides beyond 1 : 20, or so many pixels that Pillow warns of them
+            (`PIL.Image.MAX_IMAGE_PIXELS`).
+    """
     from PIL import Image as PILImage
 
-    with PILImage.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"])) as opened:
-        opened.load()
-        return opened.convert("RGB")
+    try:
+        if image["bytes"] is None and not stat.S_ISREG(os.stat(image["path"]).st_mode):
+            raise ValueError("it is no regular file")  # opening a named pipe would wait for ever
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", PILImage.DecompressionBombWarning)
+            source = image["path"] if image["bytes"] is None else BytesIO(image["bytes"])
+            PILImage.init()
+            with PILImage.open(source, formats=[name for name in FORMATS if name in PILImage.OPEN]) as opened:
+                check_sides(*opened.size)  # before pixels are made
+                opened.load()
+                return to_rgb(opened)
+    except FileNotFoundError as error:
+        raise ValueError("there is no such file; one whose name is not UTF-8 must be renamed") from error
+    except PILImage.UnidentifiedImageError as error:
+        raise ValueError(f"it is none of {', '.join(FORMATS)}, or its header is damaged") from error
+    except Exception as error:  # Pillow's decoders raise errors of every kind
+        raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from error
 
 
 def centre_crop(image: "PILImage.Image", processor: CLIPImageProcessorPil) -> np.ndarray:
@@ -158,8 +213,8 @@ def prepare_codes(
 ) -> DatasetDict:
     """Encode every picture and write the codes to `folder`; an interrupted call, repeated, goes on where it was.
 
-    Beside the codes lie the image processor and `preparation.json`: how they were made, how many there are, which
-    pictures could not be read.
+    Beside the codes lie the image processor and `preparation.json`: how they were made, how many there are, how many
+    pictures could not be read, and the first hundred of them in each split with the reason.
 
     Args:
         images (`DatasetDict`): Columns `image` (undecoded) and `label`, as [`load_images`] gives them.
@@ -173,7 +228,7 @@ def prepare_codes(
 
     Returns:
         `DatasetDict` with `input_ids` (L codes, row-major) and `class_labels`, a `ClassLabel`. Pictures that cannot be
-        read are left out and warned about.
+        read ([`read_image`] says which) are left out and warned about.
 
     Raises:
         `ValueError`: for an unknown `augment`, a `folder` that holds another preparation, or if no picture of a split
@@ -185,7 +240,7 @@ def prepare_codes(
     settings = _settings(images, tokenizer, processor, augment)
     _check_same(folder, settings)
     if (folder / "dataset_dict.json").is_file() and not (folder / "parts").exists():
-        return load_from_disk(folder)
+        return load_folder(folder)
     codes, unreadable = {}, {}
     for split, rows in images.items():
         vary = AUGMENTS[augment if split == "train" else "none"]
@@ -194,59 +249,12 @@ def prepare_codes(
         )
     processor.save_pretrained(folder)
     counts = {split: {"pictures": len(images[split]), "rows": len(codes[split])} for split in codes}
-    _write_json(folder / PREPARATION, {**settings, "counts": counts, "unreadable": unreadable})
+    left_out = {split: len(names) for split, names in unreadable.items()}
+    listed = {split: names[:MOST_LISTED] for split, names in unreadable.items()}
+    _write_json(folder / PREPARATION, {**settings, "counts": counts, "left_out": left_out, "unreadable": listed})
     DatasetDict(codes).save_to_disk(folder)
     shutil.rmtree(folder / "parts")
-    return load_from_disk(folder)
-
-
-def load_codes(folder: str | Path) -> tuple[DatasetDict, dict]:
-    """The codes that [`prepare_codes`] wrote to `folder`, and what `preparation.json` says of them.
-
-    Args:
-        folder (`str` or `Path`): The same as there.
-
-    Returns:
-        `DatasetDict` as from [`prepare_codes`], and a `dict` with `grid_size`, `codebook_size`, `classes` (names),
-        `codebook` (a hash of its weights), `image_size`, `augment`, `counts`, …
-
-    Raises:
-        `ValueError`: for a folder without finished codes, or rows that `preparation.json` contradicts: not
-            `grid_size` squared codes, codes outside the codebook, other classes or labels outside them.
-    """
-    folder = Path(folder)
-    if not (folder / PREPARATION).is_file():
-        raise ValueError(f"`folder`={str(folder)!r} has no {PREPARATION}: make codes with recipes/prepare_images.py.")
-    if not (folder / "dataset_dict.json").is_file() or (folder / "parts").exists():
-        raise ValueError(f"`folder`={str(folder)!r} is not finished: repeat the command that prepares it.")
-    codes, preparation = load_from_disk(folder), json.loads((folder / PREPARATION).read_text(encoding="utf-8"))
-    for split, rows in codes.items():
-        _check_rows(rows, preparation, f"{split!r} of `folder`={str(folder)!r}")
-    return codes, preparation
-
-
-def _check_rows(rows: Dataset, preparation: dict, where: str) -> None:
-    """Raise a `ValueError` for rows that are not what `preparation` says."""
-    missing = {"input_ids", "class_labels"} - set(rows.column_names)
-    if missing:
-        raise ValueError(f"{where} has no column {sorted(missing)}: it has {rows.column_names}. Prepare it again.")
-    compute, ids, labels = pyarrow.compute, rows.data.column("input_ids"), rows.data.column("class_labels")
-    names = getattr(rows.features["class_labels"], "names", preparation["classes"])
-    if names != preparation["classes"]:
-        raise ValueError(f"{where} has classes {names}, but {PREPARATION} says {preparation['classes']}.")
-    length, size, classes = preparation["grid_size"] ** 2, preparation["codebook_size"], len(names)
-    for what, values, low, high in (
-        ("numbers of codes in a row", compute.list_value_length(ids), length, length),
-        ("codes", compute.list_flatten(ids), 0, size - 1),
-        ("class labels", labels, 0, classes - 1),
-    ):
-        found = compute.min_max(values).as_py()
-        if found["min"] < low or found["max"] > high:
-            raise ValueError(
-                f"{where} has {what} from {found['min']} to {found['max']}, but by {PREPARATION} (`grid_size`="
-                f"{preparation['grid_size']}, `codebook_size`={size}, {classes} classes) they lie in [{low}, {high}]: "
-                "prepare it again in an empty folder."
-            )
+    return load_folder(folder)
 
 
 def _encode(rows: Dataset, tokenizer, processor, vary, parts: Path, batch_size: int) -> tuple[Dataset, list[str]]:
@@ -257,13 +265,16 @@ def _encode(rows: Dataset, tokenizer, processor, vary, parts: Path, batch_size: 
         if not part.is_dir():
             chosen = rows.select(range(start, min(start + PART, len(rows))))
             _write_part(part, chosen, start, tokenizer, lambda image: vary(image, processor), batch_size)
-        unreadable += json.loads((part / "unreadable.json").read_text(encoding="utf-8"))
+        unreadable += read_json(part / "unreadable.json")
         if (part / "codes").is_dir():
             encoded.append(load_from_disk(part / "codes"))
-    for name in unreadable:
-        logger.warning(f"left out a picture that cannot be read: {name}")
     if not encoded:
         raise ValueError(f"none of the {len(rows)} pictures in {parts.name!r} can be read, such as {unreadable[0]}.")
+    if unreadable:
+        logger.warning(
+            f"left out {len(unreadable)} of the {len(rows)} pictures in {parts.name!r}, which cannot be read; "
+            f"{PREPARATION} names up to {MOST_LISTED}, such as {unreadable[0]}"
+        )
     return concatenate_datasets(encoded), unreadable
 
 
@@ -295,7 +306,7 @@ def _pixel_batches(
             row = rows[i]
             try:
                 image = read_image(row["image"])
-            except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for broken files
+            except ValueError as error:
                 unreadable.append(f"{row['image']['path'] or f'row {start + i}'} ({error})")
                 continue
             pixels.append(vary(image))
@@ -330,8 +341,9 @@ def _check_same(folder: Path, settings: dict) -> None:
     if not path.exists():
         _write_json(path, settings)
         return
-    other = json.loads(path.read_text(encoding="utf-8"))
-    different = [f"{name}={other.get(name)!r}" for name in settings if settings[name] != other.get(name)]
+    other = read_json(path)
+    other = other if isinstance(other, dict) else {}
+    different = [f"{name}={other.get(name)!r}"[:300] for name in settings if settings[name] != other.get(name)]
     if different:
         raise ValueError(
             f"`folder`={str(folder)!r} holds codes made with {', '.join(different)}: remove it or give another one."

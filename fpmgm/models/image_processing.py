@@ -7,9 +7,11 @@ from transformers.utils import is_vision_available
 
 
 if TYPE_CHECKING:
+    from PIL import Image
     from transformers import CLIPImageProcessorPil
 
 RESAMPLES = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
+MOST_ASPECT = 20  # longer side over shorter: resized by the shorter, a line of pixels would fill the memory
 
 
 def make_image_processor(image_size: int, resample: str = "bilinear") -> "CLIPImageProcessorPil":
@@ -41,4 +43,45 @@ def make_image_processor(image_size: int, resample: str = "bilinear") -> "CLIPIm
     )
 
 
-__all__ = ["make_image_processor"]
+def to_rgb(image: "Image.Image") -> "Image.Image":
+    """The 8-bit RGB picture that a viewer shows: 16-bit grey is scaled down, what is transparent lies on white.
+
+    Args:
+        image (`PIL.Image.Image`): Of any mode but `"F"`, whose range is not known.
+
+    Raises:
+        `ValueError`: for sides beyond 1 : 20 and for values of more than 16 bits.
+    """
+    check_sides(*image.size)
+    if image.mode.startswith("I"):
+        image = _eight_bits(image)
+    elif image.mode == "F":
+        raise ValueError("a picture of floating numbers has no range: save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        above = image.convert("RGBA")
+        image = above.copy()
+        image.paste((255, 255, 255, 255), (0, 0, *image.size))
+        image.alpha_composite(above)
+    return image.convert("RGB")
+
+
+def check_sides(width: int, height: int) -> None:
+    """Raise a `ValueError` for a picture whose sides are beyond 1 : 20."""
+    if max(width, height) > MOST_ASPECT * min(width, height):
+        raise ValueError(f"{width} × {height} pixels: the longer side may be {MOST_ASPECT} times the shorter at most")
+
+
+def _eight_bits(image: "Image.Image") -> "Image.Image":
+    """16-bit grey as 8-bit grey; a grey marked as transparent as white."""
+    image, transparent = image.convert("I"), image.info.get("transparency")
+    low, high = image.getextrema()
+    if low < 0 or high > 65535:
+        raise ValueError(f"grey values from {low} to {high} are not of 16 bits: save it with 8 or 16 bits")
+    levels = [round(value / 257) for value in range(65536)]
+    if isinstance(transparent, int) and 0 <= transparent < 65536:
+        levels[transparent] = 255
+    image.info.pop("transparency", None)
+    return image.point(levels, "L")
+
+
+__all__ = ["check_sides", "make_image_processor", "to_rgb"]

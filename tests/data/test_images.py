@@ -2,6 +2,12 @@
 """Pictures become codes: every row is the tokenizer's answer to pixels made here with NumPy and Pillow."""
 
 import json
+import os
+import re
+import struct
+import tracemalloc
+import zlib
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +18,7 @@ from PIL import Image as PILImage
 
 from fpmgm.data import images as module
 from fpmgm.data import load_codes, load_images, make_image_processor, prepare_codes
+from fpmgm.data.images import read_image
 
 
 class MeanTokenizer:
@@ -238,4 +245,184 @@ def test_a_folder_without_finished_codes_is_refused(folder, tmp_path):
     load_from_disk(tmp_path / "other").remove_columns("class_labels").save_to_disk(tmp_path / "codes")
     (tmp_path / "codes/parts").rename(tmp_path / "parts")
     with pytest.raises(ValueError, match=r"no column \['class_labels'\]"):
+        load_codes(tmp_path / "codes")
+
+
+# --- pictures as viewers show them, and as weapons -------------------------------------------------------------------
+
+
+def png(mode_pixels: np.ndarray) -> PILImage.Image:
+    return PILImage.fromarray(mode_pixels)
+
+
+def embedded(image: PILImage.Image, form: str = "PNG", **options) -> dict:
+    file = BytesIO()
+    image.save(file, form, **options)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def test_sixteen_bit_grey_keeps_its_shades():
+    ramp = np.linspace(0, 65535, 24 * 16).round().astype(np.uint16).reshape(16, 24)
+    for form in ("PNG", "TIFF"):
+        pixels = np.asarray(read_image(embedded(png(ramp), form)))
+        assert np.abs(pixels - (ramp / 257)[..., None]).max() <= 0.5
+    transparent = embedded(png(ramp), transparency=int(ramp[3, 5]))
+    assert (np.asarray(read_image(transparent))[3, 5] == 255).all()
+    wide = png((ramp.astype(np.int32) - 1) * 2)
+    with pytest.raises(ValueError, match=r"grey values from -2 to 131068 are not of 16 bits"):
+        read_image(embedded(wide, "TIFF"))
+    with pytest.raises(ValueError, match="floating numbers"):
+        read_image(embedded(png(ramp.astype(np.float32)), "TIFF"))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_what_is_transparent_lies_on_white(mode):
+    colours = np.zeros((8, 8, 4), dtype=np.uint8)
+    colours[..., :3], colours[:4, :, 3], colours[4:6, :, 3] = 40, 255, 128  # rows: opaque, half, transparent
+    options = {}
+    if mode == "RGB":  # one colour counts as transparent
+        image = PILImage.fromarray(colours[..., :3].copy())
+        image.paste((1, 2, 3), (0, 6, 8, 8))
+        options, half = {"transparency": (1, 2, 3)}, 40
+    elif mode == "P":
+        image = PILImage.fromarray(np.repeat([0] * 6 + [1] * 2, 8).reshape(8, 8).astype(np.uint8), "P")
+        image.putpalette([40, 40, 40, 9, 9, 9])
+        options, half = {"transparency": 1}, 40
+    else:
+        image, half = PILImage.fromarray(colours).convert(mode), round(40 * 128 / 255 + 255 * 127 / 255)
+    pixels = np.asarray(read_image(embedded(image, **options)))
+    assert (pixels[:4] == 40).all() and (pixels[6:] == 255).all()
+    assert np.abs(pixels[4:6].astype(int) - half).max() <= 1
+
+
+def test_hidden_folders_and_files_are_no_classes_and_no_pictures(folder, tmp_path):
+    expected = load_images(folder)
+    for name in (".ipynb_checkpoints", "__MACOSX", "@eaDir", "cat/.ipynb_checkpoints", "cat/__MACOSX"):
+        (folder / "train" / name).mkdir()
+        picture(1).save(folder / "train" / name / "0.png")
+    picture(1).save(folder / "train/cat/._0.png")
+    (folder / "train/nothing").mkdir()
+    found = load_images(folder)
+    assert found["train"].features["label"].names == ["ant", "bee", "cat"]
+    assert found["train"][:] == expected["train"][:]
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def small_png(width: int, height: int) -> bytes:
+    """A valid picture of a few bytes, whatever its size."""
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes((width + 7) // 8 + 1) * min(height, 9))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+WEAPONS = {
+    "line.png": (small_png(2000, 1), "2000 × 1 pixels: the longer side may be 20 times the shorter at most"),
+    "column.png": (small_png(1, 60000), "1 × 60000 pixels"),
+    "bomb.png": (small_png(60000, 60000), "could be decompression bomb"),
+    "large.png": (small_png(10000, 9000), "could be decompression bomb"),
+    "header.png": (b"\x89PNG\r\n\x1a\n" + bytes(40), "or its header is damaged"),
+    "script.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "it is none of BMP"),
+    "folder.png": (None, "it is no regular file"),
+    "pipe.png": (None, "it is no regular file"),
+    "gone.png": (None, "there is no such file"),
+    "nam\udcff.png": (small_png(8, 8), "there is no such file; one whose name is not UTF-8"),
+}
+
+
+def test_pictures_as_weapons_are_left_out_and_listed(folder, tmp_path, monkeypatch):
+    target = folder / "train/cat"
+    for name, (content, _) in WEAPONS.items():
+        if content is not None:
+            (target / name).write_bytes(content)
+    (target / "folder.png").mkdir()
+    os.mkfifo(target / "pipe.png")
+    (target / "gone.png").symlink_to(target / "nowhere.png")
+    tracemalloc.start()
+    codes = prepare_codes(load_images(folder), MeanTokenizer(), make_image_processor(16), tmp_path / "codes")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
+    assert len(codes["train"]) == 5
+    report = json.loads((tmp_path / "codes/preparation.json").read_text())
+    listed = dict(line.rstrip(")").split(" (", 1) for line in report["unreadable"]["train"])
+    assert len(listed) == report["left_out"]["train"] == 3 + len(WEAPONS)
+    for name, (_, reason) in WEAPONS.items():
+        shown = str(target / name).replace("\udcff", "\\xff")
+        assert reason in listed[shown]
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            read_image({"path": shown, "bytes": None})
+    monkeypatch.setattr(module, "MOST_LISTED", 4)
+    prepare_codes(load_images(folder), MeanTokenizer(), make_image_processor(16), tmp_path / "again")
+    report = json.loads((tmp_path / "again/preparation.json").read_text())
+    assert report["left_out"] == {"train": 3 + len(WEAPONS), "validation": 0}
+    assert report["unreadable"] == {
+        "train": [f"{name} ({listed[name]})" for name in list(listed)[:4]],
+        "validation": [],
+    }
+
+
+def test_any_error_of_a_decoder_says_why(folder, monkeypatch):
+    def decode(*args, **kwargs):
+        raise RecursionError("a decoder's\n own")
+
+    monkeypatch.setattr(PILImage, "open", decode)
+    with pytest.raises(ValueError, match=r"^a decoder's own$"):
+        read_image({"path": str(folder / "val/cat/0.PNG"), "bytes": None})
+
+
+def test_a_class_whose_name_is_not_utf8_must_be_renamed(folder):
+    (folder / "train/caf\udce9").mkdir()
+    with pytest.raises(ValueError, match=r"class '.*caf\\\\xe9' is not UTF-8: rename"):
+        load_images(folder)
+
+
+@pytest.mark.parametrize(
+    ("rows", "labels", "message"),
+    [
+        ([[0.0, 1.0, 2.0, 3.0]], [0], "`input_ids` of list<.*double>"),
+        ([[0, 1, 2, 3]], [0.5], "`class_labels` of double"),
+        ([[0, 1, 2, 3], None], [0, 1], "has 1 rows or codes that are empty"),
+        ([[0, 1, 2, 3], [0, 1, None, 3]], [0, 1], "has 1 rows or codes that are empty"),
+        ([[0, 1, 2, 3]] * 2, [0, None], "has 1 rows or codes that are empty"),
+        ([], [], "`folder`='.*codes' cannot be read"),
+        (["abcd"], [0], "`input_ids` of string"),
+    ],
+    ids=str,
+)
+def test_rows_that_are_no_whole_codes_are_refused(tmp_path, rows, labels, message):
+    write_codes(tmp_path / "codes", rows, labels, None)
+    with pytest.raises(ValueError, match=message):
+        load_codes(tmp_path / "codes")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"grid_size": 2}', '{"grid_size": "2", "codebook_size": 5, "classes": ["a"]}',
+             '{"grid_size": 2, "codebook_size": 5, "classes": [1]}',
+             '{"grid_size": 1e400, "codebook_size": 5, "classes": ["ant", "cat"]}', "[" * 10**5],
+    ids=lambda text: text[:40],
+)  # fmt: skip
+def test_a_damaged_preparation_is_named(tmp_path, text):
+    write_codes(tmp_path / "codes", [[0] * 4], [0], None)
+    (tmp_path / "codes/preparation.json").write_text(text)
+    with pytest.raises(ValueError, match=r"codes/preparation\.json"):
+        load_codes(tmp_path / "codes")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone", "state"])
+def test_damaged_codes_are_named(tmp_path, damage):
+    write_codes(tmp_path / "codes", [[0, 1, 2, 3]] * 50, [0] * 50, None)
+    (file,) = (tmp_path / "codes/train").glob("*.arrow")
+    content = file.read_bytes()
+    if damage == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    elif damage == "flip":  # offsets that point outside
+        file.write_bytes(content.replace(struct.pack("<2i", 4, 8), struct.pack("<2i", 4, 2**30)))
+    elif damage == "gone":
+        file.unlink()
+    else:
+        (tmp_path / "codes/train/state.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"codes' cannot be read as codes that `prepare_codes` wrote"):
         load_codes(tmp_path / "codes")
