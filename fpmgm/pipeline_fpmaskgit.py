@@ -11,28 +11,29 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers.utils import ModelOutput
 
 from . import model_cards
+from .conversion.checkpoint import read_json, reading
 from .conversion.image_tokenizers import load_image_tokenizer
+from .conversion.pretrained import load_pretrained
+from .conversion.sources import SAFETENSORS, fetch
 from .models.budget import check_whole
 from .models.image_processing import make_image_processor
 from .models.image_tokenizer import to_uint8
 from .models.modeling_fpmaskgit import FPMaskGITModel
 from .pictures import to_pil
-from .pipeline_inputs import class_ids, entries, wanted_codes
+from .pipeline_inputs import as_list, class_ids, entries, pictures, wanted_codes
 
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 INDEX = "model_index.json"
 PARTS = {"model": "model", "vq": "tokenizer", "processor": "processor"}  # sub-folder → attribute
 CARD = Path(model_cards.__file__).with_name("pipeline.md")
+MOST_ZOOM = 8  # times a picture's size to which a processor may resize before it crops
 OUTPUT_TYPES = ("pil", "pt", "np")
 
 
@@ -99,7 +100,7 @@ class FPMaskGITPipeline:
         class_labels: int | str | Iterable[int | str] | None = None,
         num_images_per_class: int = 1,
         *,
-        image: "Image.Image | list[Image.Image] | None" = None,
+        image: Any = None,
         mask: Any = None,
         seed: int | list[int] | None = None,
         output_type: str = "pil",
@@ -112,8 +113,9 @@ class FPMaskGITPipeline:
             class_labels (`int`, `str` or a list of them, *optional*): Ids or names of classes; of a name with synonyms
                 ("tench, Tinca tinca") each. `None`: no class.
             num_images_per_class (`int`, defaults to 1): Pictures for each entry, one after another.
-            image (`PIL.Image.Image` or a list of them, *optional*): To keep a part of: one for all entries or one for
-                each. The processor resizes and crops it. `None`: everything is drawn.
+            image (*optional*): Pictures to keep a part of, one for all entries or one for each: `PIL.Image.Image`,
+                8-bit array (H, W, 3) or tensor (3, H, W), or a list of these; what is transparent lies on white. The
+                processor resizes and crops them. No address is fetched, no file opened. `None`: everything is drawn.
             mask (*optional*): What of `image` to draw anew: a `PIL.Image.Image` of its size, white there, or a tensor
                 or array, true there, of (H, W) codes or (S, S) pixels; a list holds one for each picture. A code is
                 drawn anew if any of its pixels is.
@@ -154,9 +156,15 @@ class FPMaskGITPipeline:
         )
 
     @torch.no_grad()
-    def encode(self, images: "Image.Image | list[Image.Image]", batch_size: int = 16) -> torch.LongTensor:
-        """(B, L) codes of pictures, resized and cropped by the processor, `batch_size` at a time."""
-        images = images if isinstance(images, (list, tuple)) else [images]
+    def encode(self, images: Any, batch_size: int = 16) -> torch.LongTensor:
+        """(B, L) codes of pictures, resized and cropped by the processor, `batch_size` at a time.
+
+        Args:
+            images: As `image` of a call.
+            batch_size (`int`, defaults to 16): Pictures at a time.
+        """
+        check_whole("batch_size", batch_size, minimum=1, unit="pictures")
+        images = pictures(images, "images")
         parts = (images[i : i + batch_size] for i in range(0, len(images), batch_size))
         pixels = (self.processor(part, return_tensors="pt")["pixel_values"] for part in parts)
         device, dtype = self.tokenizer.device, self.tokenizer.dtype
@@ -177,8 +185,9 @@ class FPMaskGITPipeline:
         if image is None or mask is None:
             missing = "image" if image is None else "mask"
             raise ValueError(f"`{missing}`=None: give `image` and, for what to draw anew, `mask`, or neither.")
-        images = list(image) if isinstance(image, (list, tuple)) else [image]
-        masks = list(mask) if isinstance(mask, (list, tuple)) else [mask] * len(images)
+        images = pictures(image)
+        masks = as_list(mask)
+        masks = masks * len(images) if len(masks) == 1 else masks
         if len(masks) != len(images):
             raise ValueError(f"`mask` lists {len(masks)} masks for {len(images)} pictures: give one for all or each.")
         pairs = zip(masks, images, strict=True)
@@ -213,14 +222,12 @@ class FPMaskGITPipeline:
             device_map (*optional*): Where weights are loaded to, as for any model (needs accelerate). `None`: the CPU.
 
         Raises:
-            `ValueError`: for a folder or repository of something else, and for parts that do not fit together.
+            `ValueError`: for a path that does not exist, a folder or repository of something else, damaged files,
+                weights that are missing or not finite, and parts that do not fit together.
         """
-        folder = Path(path_or_repo)
-        if not folder.is_dir():
-            files = [INDEX, *(f"{part}/*.{suffix}" for part in PARTS for suffix in ("json", "safetensors"))]
-            options = {"revision": revision, "token": token, "cache_dir": cache_dir}
-            options["local_files_only"] = local_files_only
-            folder = Path(snapshot_download(str(path_or_repo), allow_patterns=files, **options))
+        files = [INDEX, *(f"{part}/{name}" for part in PARTS for name in ("*.json", *SAFETENSORS))]
+        options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        folder = fetch(path_or_repo, files, revision=revision, **options)
         if not (folder / INDEX).is_file():
             raise ValueError(
                 f"`path_or_repo`={str(path_or_repo)!r} has no {INDEX}: give what `FPMaskGITPipeline.save_pretrained` "
@@ -228,12 +235,15 @@ class FPMaskGITPipeline:
             )
         from transformers import CLIPImageProcessorPil
 
+        read_json(folder / INDEX)
         placed = {} if device_map is None else {"device_map": device_map}
-        return cls(
-            FPMaskGITModel.from_pretrained(folder / "model", **placed, **({} if dtype is None else {"dtype": dtype})),
-            load_image_tokenizer(folder / "vq", **placed),
-            CLIPImageProcessorPil.from_pretrained(folder / "processor"),
-        )
+        of_model = placed if dtype is None else {**placed, "dtype": dtype}
+        model = load_pretrained(FPMaskGITModel, folder / "model", **of_model)
+        tokenizer = load_image_tokenizer(folder / "vq", **placed)
+        with reading(folder / "processor", "an image processor"):
+            processor = CLIPImageProcessorPil.from_pretrained(folder / "processor", local_files_only=True)
+        with reading(folder, "a pipeline", "its parts do not fit together"):
+            return cls(model, tokenizer, processor)
 
     def save_pretrained(
         self,
@@ -360,5 +370,11 @@ def check_parts(model: torch.nn.Module, tokenizer: torch.nn.Module, processor: A
     if crop != (size, size):
         raise ValueError(
             f"`processor` gives pictures of {crop[0]} × {crop[1]} pixels, `tokenizer` takes {size} × {size}: leave "
+            "`processor` out, or make it with `make_image_processor`."
+        )
+    resized = dict(processor.size)
+    if not all(1 <= edge <= MOST_ZOOM * size for edge in resized.values()):
+        raise ValueError(
+            f"`processor` resizes pictures to {resized}, of which `tokenizer` takes {size} × {size}: leave "
             "`processor` out, or make it with `make_image_processor`."
         )

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may be given to the image pipeline: classes by id or name, and masks of codes or pixels.
+"""What may be given to the image pipeline: classes by id or name, pictures, and masks of codes or pixels.
 
 Shapes: E pictures given, L codes of a picture, H = W grid size, S image size.
 """
 
 import difflib
+from collections.abc import Iterator
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
-from .models.image_processing import RESAMPLES
+from .models.image_processing import RESAMPLES, to_rgb
 from .models.image_tokenizer import ImageTokenizerMixin
 
 
@@ -55,6 +57,54 @@ def class_id(label: str, id2label: dict[int, str]) -> int:
     )
 
 
+def as_list(values: Any) -> list:
+    """What a list, tuple or iterator holds; anything else is one value.
+
+    >>> as_list(range(2)), as_list(iter("ab"))
+    ([range(0, 2)], ['a', 'b'])
+    """
+    return list(values) if isinstance(values, (list, tuple, Iterator)) else [values]
+
+
+def pictures(images: Any, argument: str = "image") -> "list[Image.Image]":
+    """RGB pictures, as viewers show them, of one picture or several.
+
+    Args:
+        images: `PIL.Image.Image`, 8-bit array (H, W, 3) or (E, H, W, 3), 8-bit tensor (3, H, W) or (E, 3, H, W), or a
+            list or iterator of these.
+        argument (`str`): What the caller calls them, for errors.
+
+    Raises:
+        `ValueError`: for anything else, above all an address or a path, which is never fetched or opened, and for
+            sides beyond 1 : 20.
+    """
+    found = [picture for value in as_list(images) for picture in _opened(value, argument)]
+    if not found:
+        raise ValueError(f"`{argument}`={images!r} holds no picture: give one or more.")
+    try:
+        return [to_rgb(picture) for picture in found]
+    except ValueError as error:
+        raise ValueError(f"`{argument}`: {error}.") from error
+
+
+def _opened(value: Any, argument: str) -> "list[Image.Image]":
+    from PIL import Image
+
+    if isinstance(value, Image.Image):
+        return [value]
+    if torch.is_tensor(value):
+        rows = value.detach().cpu().movedim(-3, -1).numpy() if value.dim() in (3, 4) else None
+    else:
+        rows = value if isinstance(value, np.ndarray) and value.ndim in (3, 4) else None
+    if rows is None or rows.dtype != np.uint8 or rows.shape[-1] != 3 or not rows.size:
+        shape = f" of {value.dtype} and shape {tuple(value.shape)}" if hasattr(value, "shape") else f"={value!r:.200}"
+        raise ValueError(
+            f"`{argument}`{shape} must be pictures: `PIL.Image.Image`, 8-bit arrays (height, width, 3) or tensors "
+            "(3, height, width). Addresses are not fetched and files not opened here: use `PIL.Image.open`."
+        )
+    return [Image.fromarray(np.ascontiguousarray(row)) for row in rows.reshape(-1, *rows.shape[-3:])]
+
+
 def wanted_codes(
     mask: Any, image: "Image.Image", tokenizer: ImageTokenizerMixin, processor: "CLIPImageProcessorPil"
 ) -> torch.BoolTensor:
@@ -74,11 +124,14 @@ def wanted_codes(
     if hasattr(mask, "convert"):  # a PIL.Image
         if mask.size != image.size:
             raise ValueError(f"`mask` of size {mask.size} must have the size {image.size} of `image`.")
-        white = mask.convert("L").point(lambda value: 255 * (value > 127)).convert("RGB")
+        white = to_rgb(mask).convert("L").point(lambda value: 255 * (value > 127)).convert("RGB")
         options = {"resample": RESAMPLES["bilinear"], "do_normalize": False, "return_tensors": "pt"}
         pixels = processor(white, **options)["pixel_values"][0, 0] > 0  # (S, S)
     else:
-        pixels = torch.as_tensor(mask).cpu() != 0
+        try:
+            pixels = torch.as_tensor(mask).cpu() != 0
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"`mask`={mask!r:.200} must be a `PIL.Image.Image`, a tensor or an array.") from error
     if pixels.shape not in ((grid, grid), (size, size)):
         raise ValueError(
             f"`mask` of shape {tuple(pixels.shape)} must be ({grid}, {grid}) codes or ({size}, {size}) pixels."

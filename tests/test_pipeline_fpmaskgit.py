@@ -2,11 +2,15 @@
 """The image pipeline gives what its parts give by hand, wherever it is saved, and the animation what they reveal."""
 
 import json
+import math
+import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from fpmgm import FPMaskGITPipeline, make_grid, reveal_frames, save_animation
 from fpmgm.models.image_processing import make_image_processor
@@ -135,6 +139,31 @@ def test_several_pictures_with_a_mask_each(pipeline):
     assert out.class_labels.tolist() == [2] * 4
 
 
+@torch.no_grad()
+def test_pictures_may_be_arrays_tensors_and_generators(pipeline):
+    images = [picture(SIZE, SIZE, seed) for seed in (1, 2)]
+    expected = torch.cat([given_codes(pipeline, image) for image in images])
+    arrays = [np.asarray(image) for image in images]
+    tensors = [torch.from_numpy(array.copy()).permute(2, 0, 1) for array in arrays]
+    for given in (images, iter(images), arrays, np.stack(arrays), tensors, torch.stack(tensors), (x for x in tensors)):
+        assert torch.equal(pipeline.encode(given), expected)
+    assert torch.equal(pipeline.encode(arrays[0]), expected[:1])
+    call = {"class_labels": 1, "image": (x for x in images), "mask": iter([grid_mask()] * 2), "budget": 15, "seed": 0}
+    assert torch.equal(pipeline(**call).codes, pipeline(**call | {"image": images, "mask": grid_mask()}).codes)
+    assert torch.equal(
+        pipeline(iter(["church", 2]), budget=20, seed=0).codes, pipeline([1, 2], budget=20, seed=0).codes
+    )
+
+
+def test_a_given_picture_is_what_viewers_show(pipeline):
+    ramp = (257 * np.arange(SIZE**2, dtype=np.uint16)).reshape(SIZE, SIZE)
+    eight = Image.fromarray((ramp // 257).astype(np.uint8))
+    assert torch.equal(pipeline.encode(Image.fromarray(ramp)), pipeline.encode(eight))
+    see_through = picture(SIZE, SIZE)
+    see_through.putalpha(0)
+    assert torch.equal(pipeline.encode(see_through), pipeline.encode(Image.new("RGB", (SIZE, SIZE), "white")))
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -164,11 +193,35 @@ def test_several_pictures_with_a_mask_each(pipeline):
             "2 pictures for 3 entries of `class_labels`",
         ),
         ({"max_length": 3}, r"unknown generation argument.*max_length"),
+        ({"image": picture(400, 2), "mask": grid_mask()}, r"`image`: 400 × 2 pixels: the longer side may be 20 times"),
+        (
+            {"image": picture(12, 12), "mask": "all"},
+            r"`mask`='all' must be a `PIL\.Image\.Image`, a tensor or an array",
+        ),
+        ({"image": [], "mask": grid_mask()}, r"`image`=\[\] holds no picture"),
     ],
 )
 def test_mistakes_are_named(pipeline, arguments, message):
     with pytest.raises(ValueError, match=message):
         pipeline(**arguments)
+
+
+@pytest.mark.parametrize(
+    "image",
+    ["http://127.0.0.1:9/a.png", "/etc/hostname", __file__, "data:image/png;base64,aaaa", b"bytes", Path(__file__), 3,
+     {"path": __file__}, np.zeros((12, 12, 3)), np.zeros((12, 12), np.uint8), torch.zeros(12, 12, 3).byte()],
+    ids=lambda image: str(image)[:20],
+)  # fmt: skip
+def test_only_pictures_are_taken_nothing_is_fetched_or_opened(pipeline, image, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("fetched or opened")
+
+    monkeypatch.setattr(Image, "open", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    with pytest.raises(ValueError, match=r"`image`.* must be pictures: .*Addresses are not fetched"):
+        pipeline(image=image, mask=grid_mask())
+    with pytest.raises(ValueError, match=r"`images`.* must be pictures"):
+        pipeline.encode([image])
 
 
 def test_names_of_many_classes_are_not_all_listed_and_shared_names_are_refused():
@@ -236,6 +289,71 @@ def test_a_folder_of_something_else_is_refused(pipeline, tmp_path):
     pipeline.model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"has no model_index\.json.*FPMaskGITPipeline\(model, tokenizer\)"):
         FPMaskGITPipeline.from_pretrained(tmp_path)
+
+
+def without(folder, name):
+    state = load_file(folder / "model.safetensors")
+    del state[name]
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+
+def filled(folder, name, value):
+    state = load_file(folder / "model.safetensors")
+    state[name].view(-1)[0] = value
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+
+def rewritten(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda f: without(f / "model", "final_norm.weight"),
+            r"model` do not fit FPMaskGITModel:\n  missing: final_norm",
+        ),
+        (lambda f: without(f / "vq", "codebook"), r"vq` do not fit XQGANModel:\n  missing: codebook \(7, 4\)"),
+        (
+            lambda f: filled(f / "model", "final_norm.weight", math.nan),
+            "model` do not fit .*\n  not finite: final_norm",
+        ),
+        (lambda f: filled(f / "vq", "codebook", math.inf), r"vq` do not fit .*\n  not finite: codebook"),
+        (
+            lambda f: rewritten(f / "vq/config.json", num_hidden_layers=10**9),
+            r"vq/config\.json' .*1,000,000,000 layers",
+        ),
+        (
+            lambda f: rewritten(f / "model/config.json", grid_size=10**5),
+            r"model` do not fit .*wrong shape: position_emb",
+        ),
+        (lambda f: rewritten(f / "vq/config.json", codebook_size=10**12), r"vq` do not fit .*wrong shape: codebook"),
+        (lambda f: rewritten(f / "vq/config.json", model_type="bert"), "vq' holds `model_type`='bert'"),
+        (lambda f: (f / "vq/config.json").write_text("{"), r"vq/config\.json' cannot be read as a JSON object"),
+        (lambda f: (f / "model/config.json").unlink(), r"model/config\.json' does not exist"),
+        (lambda f: (f / "model/model.safetensors").write_bytes(b""), r"model/model\.safetensors' .* it is empty"),
+        (lambda f: (f / "vq/model.safetensors").unlink(), r"vq' holds no weights"),
+        (lambda f: (f / "model_index.json").write_text("[]"), r"model_index\.json' cannot be read"),
+        (lambda f: (f / "processor/preprocessor_config.json").write_text("x"), "processor' cannot be read"),
+        (
+            lambda f: rewritten(f / "processor/preprocessor_config.json", size={"shortest_edge": 10**9}),
+            "parts do not fit together .*`processor` resizes pictures to",
+        ),
+    ],
+)
+def test_a_damaged_or_hostile_folder_is_named(pipeline, tmp_path, damage, message):
+    folder = tmp_path / "mine"
+    pipeline.save_pretrained(folder)
+    damage(folder)
+    with pytest.raises(ValueError, match=f"(?s){message}") as error:
+        FPMaskGITPipeline.from_pretrained(folder)
+    assert str(folder) in str(error.value)
+
+
+def test_a_path_that_does_not_exist_is_said_at_once(tmp_path):
+    with pytest.raises(ValueError, match=r"`path_or_repo`='.*gone' does not exist: correct the path"):
+        FPMaskGITPipeline.from_pretrained(tmp_path / "gone")
 
 
 # --- sheets and animations -------------------------------------------------------------------------------------------
