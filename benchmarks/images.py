@@ -35,6 +35,7 @@ from fpmgm.evaluation import (
 )
 from fpmgm.evaluation.provenance import commit
 from fpmgm.models.noise import arccos_ratio, mask_tokens, mask_uniforms, sequential_times
+from fpmgm.pictures import make_grid, to_pil
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
 
 
@@ -69,6 +70,7 @@ RUNS = {  # name: recipe, YAML, model to go on from, overrides, reuses to sample
 }  # fmt: skip
 BLOCKS_PER_STEP = 8  # of every model: 8 layers, or 1/1/1 with 6 iterations on average
 BATCH = 50  # pictures at once
+SHOWN = 20  # pictures in a row of the sheet
 
 
 def folder_of(name: str, args: argparse.Namespace) -> Path:
@@ -316,21 +318,15 @@ def markdown(result: dict) -> str:
     return "\n".join(lines)
 
 
-def draw(sets: dict, args: argparse.Namespace, path: Path) -> None:
+def draw(sets: dict, classes: list[str], budgets: list[int], path: Path) -> None:
     """A row for the real pictures, their reconstructions, and each model at the least and the largest budget."""
-    from matplotlib.figure import Figure
-
     keys = [*list(sets)[:2]]
-    keys += [
-        (name, run[-1][-1], budget) for name, run in RUNS.items() for budget in (args.budgets[0], args.budgets[-1])
-    ]
-    figure = Figure(figsize=(12, 0.6 * len(keys)))
-    for axes, key in zip(figure.subplots(len(keys)), keys, strict=True):
-        axes.imshow(np.concatenate(list(sets[key][:20].permute(0, 2, 3, 1).numpy()), axis=1), interpolation="nearest")
-        title = key if isinstance(key, str) else f"{key[0]}, {key[1]}, {key[2]}"
-        axes.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
-        axes.set(xticks=[], yticks=[])
-    figure.savefig(path, dpi=80, bbox_inches="tight")
+    keys += [(name, run[-1][-1], budget) for name, run in RUNS.items() for budget in (budgets[0], budgets[-1])]
+    shown = min(SHOWN, *(len(sets[key]) for key in keys))
+    rows = [key if isinstance(key, str) else f"{key[0]}, reuse {key[1]}, budget {key[2]}" for key in keys]
+    columns = [classes[i % len(classes)] for i in range(shown)]
+    pictures = [picture for key in keys for picture in to_pil(sets[key][:shown])]
+    make_grid(pictures, shown, row_labels=rows, column_labels=columns).save(path)
 
 
 def main() -> None:
@@ -363,7 +359,7 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(markdown(result) + "\n", encoding="utf-8")
-    draw(sets, args, path.with_suffix(".png"))
+    draw(sets, load_codes(folder_of("codes", args))[1]["classes"], args.budgets, path.with_suffix(".png"))
     print(markdown(result))
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 GAP = 2  # pixels between the pictures of a sheet
+VISIBLE, LARGEST = 128, 2048  # pixels: width to which small pictures are enlarged, of a sheet at most
+LETTERS = 14  # pixels: least size of labels
 GREY = 0.0  # in [-1, 1]: where a code is masked
 
 
@@ -33,43 +35,83 @@ def to_pil(pixels: torch.Tensor) -> "list[Image.Image]":
     return [Image.fromarray(rows) for rows in pixels.permute(0, 2, 3, 1).contiguous().numpy()]
 
 
-def make_grid(images: "list[Image.Image]", columns: int | None = None, scale: int = 1) -> "Image.Image":
+def make_grid(
+    images: "list[Image.Image]",
+    columns: int | None = None,
+    scale: int | None = None,
+    row_labels: list[str] | None = None,
+    column_labels: list[str] | None = None,
+) -> "Image.Image":
     """A sheet of pictures of one size, row by row, on white.
 
     Args:
         images (`list[PIL.Image.Image]`): The pictures.
         columns (`int`, *optional*): Pictures in a row. `None`: about as many as there are rows.
-        scale (`int`, defaults to 1): Enlargement of each pixel, for small pictures.
+        scale (`int`, *optional*): Enlargement of each pixel, a whole number. `None`: small pictures become about 128
+            pixels wide, or what fits into a sheet of 2,048.
+        row_labels, column_labels (`list[str]`, *optional*): Words beside each row and above each column. `None`: none.
 
     Raises:
-        `ValueError`: without pictures, or for less than one column or a scale below 1.
+        `ValueError`: without pictures, for less than one column or a scale below 1, and for more or fewer labels than
+            rows or columns.
 
-    >>> make_grid(to_pil(torch.zeros(5, 3, 4, 4, dtype=torch.uint8))).size  # two rows of three, four and two pixels
+    >>> make_grid(to_pil(torch.zeros(5, 3, 4, 4, dtype=torch.uint8)), scale=1).size  # rows of three and two pictures
     (16, 10)
     """
     from PIL import Image
 
+    images = list(images)
     columns = math.ceil(len(images) ** 0.5) if columns is None else columns
-    if not images or columns < 1 or scale < 1:
+    if not images or columns < 1 or (scale is not None and scale < 1):
         raise ValueError(
             f"`images` has {len(images)} pictures for `columns`={columns}, `scale`={scale}: each must be at least 1."
         )
     columns = min(columns, len(images))
-    width, height = (scale * side for side in images[0].size)
     rows = math.ceil(len(images) / columns)
+    for name, labels, count in (("row_labels", row_labels, rows), ("column_labels", column_labels, columns)):
+        if labels is not None and len(labels) != count:
+            raise ValueError(f"`{name}` has {len(labels)} labels for {count}: give one for each.")
+    scale = _visible_scale(images[0].width, columns) if scale is None else scale
+    width, height = (scale * side for side in images[0].size)
     sheet = Image.new("RGB", (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP), "white")
     for i, image in enumerate(images):
         row, column = divmod(i, columns)
         enlarged = image.resize((width, height), Image.Resampling.NEAREST)
         sheet.paste(enlarged, (column * (width + GAP), row * (height + GAP)))
-    return sheet
+    centres = [[i * (side + GAP) + side // 2 for i in range(n)] for side, n in ((height, rows), (width, columns))]
+    beside = [] if row_labels is None else list(zip(centres[0], row_labels, strict=True))
+    above = [] if column_labels is None else list(zip(centres[1], column_labels, strict=True))
+    return _labelled(sheet, beside, above, max(LETTERS, height // 6)) if beside or above else sheet
+
+
+def _visible_scale(width: int, columns: int) -> int:
+    return max(1, min(VISIBLE // width, LARGEST // (columns * width)))
+
+
+def _labelled(
+    sheet: "Image.Image", beside: list[tuple[int, str]], above: list[tuple[int, str]], letters: int
+) -> "Image.Image":
+    """`sheet` with words of a size in pixels at the heights and widths given, on white."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(letters)
+    left, halves = (max((math.ceil(font.getlength(word)) for _, word in side), default=0) for side in (beside, above))
+    left, top, right = max(left + letters, halves // 2), (2 * letters if above else 0), halves // 2
+    page = Image.new("RGB", (left + sheet.width + right, top + sheet.height), "white")
+    page.paste(sheet, (left, top))
+    draw = ImageDraw.Draw(page)
+    for y, word in beside:
+        draw.text((left - letters // 2, top + y), word, "black", font, anchor="rm")
+    for x, word in above:
+        draw.text((left + x, top // 2), word, "black", font, anchor="mm")
+    return page
 
 
 def reveal_frames(
     steps: list[GenerationStep],
     tokenizer: ImageTokenizerMixin,
     columns: int | None = None,
-    scale: int = 1,
+    scale: int | None = None,
     decode_batch_size: int = 16,
 ) -> "list[Image.Image]":
     """What is known of the pictures after each step: a sheet of them for each, grey where a code is masked.

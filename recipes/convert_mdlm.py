@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turn a pretrained MDLM or MaskGIT into a fixed-point model and adapt it in a short run, with it as teacher.
 
+A distilled teacher (SDTT, DiDi-Instruct) is read like an MDLM.
+
     accelerate launch recipes/convert_mdlm.py --config recipes/configs/convert_owt.yaml
     python recipes/convert_mdlm.py --config recipes/configs/convert_small.yaml \\
         --model_name_or_path outputs/mdlm_small --text_files my_text.txt
@@ -60,9 +62,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 def adapt(start, text, codes, convert, lora, args) -> dict[str, float]:
     """[`main`], in a folder that is this run's alone."""
-    teacher, checkpoint = load_model(start.model_name_or_path), run_checkpoint(args)
+    teacher, checkpoint = load_model(start.model_name_or_path, start.revision), run_checkpoint(args)
     with args.main_process_first(desc="data"):
-        rows = load_rows(text, codes, teacher.config, start.model_name_or_path, checkpoint)
+        rows = load_rows(text, codes, teacher.config, start, checkpoint)
     args.data_description = args.data_description or rows.description
     keep_preparation(codes, args)
     layer_map = choose_layers(convert, teacher, rows.validation, Path(args.output_dir))
@@ -70,7 +72,7 @@ def adapt(start, text, codes, convert, lora, args) -> dict[str, float]:
     student = convert_to_fixed_point(
         teacher, layer_map, initialize=convert.initialize, input_injection=convert.input_injection
     )
-    options = {"start": describe_start(start.model_name_or_path), "initialize": convert.initialize}
+    options = {"start": describe_start(start.model_name_or_path, start.revision), "initialize": convert.initialize}
     trainer = ConversionTrainer(
         model=student,
         args=args,

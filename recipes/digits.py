@@ -12,23 +12,25 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib.image
 import numpy as np
 import torch
 import transformers
 from datasets import Dataset
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 from tqdm.auto import tqdm
 
-from fpmgm import FPMaskGITConfig, FPMaskGITModel
+from fpmgm import FPMaskGITConfig, FPMaskGITModel, make_grid
 from fpmgm.command_line import parse_arguments
 from fpmgm.evaluation import provenance
+from fpmgm.pictures import to_pil
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
 
 
 GREY_LEVELS, CLASSES, SIDE = 17, 10, 8
+ENLARGED = 8  # times, in the picture
 
 
 @dataclass
@@ -162,14 +164,20 @@ def spread(codes: np.ndarray, classes: np.ndarray) -> float:
 
 def draw_picture(args: DigitsArguments, model: FPMaskGITModel, path: Path) -> None:
     """The ten digits in a row for each guidance scale, at the largest budget."""
-    rows = []
-    for scale in args.guidance_scales:
-        codes = model.generate(
+    codes = [
+        model.generate(
             class_labels=list(range(CLASSES)), budget=max(args.budgets), guidance_scale=scale, seed=args.seed
         )
-        rows.append(np.concatenate(list(np.pad(codes.view(CLASSES, SIDE, SIDE).numpy(), 1)[1:-1]), axis=1))
-    picture = np.kron(np.concatenate(rows), np.ones((6, 6)))
-    matplotlib.image.imsave(path, picture, cmap="gray")
+        for scale in args.guidance_scales
+    ]
+    sheet(torch.cat(codes).view(-1, SIDE, SIDE), args.guidance_scales).save(path)
+
+
+def sheet(codes: torch.LongTensor, guidance_scales: list[float]) -> Image.Image:
+    """(N, 8, 8) grey levels as pictures, a row of all digits for each guidance scale."""
+    pixels = (codes * 255 / (GREY_LEVELS - 1)).round().to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
+    rows = [f"guidance {scale:g}" if scale != 1 else "no guidance" for scale in guidance_scales]
+    return make_grid(to_pil(pixels), CLASSES, ENLARGED, rows, [str(i) for i in range(CLASSES)])
 
 
 def table(results: dict) -> str:

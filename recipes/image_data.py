@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pictures of a recipe: where they come from, how they become codes, and the codes it trains on."""
 
-import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +12,9 @@ from transformers.utils import cached_file
 
 from fpmgm.command_line import DatasetName, LocalPath, ModelName
 from fpmgm.conversion import load_image_tokenizer
+from fpmgm.conversion.checkpoint import read_json
 from fpmgm.data import load_codes, load_images, make_image_processor, prepare_codes
-from fpmgm.data.images import PREPARATION
+from fpmgm.data.codes import PREPARATION
 from fpmgm.trainers.run_record import describe_files, digest
 
 
@@ -68,7 +68,9 @@ def encode_pictures(
     tokenizer = load_image_tokenizer(encoding.tokenizer, encoding.tokenizer_subfolder).to(device)
     processor = make_image_processor(tokenizer.image_size, encoding.resample)
     batch_size = encoding.encoding_batch_size
-    return prepare_codes(read_pictures(pictures), tokenizer, processor, folder, encoding.augment, batch_size)
+    notes = {"tokenizer": encoding.tokenizer, "tokenizer_subfolder": encoding.tokenizer_subfolder}
+    pictures = read_pictures(pictures)
+    return prepare_codes(pictures, tokenizer, processor, folder, encoding.augment, batch_size, notes)
 
 
 def load_code_rows(codes: CodesArguments) -> tuple:
@@ -82,7 +84,9 @@ def load_code_rows(codes: CodesArguments) -> tuple:
     return rows["train"], eval_rows, preparation
 
 
-def check_model_reads(config: PreTrainedConfig, model_name: str, preparation: dict) -> None:
+def check_model_reads(
+    config: PreTrainedConfig, model_name: str, preparation: dict, revision: str | None = None
+) -> None:
     """Raise a `ValueError` unless a trained model reads the codes and classes that `preparation` describes."""
     classes, names = preparation["classes"], list(config.id2label.values())
     found = {"codebook_size": config.codebook_size, "grid_size": config.grid_size, "num_classes": config.num_classes}
@@ -93,8 +97,8 @@ def check_model_reads(config: PreTrainedConfig, model_name: str, preparation: di
         raise ValueError(f"`model_name_or_path`={model_name!r} knows the classes {names}, but `codes_dir` {classes}.")
     path = None
     if not Path(model_name).is_file():
-        path = cached_file(model_name, PREPARATION, _raise_exceptions_for_missing_entries=False)
-    if path is not None and json.loads(Path(path).read_text(encoding="utf-8"))["codebook"] != preparation["codebook"]:
+        path = cached_file(model_name, PREPARATION, revision=revision, _raise_exceptions_for_missing_entries=False)
+    if path is not None and read_json(Path(path)).get("codebook") != preparation.get("codebook"):
         raise ValueError(
             f"`model_name_or_path`={model_name!r} was trained on codes of another tokenizer than `codes_dir`: prepare "
             "the pictures with the one whose codes it reads."

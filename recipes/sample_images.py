@@ -2,9 +2,12 @@
 """Draw pictures with a pipeline, from nothing or into the masked part of a picture.
 
     python recipes/sample_images.py --model org/fp-maskgit --class_labels tench church --num_images_per_class 4
+    python recipes/sample_images.py --model outputs/fp_maskgit --tokenizer XQGAN-4096.pt --class_labels tench
     python recipes/sample_images.py --model outputs/pipeline --class_labels 3 --image photo.png --mask mask.png
 
-Writes each picture, `grid.png` with all of them and `reveal.gif`, how their codes were revealed, to `output_dir`.
+A model as train_imagenette.py exports it needs its image tokenizer, which is that of the codes it was trained on; left
+out, it is looked for where it was when these were made. Writes each picture, `grid.png` with all of them and
+`reveal.gif`, how their codes were revealed, to `output_dir`.
 """
 
 import re
@@ -14,9 +17,16 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from transformers import AutoModel
 
 from fpmgm import FPMaskGITPipeline, FPMaskGITPipelineOutput, make_grid, reveal_frames, save_animation
 from fpmgm.command_line import LocalPath, ModelName, parse_arguments
+from fpmgm.conversion import load_image_tokenizer
+from fpmgm.conversion.checkpoint import read_json
+from fpmgm.data import make_image_processor
+from fpmgm.data.codes import PREPARATION, codebook_hash
+from fpmgm.data.images import read_image
+from fpmgm.models.image_processing import RESAMPLES
 
 
 GENERATION = ("budget", "num_steps", "allocation", "reuse", "order", "temperature", "top_k", "top_p")
@@ -27,7 +37,11 @@ GENERATION += ("guidance_scale", "guidance_schedule")
 class SampleImagesArguments:
     """What to draw; an option left out takes the model's own default (model/generation_config.json)."""
 
-    model: ModelName = field(metadata={"help": "Folder or hub name of a pipeline."})
+    model: ModelName = field(metadata={"help": "Folder or hub name of a pipeline, or of a model with `tokenizer`."})
+    tokenizer: ModelName | None = field(
+        default=None, metadata={"help": "Of a model: folder or hub name of its image tokenizer, or a file of one."}
+    )
+    tokenizer_subfolder: str = field(default="", metadata={"help": "Where in that folder, such as vq."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
     class_labels: list[str] | None = field(default=None, metadata={"help": "Names or ids; null: no class."})
     num_images_per_class: int = field(default=1, metadata={"help": "Pictures of each class."})
@@ -46,7 +60,9 @@ class SampleImagesArguments:
     seed: int = field(default=0, metadata={"help": "Picture k uses the stream (seed, k)."})
     decode_batch_size: int = field(default=16, metadata={"help": "Pictures decoded at a time."})
     columns: int | None = field(default=None, metadata={"help": "Pictures in a row of the grid; null: a square."})
-    scale: int = field(default=1, metadata={"help": "Enlargement in the grid and the animation."})
+    scale: int | None = field(
+        default=None, metadata={"help": "Enlargement in grid and animation; null: small pictures become visible."}
+    )
     output_dir: str = field(default="outputs/images", metadata={"help": "Where everything is written."})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Where to run."})
 
@@ -55,14 +71,14 @@ def main(argv: list[str] | None = None) -> FPMaskGITPipelineOutput:
     """Draw, write and report."""
     (args,) = parse_arguments((SampleImagesArguments,), __doc__, argv)
     folder, steps = Path(args.output_dir), []
-    pipeline = FPMaskGITPipeline.from_pretrained(args.model, revision=args.revision).to(args.device)
+    pipeline = load_pipeline(args).to(args.device)
     names = pipeline.model.config.id2label
     start = time.perf_counter()
     out = pipeline(
         None if args.class_labels is None else [name_or_id(label, names) for label in args.class_labels],
         args.num_images_per_class,
-        image=None if args.image is None else Image.open(args.image),
-        mask=None if args.mask is None else Image.open(args.mask),
+        image=read_picture("image", args.image),
+        mask=read_picture("mask", args.mask),
         seed=args.seed,
         decode_batch_size=args.decode_batch_size,
         callback=steps.append,
@@ -83,6 +99,36 @@ def main(argv: list[str] | None = None) -> FPMaskGITPipelineOutput:
         f"each, {out.guidance_evaluations} more for guidance; {seconds:.1f} s in all on {args.device}"
     )
     return out
+
+
+def load_pipeline(args: SampleImagesArguments) -> FPMaskGITPipeline:
+    """A pipeline, or one made of a trained model and the image tokenizer whose codes it reads."""
+    trained = Path(args.model) / PREPARATION
+    if args.tokenizer is None and not trained.is_file():
+        return FPMaskGITPipeline.from_pretrained(args.model, revision=args.revision)
+    told = read_json(trained) if trained.is_file() else {}
+    name = args.tokenizer or told.get("tokenizer")
+    subfolder = args.tokenizer_subfolder if args.tokenizer else told.get("tokenizer_subfolder", "")
+    if name is None:
+        raise ValueError(f"`tokenizer` is needed: `model`={args.model!r} is no pipeline. Give that of its codes.")
+    model = AutoModel.from_pretrained(args.model, revision=args.revision or "main")
+    tokenizer = load_image_tokenizer(name, subfolder)
+    if told.get("codebook", codebook_hash(tokenizer)) != codebook_hash(tokenizer):
+        raise ValueError(
+            f"`model`={args.model!r} was trained on codes of another image tokenizer than `tokenizer`={name!r}: give "
+            "the one that its pictures were encoded with."
+        )
+    resamples = {number: resample for resample, number in RESAMPLES.items()}
+    resample = resamples.get(told.get("resample"), "bilinear")
+    return FPMaskGITPipeline(model, tokenizer, make_image_processor(tokenizer.image_size, resample))
+
+
+def read_picture(option: str, path: str | None) -> Image.Image | None:
+    """The picture of a file."""
+    try:
+        return None if path is None else read_image({"path": path, "bytes": None})
+    except ValueError as error:
+        raise ValueError(f"`{option}`={path!r} cannot be read: {error}.") from error
 
 
 def name_or_id(label: str, names: dict[int, str]) -> str | int:

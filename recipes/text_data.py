@@ -54,15 +54,16 @@ class DataArguments:
 
 
 def load_tokenizer(
-    data: DataArguments, model_name: str | None, checkpoint: str | None = None
+    data: DataArguments, model_name: str | None, checkpoint: str | None = None, revision: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer named, that of the `checkpoint` to resume from, the model's, or one trained on the training text;
-    with a mask token."""
+    """The tokenizer named, that of the `checkpoint` to resume from, the model's (at its `revision`), or one trained on
+    the training text; with a mask token."""
     if checkpoint is not None and not (Path(checkpoint) / "tokenizer_config.json").is_file():
         checkpoint = None
     name = data.tokenizer or checkpoint or model_name
     if name is not None:
-        return add_mask_token(read_tokenizer(name))
+        of_model = {"revision": revision} if name == model_name and revision is not None else {}
+        return add_mask_token(read_tokenizer(name, **of_model))
     text = load_text(data.text_files, data.dataset_name, data.dataset_config, data.train_split, data.text_column)
     return train_tokenizer(text["text"], data.tokenizer_vocab_size)
 

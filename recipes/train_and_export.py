@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What training recipes do around their trainer: start from a model, go on, evaluate, export."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from transformers.utils import cached_file
 
 from fpmgm import load_halton_maskgit, load_mdlm
 from fpmgm.command_line import ModelName, parse_arguments
+from fpmgm.conversion.checkpoint import read_json
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
 from fpmgm.trainers.checkpoints import checkpoint_to_resume, has_checkpoints
 from fpmgm.trainers.lock import hold_folder
@@ -41,9 +41,12 @@ class StartArguments:
 
     model_name_or_path: ModelName = field(
         metadata={
-            "help": "Folder or hub name of a model of this library, an original MDLM or its Lightning .ckpt, or a "
-            "Halton-MaskGIT .pth."
+            "help": "Folder or hub name of a model of this library, an MDLM or one of its descendants (SDTT, Duo's, "
+            "DiDi-Instruct), its .ckpt, or a Halton-MaskGIT .pth."
         }
+    )
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of it on the hub: of jdeschena/sdtt, the model."}
     )
 
 
@@ -75,29 +78,39 @@ def run_checkpoint(args: TrainingArguments) -> str | None:
     return checkpoint_to_resume(args.resume_from_checkpoint or has_checkpoints(args.output_dir), args.output_dir)
 
 
-def describe_start(name: str | None) -> list[dict] | str | None:
+def describe_start(name: str | None, revision: str | None = None) -> list[dict] | str | None:
     """What a checkpoint records of the model that training started from: the contents of its files, or its name."""
     path = Path(name) if name is not None else None
     if path is None or not path.exists():
-        return name
+        return name if revision is None else f"{name}@{revision}"
     return describe_files(sorted(path.glob("*.safetensors")) if path.is_dir() else [path])
 
 
-def load_model(name: str) -> PreTrainedModel:
-    """A model of this library, or an original MDLM or Halton-MaskGIT checkpoint."""
-    if Path(name).suffix == ".ckpt":
-        return load_mdlm(name)
-    if Path(name).suffix in (".pth", ".safetensors"):
-        return load_halton_maskgit(name)
-    config = json.loads(Path(cached_file(name, "config.json")).read_text(encoding="utf-8"))
-    return load_mdlm(name) if config.get("model_type") == "mdlm" else AutoModel.from_pretrained(name)
+def load_model(name: str, revision: str | None = None) -> PreTrainedModel:
+    """A model of this library, or a checkpoint of MDLM, its descendants or Halton-MaskGIT."""
+    if Path(name).is_file():
+        halton = Path(name).suffix in (".pth", ".safetensors")
+        return load_halton_maskgit(name) if halton else load_mdlm(name)
+    kinds = {}
+    for file in ("config.json", "adapter_config.json"):
+        path = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+        kinds[file] = None if path is None else read_json(Path(path)).get("model_type", "")
+    # Some descendants' configurations name no type, others have no configuration.
+    if kinds["adapter_config.json"] is None and kinds["config.json"] in (None, "", "mdlm"):
+        return load_mdlm(name, revision=revision)
+    return AutoModel.from_pretrained(name, revision=revision or "main")
 
 
 def load_rows(
-    text: DataArguments, codes: CodesArguments, config: PreTrainedConfig, model_name: str, checkpoint: str | None
+    text: DataArguments,
+    codes: CodesArguments,
+    config: PreTrainedConfig,
+    start: StartArguments,
+    checkpoint: str | None,
 ) -> Rows:
     """Blocks of text, by the tokenizer of the `checkpoint` to resume from or of the model; or codes of pictures for an
     image model."""
+    model_name = start.model_name_or_path
     if (config.model_type == "fpmaskgit") != (codes.codes_dir is not None):
         raise ValueError(
             f"`codes_dir`={codes.codes_dir!r} does not fit `model_name_or_path`={model_name!r}, which is of "
@@ -105,10 +118,10 @@ def load_rows(
         )
     if codes.codes_dir is not None:
         train_rows, eval_rows, preparation = load_code_rows(codes)
-        check_model_reads(config, model_name, preparation)
+        check_model_reads(config, model_name, preparation, start.revision)
         data = describe_rows(codes, preparation)
         return Rows(train_rows, eval_rows, None, describe_codes(preparation), data)
-    tokenizer = load_tokenizer(text, model_name, checkpoint)
+    tokenizer = load_tokenizer(text, model_name, checkpoint, start.revision)
     blocks = load_blocks(text, tokenizer, config.max_position_embeddings)
     return Rows(*blocks, tokenizer, text.description, describe_text(text))
 
@@ -165,13 +178,13 @@ def post_train(
     types = (StartArguments, DataArguments, CodesArguments, LoraArguments, config_class)
     start, text, codes, lora, args = parse_arguments(types, description, argv)
     with hold_folder(args.output_dir, take=args.should_save):
-        return _post_train(trainer_class, start.model_name_or_path, text, codes, lora, args)
+        return _post_train(trainer_class, start, text, codes, lora, args)
 
 
-def _post_train(trainer_class, model_name: str, text, codes, lora, args) -> dict[str, float]:
-    model, checkpoint = load_model(model_name), run_checkpoint(args)
+def _post_train(trainer_class, start: StartArguments, text, codes, lora, args) -> dict[str, float]:
+    model, checkpoint = load_model(start.model_name_or_path, start.revision), run_checkpoint(args)
     with args.main_process_first(desc="data"):
-        rows = load_rows(text, codes, model.config, model_name, checkpoint)
+        rows = load_rows(text, codes, model.config, start, checkpoint)
     args.data_description = args.data_description or rows.description
     keep_preparation(codes, args)
     trainer = trainer_class(
@@ -181,6 +194,6 @@ def _post_train(trainer_class, model_name: str, text, codes, lora, args) -> dict
         eval_dataset=rows.validation,
         processing_class=rows.tokenizer,
         peft_config=lora_config(lora),
-        origin=Origin(rows.data, {"start": describe_start(model_name)}),
+        origin=Origin(rows.data, {"start": describe_start(start.model_name_or_path, start.revision)}),
     )
     return train_with_before_and_after(trainer, checkpoint)

@@ -11,6 +11,7 @@ With pictures, `codes_dir` is prepared first, as by prepare_images.py. Codebook,
 from the codes. The same command goes on from where it was. What is exported to `output_dir` holds the EMA weights.
 """
 
+import shlex
 from dataclasses import asdict, dataclass, field
 
 from transformers import set_seed
@@ -93,7 +94,19 @@ def train(start, codes, pictures, encoding, architecture, lora, args) -> dict[st
         peft_config=lora_config(lora),
         origin=Origin(describe_rows(codes, preparation), {"start": describe_start(start.model_name_or_path)}),
     )
-    return train_and_export(trainer, checkpoint)
+    metrics = train_and_export(trainer, checkpoint)
+    if trainer.is_world_process_zero():
+        print(f"draw with: {sampling_command(args.output_dir, preparation)}")
+    return metrics
+
+
+def sampling_command(model: str, preparation: dict) -> str:
+    """The command that draws a picture of the first class."""
+    words = ["python", "recipes/sample_images.py", "--model", model, "--class_labels", preparation["classes"][0]]
+    words += ["--tokenizer", preparation.get("tokenizer", "TOKENIZER")]  # older preparations do not tell
+    if preparation.get("tokenizer_subfolder"):
+        words += ["--tokenizer_subfolder", preparation["tokenizer_subfolder"]]
+    return shlex.join(words)
 
 
 def make_model(architecture: ModelArguments, model_name: str | None, preparation: dict) -> FPMaskGITModel:

@@ -372,12 +372,35 @@ def test_a_grid_shows_the_pictures_row_by_row():
         make_grid([])
 
 
+def test_small_pictures_are_enlarged_by_whole_factors_and_large_sheets_are_not():
+    for width, count, factor in ((12, 4, 10), (128, 4, 1), (300, 2, 1), (32, 400, 3), (8, 1, 16)):
+        columns = math.ceil(count**0.5)
+        sheet = make_grid(Image.new("RGB", (width, width), (9, 9, 9)) for _ in range(count))
+        assert sheet.width == columns * (factor * width + 2) - 2, width
+
+
+def test_labels_stand_beside_their_rows_and_above_their_columns():
+    images = [Image.new("RGB", (40, 30), (200, 0, 0)) for _ in range(6)]
+    plain = np.asarray(make_grid(images, columns=3, scale=1))
+    sheet = np.asarray(make_grid(images, 3, 1, ["first", "the second row"], ["a", "b", "long words"]))
+    red = (sheet == (200, 0, 0)).all(axis=-1)
+    top, left = np.argwhere(red)[0]
+    height, width = plain.shape[:2]
+    assert (sheet[top : top + height, left : left + width] == plain).all()
+    ink = (sheet < 128).all(axis=-1)
+    beside, above = np.argwhere(ink[:, :left]), np.argwhere(ink[:top])
+    assert {int((y - top) // 32) for y, _ in beside} == {0, 1}
+    assert {int((x - left) // 42) for _, x in above} >= {0, 1, 2}
+    with pytest.raises(ValueError, match="`row_labels` has 1 labels for 2"):
+        make_grid(images, 3, 1, ["first"])
+
+
 def test_the_animation_shows_each_step_and_ends_with_the_pictures(pipeline, tmp_path):
     steps = []
     out = pipeline([0, 1], num_steps=4, iterations=2, seed=0, callback=steps.append)
-    frames = reveal_frames(steps, pipeline.tokenizer, columns=2)
+    frames = reveal_frames(steps, pipeline.tokenizer, columns=2, scale=1)
     assert len(frames) == 4
-    assert np.array_equal(np.asarray(frames[-1]), np.asarray(make_grid(out.images, columns=2)))
+    assert np.array_equal(np.asarray(frames[-1]), np.asarray(make_grid(out.images, columns=2, scale=1)))
     for frame, step in zip(frames, steps, strict=True):
         pixels = np.asarray(frame)[:, :SIZE].reshape(SIDE, 4, SIDE, 4, 3)  # of the first picture, by code
         grey = (pixels == 128).all(axis=(1, 3, 4)).flatten()

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from ..models.configuration_fpmdlm import FPMDLMConfig
 from ..models.modeling_fpmdlm import FPMDLMForMaskedDiffusion
+from ..models.text_input import read_tokenizer
 from .checkpoint import check_tensors, few, one_line, read_checkpoint, read_json, read_tensors, reading, setting
 from .sources import PICKLES, SAFETENSORS, fetch, weight_files
 from .state_dict import count_layers, fitting, renamed, unwrapped
@@ -39,8 +39,9 @@ RENAMES = [
     (r"^blocks\.(\d+)\.mlp\.2\.", r"pre_layers.\1.down_proj."),
     (r"^blocks\.(\d+)\.(norm[12])\.", r"pre_layers.\1.\2."),
 ]
+MATRICES = ("vocab_embed.embedding", "sigma_map.mlp.2.weight", "blocks.0.mlp.0.weight")  # which tell sizes
 FREQUENCIES = "rotary_emb.inv_freq"  # a buffer that we compute
-ROOTS = ("backbone", "student_ema")  # what the network is an attribute of, in a training's own checkpoints
+ROOT, AVERAGED_ROOT = "backbone", "student_ema"  # what the network is an attribute of in a training
 CONTAINERS = ("state_dict", "module", "model", "model_state_dict")  # Lightning, DeepSpeed, others
 # Names of a configuration (MDLM's; SDTT's and Lightning's under `model`) → ours.
 SETTINGS = {
@@ -146,7 +147,8 @@ def _read(path_or_repo: str | Path, use_ema: bool, revision: str | None) -> Orig
         if twice := [name for name in shard if name in state]:
             raise ValueError(f"{str(file)!r} holds weights that another shard holds too: {few(twice)}.")
         state |= shard
-    state = _network(unwrapped(state, path), ("backbone",))
+    state = _network(unwrapped(state, path), (ROOT,))
+    _check_network(state, path)
     config = path / "config.json"
     return Original(state, None, read_json(config) if config.exists() else {}, path if path.is_dir() else None)
 
@@ -161,10 +163,11 @@ def _training_checkpoint(path: Path, use_ema: bool) -> Original:
         places = ", ".join(f"`{name}`" for name in CONTAINERS)
         raise ValueError(f"{str(path)!r} holds no state dict, neither at its top nor under one of {places}.")
     names = unwrapped(values, path)
-    state = _network(names, ("student_ema", "backbone") if use_ema else ("backbone", "student_ema"))
+    state = _network(names, (AVERAGED_ROOT, ROOT) if use_ema else (ROOT, AVERAGED_ROOT))
     check_tensors(state, path)
+    _check_network(state, path)  # before advice on its EMA
     average = setting(checkpoint, "ema", "shadow_params") if use_ema and container is not None else None
-    averaged = container is None or any(name.startswith("student_ema.") for name in names)
+    averaged = container is None or any(name.startswith(f"{AVERAGED_ROOT}.") for name in names)
     if use_ema and average is None and not averaged:
         raise ValueError(f"`use_ema`=True, but {str(path)!r} holds no EMA: load it with `use_ema=False`.")
     if average is not None:
@@ -178,6 +181,14 @@ def _network(state: dict[str, Any], roots: tuple[str, ...]) -> dict[str, Any]:
     while root is not None and any(name.startswith(root) for name in state):
         state = {name.removeprefix(root): tensor for name, tensor in state.items() if name.startswith(root)}
     return state
+
+
+def _check_network(state: dict[str, torch.Tensor], source: str | Path) -> None:
+    """Raise a `ValueError` unless these are weights of the network, at a glance."""
+    if missing := [name for name in MATRICES if name not in state]:
+        raise ValueError(f"`{source}` is not an MDLM's: it has no {missing}; it has {few(list(state))}.")
+    if any(state[name].dim() != 2 or not state[name].numel() for name in MATRICES):
+        raise ValueError(f"`{source}` is not an MDLM's: {MATRICES} must be matrices.")
 
 
 def _named_average(average: list, state: dict[str, torch.Tensor], source: str | Path) -> dict[str, torch.Tensor]:
@@ -235,12 +246,7 @@ def _check_process(config: Any, source: str | Path) -> None:
 
 def _sizes(state: dict[str, torch.Tensor], heads: int | None, source: str | Path) -> dict[str, Any]:
     """Fields of ours that the weights tell; the number of heads, where they do not tell it, is `heads`."""
-    needed = ("vocab_embed.embedding", "sigma_map.mlp.2.weight", "blocks.0.mlp.0.weight")
-    if missing := [name for name in needed if name not in state]:
-        raise ValueError(f"`{source}` is not an MDLM's: it has no {missing}; it has {few(list(state))}.")
-    if any(state[name].dim() != 2 or not state[name].numel() for name in needed):
-        raise ValueError(f"`{source}` is not an MDLM's: {needed} must be matrices.")
-    vocab_size, hidden_size = state[needed[0]].shape
+    vocab_size, hidden_size = state["vocab_embed.embedding"].shape
     sizes = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
@@ -291,5 +297,7 @@ def _mask_token_id(given: int | None, folder: Path | None, vocab_size: int) -> i
 
 
 def _tokenizers_mask_id(folder: Path) -> int | None:
-    with reading(folder, "a tokenizer, which tells the mask id", "give `mask_token_id` to do without it"):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).mask_token_id
+    try:
+        return read_tokenizer(folder, local_files_only=True, trust_remote_code=False).mask_token_id
+    except ValueError as error:
+        raise ValueError(f"{one_line(error)} It would tell the mask id: give `mask_token_id` instead.") from error

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Codes of pictures as `prepare_codes` wrote them, read again: whole, and what `preparation.json` says of them."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import pyarrow
 import pyarrow.compute
 from datasets import Dataset, DatasetDict, load_from_disk
+
+from ..models.image_tokenizer import ImageTokenizerMixin
 
 
 PREPARATION = "preparation.json"
@@ -39,6 +42,12 @@ def load_codes(folder: str | Path) -> tuple[DatasetDict, dict]:
     for split, rows in codes.items():
         _check_rows(rows, preparation, f"{split!r} of `folder`={str(folder)!r}")
     return codes, preparation
+
+
+def codebook_hash(tokenizer: ImageTokenizerMixin) -> str:
+    """What tells codes of one image tokenizer from another's: a hash of its codebook."""
+    codebook = tokenizer.codebook.detach().float().cpu().numpy()
+    return hashlib.sha256(codebook.tobytes()).hexdigest()
 
 
 def load_folder(folder: Path) -> DatasetDict:

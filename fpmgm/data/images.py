@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.compute
@@ -36,7 +36,7 @@ from transformers.utils import logging
 
 from ..models.image_processing import check_sides, to_rgb
 from ..models.image_tokenizer import ImageTokenizerMixin
-from .codes import PREPARATION, load_folder, read_json
+from .codes import PREPARATION, codebook_hash, load_folder, read_json
 
 
 if TYPE_CHECKING:
@@ -210,6 +210,7 @@ def prepare_codes(
     folder: str | Path,
     augment: str = "none",
     batch_size: int = 32,
+    notes: dict[str, Any] | None = None,
 ) -> DatasetDict:
     """Encode every picture and write the codes to `folder`; an interrupted call, repeated, goes on where it was.
 
@@ -225,6 +226,8 @@ def prepare_codes(
             mirrored), ten with `"ten_crop"`. Variants are made of pixels: codes of a mirrored picture are not mirrored
             codes. Pictures to validate on always give one row.
         batch_size (`int`, defaults to 32): Pictures read and encoded at once.
+        notes (`dict`, *optional*): What else `preparation.json` is to say, such as where the tokenizer is from. It
+            decides nothing. `None`: nothing.
 
     Returns:
         `DatasetDict` with `input_ids` (L codes, row-major) and `class_labels`, a `ClassLabel`. Pictures that cannot be
@@ -251,7 +254,8 @@ def prepare_codes(
     counts = {split: {"pictures": len(images[split]), "rows": len(codes[split])} for split in codes}
     left_out = {split: len(names) for split, names in unreadable.items()}
     listed = {split: names[:MOST_LISTED] for split, names in unreadable.items()}
-    _write_json(folder / PREPARATION, {**settings, "counts": counts, "left_out": left_out, "unreadable": listed})
+    found = {"counts": counts, "left_out": left_out, "unreadable": listed}
+    _write_json(folder / PREPARATION, {**(notes or {}), **settings, **found})
     DatasetDict(codes).save_to_disk(folder)
     shutil.rmtree(folder / "parts")
     return load_folder(folder)
@@ -321,7 +325,6 @@ def _settings(images: DatasetDict, tokenizer, processor: CLIPImageProcessorPil, 
     for rows in images.values():
         paths = pyarrow.compute.struct_field(rows.data.column("image"), "path").to_pylist()
         pictures.update(json.dumps([paths, rows["label"][:]]).encode())
-    codebook = tokenizer.codebook.detach().float().cpu().numpy()
     return {
         "image_size": tokenizer.image_size,
         "grid_size": tokenizer.grid_size,
@@ -330,7 +333,7 @@ def _settings(images: DatasetDict, tokenizer, processor: CLIPImageProcessorPil, 
         "resample": processor.resample,
         "classes": images["train"].features["label"].names,
         "pictures": pictures.hexdigest(),
-        "codebook": hashlib.sha256(codebook.tobytes()).hexdigest(),
+        "codebook": codebook_hash(tokenizer),
     }
 
 

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """How pictures become an image tokenizer's pixels."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers.utils import is_vision_available
 
 
 if TYPE_CHECKING:
-    from PIL import Image
     from transformers import CLIPImageProcessorPil
 
 RESAMPLES = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
@@ -43,7 +42,7 @@ def make_image_processor(image_size: int, resample: str = "bilinear") -> "CLIPIm
     )
 
 
-def to_rgb(image: "Image.Image") -> "Image.Image":
+def to_rgb(image: Any) -> Any:
     """The 8-bit RGB picture that a viewer shows: 16-bit grey is scaled down, what is transparent lies on white.
 
     Args:
@@ -71,7 +70,7 @@ def check_sides(width: int, height: int) -> None:
         raise ValueError(f"{width} × {height} pixels: the longer side may be {MOST_ASPECT} times the shorter at most")
 
 
-def _eight_bits(image: "Image.Image") -> "Image.Image":
+def _eight_bits(image: Any) -> Any:
     """16-bit grey as 8-bit grey; a grey marked as transparent as white."""
     image, transparent = image.convert("I"), image.info.get("transparency")
     low, high = image.getextrema()

@@ -3,6 +3,7 @@
 
 import json
 import math
+import shlex
 import shutil
 from pathlib import Path
 
@@ -18,7 +19,10 @@ import convert_mdlm
 import digits
 import distill_sdtt
 import posttrain_consistency
+import sample_images
 import train_imagenette
+from fpmgm.conversion import load_image_tokenizer
+from fpmgm.models.image_tokenizer import to_uint8
 from fpmgm.models.modeling_vqgan import VQGANModel
 from tests.conversion.test_maskgit import CLASSES, CODES, SIDE, original_state
 
@@ -147,12 +151,54 @@ def test_an_original_maskgit_is_converted_on_codes_and_goes_on(tmp_path):
     assert math.isfinite(train_imagenette.main([*argv, *tuned])["eval_loss"])
 
 
+def test_the_command_that_training_ends_with_draws_pictures(prepared, tmp_path):
+    folder = prepared[1]
+    told = json.loads((Path(folder) / "preparation.json").read_text())
+    command = shlex.split(train_imagenette.sampling_command(folder, told))
+    assert command[:2] == ["python", "recipes/sample_images.py"]
+    small = ["--num_steps", "2", "--device", "cpu", "--output_dir"]
+    out = sample_images.main([*command[2:], *small, str(tmp_path / "told")])
+    grid = Image.open(tmp_path / "told/grid.png")
+    assert grid.size == (128, 128) and (tmp_path / "told/reveal.gif").is_file()  # 16 pixels, eight times as large
+    tokenizer = load_image_tokenizer(told["tokenizer"])
+    pixels = tokenizer.decode(AutoModel.from_pretrained(folder).generate(class_labels=0, num_steps=2, seed=0))
+    assert np.array_equal(np.asarray(out.images[0]), to_uint8(pixels)[0].permute(1, 2, 0).numpy())
+    found = sample_images.main(["--model", folder, "--class_labels", "ant", *small, str(tmp_path / "found")])
+    assert torch.equal(found.codes, out.codes)
+
+    other = ["--model", folder, "--tokenizer", write_tokenizer(tmp_path / "vq", 1)]
+    with pytest.raises(ValueError, match="was trained on codes of another image tokenizer than `tokenizer`="):
+        sample_images.main([*other, *small, str(tmp_path / "other")])
+    untold = shutil.copytree(folder, tmp_path / "untold")
+    (untold / "preparation.json").write_text(json.dumps({**told, "tokenizer": None}))
+    with pytest.raises(ValueError, match=r"`tokenizer` is needed: `model`='.*untold' is no pipeline"):
+        sample_images.main(["--model", str(untold), *small, str(tmp_path / "untold")])
+    (tmp_path / "photo.png").write_bytes(b"no picture")
+    image = ["--image", str(tmp_path / "photo.png"), "--mask", str(tmp_path / "photo.png")]
+    with pytest.raises(ValueError, match=r"`image`='.*photo\.png' cannot be read: it is none of"):
+        sample_images.main([*command[2:], *image, *small, str(tmp_path / "photo")])
+
+
+def test_training_says_how_to_draw(prepared, tmp_path, capsys):
+    argv = ["--codes_dir", prepared[0], *SHORT, "--model_name_or_path", prepared[1], "--max_steps", "1"]
+    train_imagenette.main([*argv, "--output_dir", str(tmp_path), "--learning_rate", "1e-4"])
+    told = json.loads((tmp_path / "preparation.json").read_text())
+    assert f"draw with: {train_imagenette.sampling_command(str(tmp_path), told)}\n" in capsys.readouterr().out
+
+
 def test_digits_need_no_download(tmp_path):
     argv = ["--output_dir", str(tmp_path), "--hidden_size", "16", "--max_steps", "2", "--num_samples", "20"]
     results = digits.main([*argv, "--budgets", "6", "--guidance_scales", "1", "2"])
     assert [row["guidance_evaluations"] > 0 for row in results["samples"]] == [False, True]
     assert results["held_out"]["recognised"] > 0.95  # real digits, by a judge that saw others
-    assert Image.open(tmp_path / "digits.png").size == (6 * 10 * 10, 6 * 2 * 10)  # with a frame
+    sheet = np.asarray(Image.open(tmp_path / "digits.png").convert("L"))
+    side, gap = digits.ENLARGED * 8, 2
+    top, left = sheet.shape[0] - 2 * side - gap, np.flatnonzero((sheet < 255).mean(axis=0) > 0.5)[0]
+    assert (sheet[:top] < 128).any() and (sheet[top:, : left - gap] < 128).any()  # words above and beside
+    for row in range(2):
+        for digit in range(10):
+            tile = sheet[top + row * (side + gap) :, left + digit * (side + gap) :][:side, :side]
+            assert (tile == np.kron(tile[:: digits.ENLARGED, :: digits.ENLARGED], np.ones((8, 8)))).all()
     assert json.loads((tmp_path / "results.json").read_text())["samples"] == results["samples"]
 
 
