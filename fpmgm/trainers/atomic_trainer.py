@@ -211,7 +211,7 @@ class AtomicCheckpointTrainer(Trainer):
         path = self._log_file(folder)
         if path.is_file():  # else the checkpoint is an earlier version's, or was written by fewer processes
             with reading(folder, path.name):
-                collected = load_file(path, device=str(self.args.device))
+                collected = {name: values.to(self.args.device) for name, values in load_file(path).items()}
                 self.go_on_since_log({name: list(values) for name, values in collected.items()})
 
     # --- saving -------------------------------------------------------------------------------------------------

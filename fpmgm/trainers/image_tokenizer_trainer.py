@@ -154,8 +154,8 @@ class ImageTokenizerTrainer(CheckedRowsTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             with reading(checkpoint, "the use of the codes by this process"):
-                state = load_file(self._restart_file(Path(checkpoint)), device=str(self.args.device))
-                self._used, self._latents = state["used"], state["latents"]
+                state = load_file(self._restart_file(Path(checkpoint)))  # it does not know a process's `cpu:0`
+                self._used, self._latents = (state[name].to(self.args.device) for name in ("used", "latents"))
 
     def _restart_file(self, folder: Path) -> Path:
         return folder / f"restart_{self.args.process_index}.safetensors"
