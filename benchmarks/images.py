@@ -9,19 +9,20 @@ are the floors. Times are those of a CPU's thread at work, so that other process
 already in `--work_dir` is not done again. Writes JSON with provenance, a table and a picture.
 """
 
-import argparse
 import json
 import statistics
-import sys
 import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-import transformers
 from datasets import Dataset
 from transformers import AutoModel
+from transformers.utils import logging
 
+from fpmgm.command_line import LocalPath, parse_arguments
 from fpmgm.conversion import load_image_tokenizer
 from fpmgm.data import load_codes, load_images, make_image_processor
 from fpmgm.data.images import centre_crop, read_image
@@ -33,22 +34,14 @@ from fpmgm.evaluation import (
     provenance,
     to_uint8,
 )
-from fpmgm.evaluation.provenance import commit
+from fpmgm.evaluation.report import table, write_report
 from fpmgm.models.noise import arccos_ratio, mask_tokens, mask_uniforms, sequential_times
 from fpmgm.pictures import make_grid, to_pil
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
-
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "recipes"))
-
-import posttrain_consistency
-import prepare_images
-import train_imagenette
-import train_vq
+from made_models import ROOT, Run, arguments_of, folder_of, make, parameters_of, run_recipe
 from training_cost import ITERATIONS, QUIET, step
 
 
-CONFIGS = Path(__file__).resolve().parents[1] / "recipes/configs"
 SHARED = (
     "--per_device_train_batch_size 32 --ema_decay 0.99 --adam_beta2 0.95 --eval_images 500 --logging_steps 50 "
     "--save_total_limit 1 --disable_tqdm True --report_to none --dataloader_pin_memory False --weight_decay 0.03 "
@@ -59,12 +52,11 @@ BASE = (
     "--save_steps 200"
 )
 ADAPT = "--learning_rate 5e-4 --lr_scheduler_type constant_with_warmup --max_steps {adapt} --save_steps 50"
-RUNS = {  # name: recipe, YAML, model to go on from, overrides, reuses to sample with
-    "MaskGIT 8": (train_imagenette, "maskgit_small", None, f"{BASE} --num_pre_layers 8", ["none"]),
-    "FP-MaskGIT 1/1/1": (train_imagenette, "fp_maskgit_small", None, BASE, ["none", "3sr"]),
-    "FP-MaskGIT, as long": (train_imagenette, None, "FP-MaskGIT 1/1/1", ADAPT, ["none", "3sr"]),
-    "FP-MaskGIT + consistency": (
-        posttrain_consistency, "consistency_small", "FP-MaskGIT 1/1/1",
+RUNS = {
+    "MaskGIT 8": Run("train_imagenette", "maskgit_small", None, f"{BASE} --num_pre_layers 8", ["none"]),
+    "FP-MaskGIT 1/1/1": Run("train_imagenette", "fp_maskgit_small", None, BASE, ["none", "3sr"]),
+    "FP-MaskGIT, as long": Run("train_imagenette", None, "FP-MaskGIT 1/1/1", ADAPT, ["none", "3sr"]),
+    "FP-MaskGIT + consistency": Run("posttrain_consistency", "consistency_small", "FP-MaskGIT 1/1/1",
         f"{ADAPT} --consistency_warmup_steps 50 --eval_steps 50", ["none", "3sr"],
     ),
 }  # fmt: skip
@@ -73,65 +65,62 @@ BATCH = 50  # pictures at once
 SHOWN = 20  # pictures in a row of the sheet
 
 
-def folder_of(name: str, args: argparse.Namespace) -> Path:
-    """Where a run's model is."""
-    return Path(args.work_dir) / name.lower().replace(", ", "_").replace(" + ", "_").replace(" ", "_").replace(
-        "/", "-"
+@dataclass
+class Arguments:
+    """Which pictures, how long, how they are judged."""
+
+    image_dir: LocalPath = field(metadata={"help": "Folder of splits of class folders."})
+    eval_split: str = field(default="test", metadata={"help": "Its folder of pictures to hold out."})
+    weights: LocalPath | None = field(
+        default=None, metadata={"help": "Of EfficientNet-Lite0; null: those of its package."}
     )
+    extractor_size: int = field(default=96, metadata={"help": "Pixels to which it sees pictures resized."})
+    vq_steps: int = field(default=1000, metadata={"help": "Optimizer steps of the tokenizer."})
+    base_steps: int = field(default=700, metadata={"help": "Of the base models."})
+    adapt_steps: int = field(default=150, metadata={"help": "Of consistency, and of as much training without."})
+    budgets: list[int] = field(default_factory=lambda: [48, 96, 192, 384], metadata={"help": "Block evaluations."})
+    guidance_scale: float = field(default=2.0, metadata={"help": "1: no guidance."})
+    num_samples: int = field(default=200, metadata={"help": "Pictures a row, a multiple of the classes."})
+    repetitions: int = field(default=9, metadata={"help": "Of the timed training steps."})
+    seed: int = field(default=0, metadata={"help": "Of the samples."})
+    work_dir: str = field(default="outputs/images", metadata={"help": "Keeps what is done."})
+    output: str = field(default="benchmarks/results/images_cpu.json", metadata={"help": "JSON to write."})
 
 
 # --- training ------------------------------------------------------------------------------------------------------
 
 
-def make_codes(args: argparse.Namespace) -> dict:
+def make_codes(args: Arguments) -> dict:
     """Train the tokenizer and encode the pictures; what was measured of it."""
-    folder, codes = folder_of("vq", args), folder_of("codes", args)
+    folder = folder_of("vq", args.work_dir)
     source = ["--image_dir", args.image_dir, "--eval_split", args.eval_split]
-    done = folder / "run.json"
-    if not done.is_file():
-        argv = ["--config", str(CONFIGS / "vq_small.yaml"), *source, "--max_steps", str(args.vq_steps)]
-        argv += ["--save_steps", "250", "--save_total_limit", "1", "--report_to", "none", "--disable_tqdm", "True"]
-        metrics = train_vq.main([*argv, "--output_dir", str(folder)])
-        kept = ("eval_psnr", "eval_codebook_usage", "eval_codebook_perplexity")
-        run = {"command": command(train_vq, argv, args), "commit": commit(), **{name: metrics[name] for name in kept}}
-        done.write_text(json.dumps(run), encoding="utf-8")
-    options = ["--tokenizer", str(folder), "--augment", "flip", "--output_dir", str(codes), "--device", "cpu"]
-    prepare_images.main([*source, *options])
-    return json.loads(done.read_text(encoding="utf-8"))
+    argv = ["--config", f"{ROOT}/recipes/configs/vq_small.yaml", *source, "--max_steps", str(args.vq_steps)]
+    argv += ["--save_steps", "250", "--save_total_limit", "1", "--report_to", "none", "--disable_tqdm", "True"]
+    made = make("train_vq", [*argv, "--output_dir", str(folder)], [], folder, hidden(args))
+    options = ["--tokenizer", str(folder), "--augment", "flip", "--device", "cpu"]
+    run_recipe("prepare_images", [*source, *options, "--output_dir", str(folder_of("codes", args.work_dir))])
+    kept = ("command", "commit", "eval_psnr", "eval_codebook_usage", "eval_codebook_perplexity")
+    return {name: made[name] for name in kept}
 
 
-def train(name: str, args: argparse.Namespace) -> dict:
+def train(name: str, args: Arguments) -> dict:
     """Run the recipe; what it measured, with its command."""
-    recipe, config, start, overrides, _ = RUNS[name]
-    folder = folder_of(name, args)
-    argv = ["--config", str(CONFIGS / f"{config}.yaml")] if config else []
-    argv += ["--model_name_or_path", str(folder_of(start, args))] if start else []
-    argv += [*SHARED.split(), *overrides.format(base=args.base_steps, adapt=args.adapt_steps).split()]
-    argv += ["--codes_dir", str(folder_of("codes", args)), "--output_dir", str(folder)]
-    done = folder / "run.json"
-    if not done.is_file():
-        metrics = recipe.main(argv)
-        state = json.loads(
-            (sorted(folder.glob("checkpoint-*"))[-1] / "trainer_state.json").read_text(encoding="utf-8")
-        )
-        model = AutoModel.from_pretrained(folder)
-        run = {
-            "command": command(recipe, argv, args),
-            "commit": commit(),
-            "steps": state["global_step"],
-            "cross_entropy_before": metrics.get("before_loss"),
-            "cross_entropy": metrics["eval_loss"],
-            "masked_accuracy": masked_accuracy(model, load_codes(folder_of("codes", args))[0]["validation"]),
-            "parameters": model.num_parameters(),
-        }
-        done.write_text(json.dumps(run), encoding="utf-8")
-    return json.loads(done.read_text(encoding="utf-8"))
+    folder, codes, run = folder_of(name, args.work_dir), folder_of("codes", args.work_dir), RUNS[name]
+    steps = {"base": args.base_steps, "adapt": args.adapt_steps}
+    argv = [*arguments_of(run, name, args.work_dir, SHARED, steps), "--codes_dir", str(codes)]
+    made = make(run.recipe, argv, [], folder, hidden(args))
+    return {
+        **{key: made[key] for key in ("command", "commit", "steps")},
+        "cross_entropy_before": made.get("before_loss"),
+        "cross_entropy": made["eval_loss"],
+        "masked_accuracy": masked_accuracy(AutoModel.from_pretrained(folder), load_codes(codes)[0]["validation"]),
+        "parameters": parameters_of(folder),
+    }
 
 
-def command(recipe, argv: list[str], args: argparse.Namespace) -> str:
-    """A recipe's command line without the folders of this machine."""
-    line = " ".join(["python", f"recipes/{recipe.__name__}.py", *argv]).replace(f"{CONFIGS.parents[1]}/", "")
-    return line.replace(args.work_dir, "WORK").replace(args.image_dir, "PICTURES")
+def hidden(args: Arguments) -> dict[str, str]:
+    """Folders of this machine, and their names in commands."""
+    return {args.work_dir: "WORK", args.image_dir: "PICTURES"}
 
 
 @torch.no_grad()
@@ -151,13 +140,13 @@ def masked_accuracy(model, rows: Dataset) -> float:
     return hits / total
 
 
-def step_costs(names: list[str], args: argparse.Namespace) -> dict[str, dict]:
+def step_costs(names: list[str], args: Arguments) -> dict[str, dict]:
     """Median CPU seconds of training steps that take turns, and what one keeps for its backward pass."""
-    setting = argparse.Namespace(batch_size=32, device="cpu", dtype="float32")
+    setting = SimpleNamespace(batch_size=32, device="cpu", dtype="float32")
     row = Dataset.from_dict({"input_ids": [[0]], "class_labels": [0]})
     trainers = {}
     for name in names:
-        model = AutoModel.from_pretrained(folder_of(name, args)).train()
+        model = AutoModel.from_pretrained(folder_of(name, args.work_dir)).train()
         trainers[name] = MGMTrainer(model, MGMTrainingConfig(**QUIET, use_cpu=True), train_dataset=row)
     times = {name: {n: [] for n in ITERATIONS} for name in names}
     kept = {
@@ -180,7 +169,7 @@ def step_costs(names: list[str], args: argparse.Namespace) -> dict[str, dict]:
     }
 
 
-def kept_for_backward(trainer: MGMTrainer, setting: argparse.Namespace, iterations: tuple[int, int]) -> int:
+def kept_for_backward(trainer: MGMTrainer, setting: SimpleNamespace, iterations: tuple[int, int]) -> int:
     """Bytes that a training step keeps for its backward pass, beside the weights."""
     weights = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
     kept = {}
@@ -199,10 +188,10 @@ def kept_for_backward(trainer: MGMTrainer, setting: argparse.Namespace, iteratio
 # --- samples -------------------------------------------------------------------------------------------------------
 
 
-def held_out(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+def held_out(args: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8 pictures to compare with, and `num_samples` others, as many of each class."""
     rows = load_images(args.image_dir, train_split=args.eval_split, eval_split=None)["train"]
-    processor = make_image_processor(load_image_tokenizer(folder_of("vq", args)).image_size)
+    processor = make_image_processor(load_image_tokenizer(folder_of("vq", args.work_dir)).image_size)
     pixels = np.concatenate([centre_crop(read_image(row["image"]), processor) for row in rows])
     pictures, labels = to_uint8(torch.from_numpy(pixels)), np.array(rows["label"])
     classes = labels.max() + 1
@@ -214,21 +203,20 @@ def held_out(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     return pictures[reference], pictures[others]
 
 
-def sample(name: str, reuse: str, budget: int, args: argparse.Namespace) -> tuple[torch.Tensor, dict]:
+def sample(name: str, reuse: str, budget: int, args: Arguments) -> tuple[torch.Tensor, dict]:
     """(N, L) codes, the classes in turn, and what they cost."""
     protocol = {key: getattr(args, key) for key in ("num_samples", "guidance_scale", "seed")}
-    path = Path(args.work_dir) / "samples" / f"{folder_of(name, args).name}_{reuse}_{budget}.json"
+    path = Path(args.work_dir) / "samples" / f"{folder_of(name, args.work_dir).name}_{reuse}_{budget}.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if found.get("protocol") != protocol:
         found = {"protocol": protocol, **generate(name, reuse, budget, args)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found), encoding="utf-8")
+        write_report(path, found)
     return torch.tensor(found["codes"]), found["row"]
 
 
-def generate(name: str, reuse: str, budget: int, args: argparse.Namespace) -> dict:
+def generate(name: str, reuse: str, budget: int, args: Arguments) -> dict:
     """Codes of `num_samples` pictures, and what they cost."""
-    model = AutoModel.from_pretrained(folder_of(name, args)).eval()
+    model = AutoModel.from_pretrained(folder_of(name, args.work_dir)).eval()
     codes, seconds = [], []
     for first in range(0, args.num_samples, BATCH):
         places = torch.arange(first, min(first + BATCH, args.num_samples))
@@ -250,9 +238,9 @@ def generate(name: str, reuse: str, budget: int, args: argparse.Namespace) -> di
     return {"row": row, "codes": codes}
 
 
-def evaluate(args: argparse.Namespace) -> tuple[dict, dict]:
+def evaluate(args: Arguments) -> tuple[dict, dict]:
     """Distances of the floors and of all samples; and the first pictures of each, for the sheet."""
-    vq = load_image_tokenizer(folder_of("vq", args))
+    vq = load_image_tokenizer(folder_of("vq", args.work_dir))
     extractor = EfficientNetLiteExtractor(args.weights, image_size=args.extractor_size)
     real, others = held_out(args)
     features, _ = extract_features(real.split(BATCH), extractor)
@@ -264,7 +252,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, dict]:
     }
     rows = []
     for name, run in RUNS.items():
-        for reuse in run[-1]:
+        for reuse in run.reuses:
             for budget in args.budgets:
                 codes, row = sample(name, reuse, budget, args)
                 rows.append({"model": name, "reuse": reuse, "budget": budget, **row})
@@ -290,38 +278,33 @@ def decoded(vq, codes: torch.Tensor) -> torch.Tensor:
 
 def markdown(result: dict) -> str:
     """Both tables."""
-    lines = ["| model | parameters | steps | cross-entropy | masked accuracy | CPU s a step | MiB kept for backward |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    runs = []
     for name, run in result["runs"].items():
-        cost = result["step_costs"].get(name)
-        cells = f"{cost['cpu_seconds_per_step']:.2f} | {cost['mib_kept_for_backward']:.0f}" if cost else "|"
-        lines.append(
-            f"| {name} | {run['parameters']:,} | {run['steps']} | {run['cross_entropy']:.3f} "
-            f"| {run['masked_accuracy']:.3f} | {cells} |"
-        )
-    budgets = result["arguments"]["budgets"]
-    lines += ["", "| proxy Fréchet distance | reuse | " + " | ".join(map(str, budgets)) + " |"]
-    lines.append("|---" * (2 + len(budgets)) + "|")
-    settings = dict.fromkeys((row["model"], row["reuse"]) for row in result["samples"])
-    for model, reuse in settings:
-        found = [row for row in result["samples"] if (row["model"], row["reuse"]) == (model, reuse)]
-        lines.append(
-            f"| {model} | {reuse} | " + " | ".join(f"{r['proxy_frechet_distance']:.1f}" for r in found) + " |"
-        )
+        cost = result["step_costs"].get(name, {})
+        formats = {"cpu_seconds_per_step": ".2f", "mib_kept_for_backward": ".0f"}
+        costs = [f"{cost[key]:{style}}" if cost else None for key, style in formats.items()]
+        measures = [f"{run[key]:.3f}" for key in ("cross_entropy", "masked_accuracy")]
+        runs.append([name, f"{run['parameters']:,}", run["steps"], *measures, *costs])
+    columns = ["model", "parameters", "steps", "cross-entropy", "masked accuracy", "CPU s a step"]
+    budgets, samples = result["arguments"]["budgets"], []
+    for setting in dict.fromkeys((row["model"], row["reuse"]) for row in result["samples"]):
+        found = [row for row in result["samples"] if (row["model"], row["reuse"]) == setting]
+        samples.append([*setting, *(f"{row['proxy_frechet_distance']:.1f}" for row in found)])
     for name, distance in result["floors"].items():
-        lines.append(f"| {name} | | " + " | ".join([f"{distance:.1f}"] * len(budgets)) + " |")
+        samples.append([name, None, *[f"{distance:.1f}"] * len(budgets)])
     protocol = result["protocol"]
-    lines.append(
-        f"\n{protocol['extractor']}, {protocol['resize']}; {protocol['num_images']} pictures a row against "
+    return (
+        f"{table([*columns, 'MiB kept for backward'], runs)}\n\n"
+        f"{table(['proxy Fréchet distance', 'reuse', *budgets], samples)}\n\n"
+        f"{protocol['extractor']}, {protocol['resize']}; {protocol['num_images']} pictures a row against "
         f"{protocol['reference']}; guidance scale {result['arguments']['guidance_scale']:g}. No FID."
     )
-    return "\n".join(lines)
 
 
 def draw(sets: dict, classes: list[str], budgets: list[int], path: Path) -> None:
     """A row for the real pictures, their reconstructions, and each model at the least and the largest budget."""
     keys = [*list(sets)[:2]]
-    keys += [(name, run[-1][-1], budget) for name, run in RUNS.items() for budget in (budgets[0], budgets[-1])]
+    keys += [(name, run.reuses[-1], budget) for name, run in RUNS.items() for budget in (budgets[0], budgets[-1])]
     shown = min(SHOWN, *(len(sets[key]) for key in keys))
     rows = [key if isinstance(key, str) else f"{key[0]}, reuse {key[1]}, budget {key[2]}" for key in keys]
     columns = [classes[i % len(classes)] for i in range(shown)]
@@ -331,35 +314,19 @@ def draw(sets: dict, classes: list[str], budgets: list[int], path: Path) -> None
 
 def main() -> None:
     """Train, sample, judge; write JSON, table and picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image_dir", required=True, help="Folder of splits of class folders.")
-    parser.add_argument("--eval_split", default="test")
-    parser.add_argument("--weights", help="Of EfficientNet-Lite0; left out: those of its package.")
-    parser.add_argument("--extractor_size", type=int, default=96, help="Pixels to which it sees pictures resized.")
-    parser.add_argument("--vq_steps", type=int, default=1000)
-    parser.add_argument("--base_steps", type=int, default=700)
-    parser.add_argument("--adapt_steps", type=int, default=150)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[48, 96, 192, 384])
-    parser.add_argument("--guidance_scale", type=float, default=2.0)
-    parser.add_argument("--num_samples", type=int, default=200, help="Pictures a row, a multiple of the classes.")
-    parser.add_argument("--repetitions", type=int, default=9, help="Of the timed training steps.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work_dir", default="outputs/images")
-    parser.add_argument("--output", default="benchmarks/results/images_cpu.json")
-    args = parser.parse_args()
-    transformers.logging.set_verbosity_error()
+    (args,) = parse_arguments((Arguments,), __doc__)
+    logging.set_verbosity_error()
     names = {"image_dir": "PICTURES", "work_dir": "WORK", "output": Path(args.output).name}
     names["weights"] = args.weights and Path(args.weights).name
-    result = {"provenance": provenance(), "arguments": {**vars(args), **names}, "tokenizer": make_codes(args)}
+    result = {"provenance": provenance(), "arguments": {**asdict(args), **names}, "tokenizer": make_codes(args)}
     result["runs"] = {name: train(name, args) for name in RUNS}
     result["step_costs"] = step_costs(list(RUNS)[:2], args)
     found, sets = evaluate(args)
     result |= found
     path = Path(args.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(markdown(result) + "\n", encoding="utf-8")
-    draw(sets, load_codes(folder_of("codes", args))[1]["classes"], args.budgets, path.with_suffix(".png"))
+    write_report(path, result, markdown(result))
+    classes = load_codes(folder_of("codes", args.work_dir))[1]["classes"]
+    draw(sets, classes, args.budgets, path.with_suffix(".png"))
     print(markdown(result))
 
 

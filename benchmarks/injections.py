@@ -9,7 +9,6 @@ turns before the runs; the residual of the last iteration; and which runs ended 
 gradient was not finite. Runs that `--output` holds already are not made again.
 """
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -17,6 +16,7 @@ import random
 import statistics
 import tempfile
 import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +25,11 @@ import transformers
 from datasets import Dataset
 
 from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion
+from fpmgm.command_line import LocalPath, parse_arguments
 from fpmgm.data import load_text, pack, train_tokenizer
 from fpmgm.evaluation import provenance
 from fpmgm.evaluation.provenance import commit
+from fpmgm.evaluation.report import table, write_report
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
 
 
@@ -35,7 +37,27 @@ INJECTIONS = ("mlp", "linear", "diagonal")
 COLORS = {"mlp": "#2b4570", "linear": "#8d99ae", "diagonal": "#c8553d"}
 
 
-def prepare(args: argparse.Namespace):
+@dataclass
+class Arguments:
+    """Which text, which runs."""
+
+    text_files: list[LocalPath] = field(metadata={"help": "Text to train on and to hold out."})
+    learning_rates: list[float] = field(
+        default_factory=lambda: [5e-4, 1e-3, 2e-3, 5e-3], metadata={"help": "Of each injection."}
+    )
+    max_steps: int = field(default=1500, metadata={"help": "Optimizer steps of a run."})
+    eval_steps: int = field(default=150, metadata={"help": "Steps between validations."})
+    eval_blocks: int = field(default=400, metadata={"help": "Blocks held out."})
+    vocab_size: int = field(default=320, metadata={"help": "Tokens of the tokenizer."})
+    length: int = field(default=64, metadata={"help": "Tokens of a block."})
+    hidden_size: int = field(default=64, metadata={"help": "Width."})
+    batch_size: int = field(default=16, metadata={"help": "Blocks per step."})
+    repetitions: int = field(default=5, metadata={"help": "Turns of each injection when steps are timed."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of weights and batches."})
+    output: str = field(default="benchmarks/results/injections_cpu.json", metadata={"help": "JSON to write."})
+
+
+def prepare(args: Arguments):
     """A tokenizer trained on the text, blocks to train on, blocks held out."""
     texts = [piece for text in load_text(args.text_files)["text"] for piece in text.split("\n\n") if piece.strip()]
     random.Random(0).shuffle(texts)
@@ -45,9 +67,7 @@ def prepare(args: argparse.Namespace):
     return tokenizer, blocks.select(range(split)), blocks.select(range(split, len(blocks)))
 
 
-def make_trainer(
-    injection: str, learning_rate: float, seed: int, args: argparse.Namespace, data, folder: str
-) -> MGMTrainer:
+def make_trainer(injection: str, learning_rate: float, seed: int, args: Arguments, data, folder: str) -> MGMTrainer:
     """One run's trainer."""
     tokenizer, train_blocks, eval_blocks = data
     torch.manual_seed(seed)
@@ -78,7 +98,7 @@ def earlier(path: Path, arguments: dict) -> dict | None:
     return result
 
 
-def step_seconds(args: argparse.Namespace, data, folder: str) -> dict[str, float]:
+def step_seconds(args: Arguments, data, folder: str) -> dict[str, float]:
     """Median seconds of a training step of each injection; they take turns."""
     trainers = {name: make_trainer(name, 1e-3, 0, args, data, folder) for name in INJECTIONS}
     times = {name: [] for name in INJECTIONS}
@@ -97,7 +117,7 @@ def order(row: dict) -> tuple:
     return INJECTIONS.index(row["injection"]), row["learning_rate"], row["seed"]
 
 
-def run(injection: str, learning_rate: float, seed: int, args: argparse.Namespace, data, folder: str) -> dict:
+def run(injection: str, learning_rate: float, seed: int, args: Arguments, data, folder: str) -> dict:
     """Train; the validation perplexities and the last residual."""
     trainer = make_trainer(injection, learning_rate, seed, args, data, folder)
     with contextlib.suppress(FloatingPointError):
@@ -144,21 +164,23 @@ def markdown(result: dict) -> str:
     """Perplexity at equal steps and at equal time: median and range over the seeds."""
     seconds, last = result["step_seconds"], result["arguments"]["max_steps"]
     seeds = len({row["seed"] for row in result["rows"]})
+    columns = ["injection", "learning rate", "perplexity", "at equal time", "residual", "stopped", "seconds per step"]
     lines = [
-        f"Validation perplexity after {last:,} steps: medians of {seeds} seed(s), in brackets their range.",
-        "",
-        "| injection | learning rate | perplexity | at equal time | residual | stopped | seconds per step |",
-        "|---|---|---|---|---|---|---|",
+        [
+            injection,
+            f"{rate:g}",
+            spread([at_end(row) for row in rows], ".1f"),
+            spread([at_equal_time(row, seconds, last) for row in rows], ".1f"),
+            spread([row["residual"] for row in rows], ".2g"),
+            sum(not row["finished"] for row in rows),
+            f"{seconds[injection]:.3g}",
+        ]
+        for (injection, rate), rows in grouped(result).items()
     ]
-    for (injection, rate), rows in grouped(result).items():
-        ends = spread([at_end(row) for row in rows], ".1f")
-        at_time = spread([at_equal_time(row, seconds, last) for row in rows], ".1f")
-        residual = spread([row["residual"] for row in rows], ".2g")
-        stopped = sum(not row["finished"] for row in rows)
-        lines.append(
-            f"| {injection} | {rate:g} | {ends} | {at_time} | {residual} | {stopped} | {seconds[injection]:.3g} |"
-        )
-    return "\n".join(lines)
+    return (
+        f"Validation perplexity after {last:,} steps: medians of {seeds} seed(s), in brackets their range.\n\n"
+        f"{table(columns, lines)}"
+    )
 
 
 def grouped(result: dict) -> dict[tuple[str, float], list[dict]]:
@@ -204,23 +226,10 @@ def draw(result: dict, path: Path) -> None:
 
 def main() -> None:
     """Run everything; write JSON, table and picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text_files", nargs="+", required=True)
-    parser.add_argument("--learning_rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3, 5e-3])
-    parser.add_argument("--max_steps", type=int, default=1500)
-    parser.add_argument("--eval_steps", type=int, default=150)
-    parser.add_argument("--eval_blocks", type=int, default=400)
-    parser.add_argument("--vocab_size", type=int, default=320)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--hidden_size", type=int, default=64)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--repetitions", type=int, default=5, help="Turns of each injection when steps are timed.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--output", default="benchmarks/results/injections_cpu.json")
-    args = parser.parse_args()
+    (args,) = parse_arguments((Arguments,), __doc__)
     transformers.logging.set_verbosity_error()
     data, path = prepare(args), Path(args.output)
-    arguments = {**vars(args), "text_files": [Path(file).name for file in args.text_files]}
+    arguments = {**asdict(args), "text_files": [Path(file).name for file in args.text_files]}
     arguments = {name: value for name, value in arguments.items() if name not in ("learning_rates", "seeds", "output")}
     with tempfile.TemporaryDirectory() as folder:
         result = earlier(path, arguments) or {
@@ -234,9 +243,8 @@ def main() -> None:
             if (INJECTIONS.index(injection), rate, seed) not in done:
                 result["rows"].append(run(injection, rate, seed, args, data, folder))
                 result["rows"].sort(key=order)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(markdown(result) + "\n", encoding="utf-8")
+                write_report(path, result)
+    write_report(path, result, markdown(result))
     draw(result, path.with_suffix(".png"))
     print(markdown(result))
 

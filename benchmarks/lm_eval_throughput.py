@@ -13,13 +13,11 @@ The two take turns; a protocol's ratio is the median over the turns of plain sec
 seconds are those that it worked for this process, so that others' work on a shared machine does not count.
 """
 
-import argparse
-import json
 import os
 import statistics
 import time
-from pathlib import Path
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, field
+from typing import Literal, NamedTuple
 
 import torch
 from lm_eval.api.instance import Instance
@@ -27,14 +25,37 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from fpmgm.command_line import parse_arguments
 from fpmgm.evaluation import provenance
 from fpmgm.evaluation.lm_eval import MGMLM, PROTOCOLS
 from fpmgm.evaluation.lm_eval.protocols import Draws, thinned
+from fpmgm.evaluation.report import table, write_report
 from fpmgm.models.noise import stream_generator
 from sampling_speed import ARCHITECTURES, random_model
 
 
 EOS = 0
+
+
+@dataclass
+class Arguments:
+    """What is measured."""
+
+    device: Literal["cpu", "cuda"] = field(default="cpu", metadata={"help": "Where to run."})
+    architecture: str = field(default="fp", metadata={"help": "Of the model.", "choices": list(ARCHITECTURES)})
+    protocols: list[str] = field(
+        default_factory=lambda: list(PROTOCOLS), metadata={"help": "Which to measure.", "choices": list(PROTOCOLS)}
+    )
+    mc_num: int = field(default=128, metadata={"help": "Draws per request; 0: each protocol's own."})
+    requests: int = field(default=1, metadata={"help": "Requests scored."})
+    prefix: int = field(default=9, metadata={"help": "Tokens of a prompt (OpenBookQA's median with GPT-2)."})
+    target: int = field(default=3, metadata={"help": "Tokens of an answer (the same)."})
+    batch_size: int = field(default=32, metadata={"help": "Copies per call of the model."})
+    repetitions: int = field(default=2, metadata={"help": "Turns of both."})
+    hidden_size: int = field(default=768, metadata={"help": "Width; 768 is MDLM-small."})
+    vocab_size: int = field(default=50258, metadata={"help": "Tokens of the vocabulary."})
+    tolerance: float = field(default=1e-4, metadata={"help": "Largest relative difference of the scores."})
+    output: str = field(default="benchmarks/results/lm_eval_throughput_cpu.json", metadata={"help": "JSON to write."})
 
 
 def number_tokenizer(size: int) -> PreTrainedTokenizerFast:
@@ -117,7 +138,7 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
-def measure(args, model, protocol: str) -> dict:
+def measure(args: Arguments, model, protocol: str) -> dict:
     """Seconds of both for the same requests, taking turns."""
     mc_num = args.mc_num or PROTOCOLS[protocol].mc_num
     vocabulary = model.config.mask_token_id
@@ -157,46 +178,27 @@ def measure(args, model, protocol: str) -> dict:
 
 def markdown(result: dict) -> str:
     """The ratios as a table."""
-    lines = [
-        "| protocol | draws | masked copies run, ours / plain | plain s | ours s | plain / ours "
-        "| copies with the protocol's own draws |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in result["rows"]:
-        plain_seconds, our_seconds = (statistics.median(row["seconds"][name]) for name in ("plain", "ours"))
-        lines.append(
-            f"| {row['protocol']} | {row['mc_num']} | {row['copies_of_ours']} / {row['draws']} | {plain_seconds:.1f} "
-            f"| {our_seconds:.1f} | {row['ratio']:.1f} "
-            f"| {row['copies_of_ours_with_own_mc_num']} / {row['own_mc_num'] * result['arguments']['requests']} |"
-        )
+    columns = ["protocol", "draws", "masked copies run, ours / plain", "plain s", "ours s", "plain / ours"]
+    columns.append("copies with the protocol's own draws")
     a, p = result["arguments"], result["provenance"]
-    return "\n".join([
-        *lines,
-        "",
+    rows = [
+        [row["protocol"], row["mc_num"], f"{row['copies_of_ours']} / {row['draws']}",
+         *(f"{statistics.median(row['seconds'][name]):.1f}" for name in ("plain", "ours")), f"{row['ratio']:.1f}",
+         f"{row['copies_of_ours_with_own_mc_num']} / {row['own_mc_num'] * a['requests']}"]
+        for row in result["rows"]
+    ]  # fmt: skip
+    return (
+        f"{table(columns, rows)}\n\n"
         f"{a['requests']} request(s) of {a['prefix']} + {a['target']} tokens, {a['architecture']} at width "
         f"{a['hidden_size']}, vocabulary {a['vocab_size']:,}, random weights, batches of {a['batch_size']}; "
         f"{p['device']}; torch {p['versions']['torch']}, commit {p['commit']}. "
-        f"Medians of {a['repetitions']} turns, the ratio that of the turns' ratios; on a CPU its own time.",
-    ])  # fmt: skip
+        f"Medians of {a['repetitions']} turns, the ratio that of the turns' ratios; on a CPU its own time."
+    )
 
 
 def main() -> None:
     """Measure and write JSON and a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--architecture", default="fp", choices=list(ARCHITECTURES))
-    parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=list(PROTOCOLS))
-    parser.add_argument("--mc_num", type=int, default=128, help="Draws per request; 0: each protocol's own.")
-    parser.add_argument("--requests", type=int, default=1)
-    parser.add_argument("--prefix", type=int, default=9, help="Tokens of a prompt (OpenBookQA's median with GPT-2).")
-    parser.add_argument("--target", type=int, default=3, help="Tokens of an answer (the same).")
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--repetitions", type=int, default=2)
-    parser.add_argument("--hidden_size", type=int, default=768, help="768 is MDLM-small.")
-    parser.add_argument("--vocab_size", type=int, default=50258)
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="Largest relative difference of the scores.")
-    parser.add_argument("--output", default="benchmarks/results/lm_eval_throughput_cpu.json")
-    args = parser.parse_args()
+    (args,) = parse_arguments((Arguments,), __doc__)
     model = random_model(
         max_position_embeddings=args.prefix + args.target + 2,
         hidden_size=args.hidden_size,
@@ -208,12 +210,10 @@ def main() -> None:
     ).to(args.device)
     result = {
         "provenance": {**provenance(args.device), "load_average": os.getloadavg()},
-        "arguments": vars(args),
+        "arguments": asdict(args),
         "rows": [measure(args, model, protocol) for protocol in tqdm(args.protocols)],
     }
-    path = Path(args.output)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(markdown(result) + "\n", encoding="utf-8")
+    write_report(args.output, result, markdown(result))
     print(markdown(result))
 
 

@@ -7,28 +7,21 @@ Every model is made by a recipe with its small YAML and the overrides below, the
 done already in `--work_dir` is not done again. Writes JSON with provenance and a table.
 """
 
-import argparse
-import json
-import sys
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import transformers
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging
 
+import fpmgm  # noqa: F401  (registers the models)
+from fpmgm.command_line import LocalPath, ModelName, parse_arguments
 from fpmgm.data import load_text, pack
 from fpmgm.evaluation import evaluate_budgets, load_judge, measure_samples, provenance
-from fpmgm.evaluation.provenance import commit
+from fpmgm.evaluation.report import table, write_report
+from made_models import Run, arguments_of, folder_of, make, parameters_of
 
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "recipes"))
-
-import convert_mdlm
-import distill_sdtt
-import posttrain_consistency
-import train_owt
-
-
-CONFIGS = Path(__file__).resolve().parents[1] / "recipes/configs"
 ARCHITECTURE = (
     "--hidden_size 64 --intermediate_size 256 --num_attention_heads 4 --max_position_embeddings 64 --rope_theta 100 "
     "--tokenizer_vocab_size 320 --learning_rate 2e-3 --lr_scheduler_type cosine --max_steps {base}"
@@ -40,82 +33,71 @@ SHARED = (
 )
 ADAPT = "--learning_rate 5e-4 --lr_scheduler_type constant_with_warmup"
 CONSISTENCY = "--eval_steps 50 --save_steps 50 --max_steps {adapt}"
-RUNS = {  # name: recipe, YAML, model to go on from, overrides, reuses to sample with
-    "fp": (train_owt, "fp_mdlm_small", None, ARCHITECTURE, ["none", "full", "3sr"]),
-    "mdlm": (train_owt, "mdlm_small", None, ARCHITECTURE, ["none"]),
-    "fp, as long": (train_owt, None, "fp", f"{ADAPT} --max_steps {{adapt}}", ["none", "full", "3sr"]),
-    "fp + consistency": (posttrain_consistency, "consistency_small", "fp", CONSISTENCY, ["none", "full", "3sr"]),
-    "fp + consistency, sum": (
-        posttrain_consistency, "consistency_small", "fp", f"{CONSISTENCY} --consistency_reduction sum", ["3sr"],
+CONVERT, PAPER = "--max_steps {convert}", "--layer_map paper --max_steps {convert}"
+EVERY, ENDS = ["none", "full", "3sr"], ["none", "3sr"]
+RUNS = {
+    "fp": Run("train_owt", "fp_mdlm_small", None, ARCHITECTURE, EVERY),
+    "mdlm": Run("train_owt", "mdlm_small", None, ARCHITECTURE, ["none"]),
+    "fp, as long": Run("train_owt", None, "fp", f"{ADAPT} --max_steps {{adapt}}", EVERY),
+    "fp + consistency": Run("posttrain_consistency", "consistency_small", "fp", CONSISTENCY, EVERY),
+    "fp + consistency, sum": Run(
+        "posttrain_consistency", "consistency_small", "fp", f"{CONSISTENCY} --consistency_reduction sum", ["3sr"]
     ),
-    "mdlm + consistency": (posttrain_consistency, "consistency_small", "mdlm", CONSISTENCY, ["none"]),
-    "converted 1/6/12": (
-        convert_mdlm, "convert_small", "mdlm", "--layer_map paper --input_injection mlp --max_steps {convert}",
-        ["none", "full", "3sr"],
-    ),
-    "converted auto": (
-        convert_mdlm, "convert_small", "mdlm", "--input_injection mlp --max_steps {convert}", ["none", "3sr"],
-    ),
-    "converted 1/6/12, diagonal": (
-        convert_mdlm, "convert_small", "mdlm",
-        "--layer_map paper --input_injection diagonal --max_steps {convert}", ["none", "full", "3sr"],
-    ),
-    "converted, not initialised": (
-        convert_mdlm, "convert_small", "mdlm",
-        "--layer_map paper --input_injection mlp --initialize False --max_steps {convert}", ["none", "3sr"],
-    ),
-    "converted, not initialised, diagonal": (
-        convert_mdlm, "convert_small", "mdlm",
-        "--layer_map paper --input_injection diagonal --initialize False --max_steps {convert}", ["none", "3sr"],
-    ),
-    "mdlm + sdtt": (distill_sdtt, "sdtt_small", "mdlm", "", ["none"]),
-    "fp + sdtt": (distill_sdtt, "sdtt_small", "fp", "", ["none", "3sr"]),
-}  # fmt: skip
+    "mdlm + consistency": Run("posttrain_consistency", "consistency_small", "mdlm", CONSISTENCY, ["none"]),
+    **{
+        name: Run("convert_mdlm", "convert_small", "mdlm", overrides, reuses)
+        for name, overrides, reuses in [
+            ("converted 1/6/12", f"{PAPER} --input_injection mlp", EVERY),
+            ("converted auto", f"{CONVERT} --input_injection mlp", ENDS),
+            ("converted 1/6/12, diagonal", f"{PAPER} --input_injection diagonal", EVERY),
+            ("converted, not initialised", f"{PAPER} --input_injection mlp --initialize False", ENDS),
+            ("converted, not initialised, diagonal", f"{PAPER} --input_injection diagonal --initialize False", ENDS),
+        ]
+    },
+    "mdlm + sdtt": Run("distill_sdtt", "sdtt_small", "mdlm", "", ["none"]),
+    "fp + sdtt": Run("distill_sdtt", "sdtt_small", "fp", "", ENDS),
+}
 
 
-def folder_of(name: str, args: argparse.Namespace) -> Path:
-    """Where a run's model is."""
-    return Path(args.work_dir) / name.replace(", ", "_").replace(" + ", "_").replace(" ", "_").replace("/", "-")
+@dataclass
+class Arguments:
+    """Which text, which judge, how long."""
+
+    text_files: list[LocalPath] = field(metadata={"help": "Text to train on."})
+    eval_text_files: list[LocalPath] = field(metadata={"help": "Text to validate on."})
+    judge: ModelName = field(
+        default="gpt2-large", metadata={"help": "A causal language model: hub name, folder, .gguf file."}
+    )
+    base_steps: int = field(default=4000, metadata={"help": "Optimizer steps of the base models."})
+    adapt_steps: int = field(default=1000, metadata={"help": "Of consistency, and of as much training without."})
+    convert_steps: int = field(default=2000, metadata={"help": "Of conversions."})
+    budgets: list[int] = field(default_factory=lambda: [24, 48, 96, 192], metadata={"help": "Block evaluations."})
+    num_samples: int = field(default=96, metadata={"help": "Texts per row."})
+    work_dir: str = field(default="outputs/posttraining", metadata={"help": "Keeps what is done."})
+    output: str = field(default="benchmarks/results/posttraining_cpu.json", metadata={"help": "JSON to write."})
 
 
-def train(name: str, args: argparse.Namespace) -> dict:
+def train(name: str, args: Arguments) -> dict:
     """Run the recipe; what it measured, with its command."""
-    recipe, config, start, overrides, _ = RUNS[name]
-    folder = folder_of(name, args)
+    folder, run = folder_of(name, args.work_dir), RUNS[name]
     steps = {"base": args.base_steps, "adapt": args.adapt_steps, "convert": args.convert_steps}
-    argv = ["--config", str(CONFIGS / f"{config}.yaml")] if config else []
-    argv += ["--model_name_or_path", str(folder_of(start, args))] if start else []
-    argv += [*SHARED.split(), *overrides.format(**steps).split(), "--output_dir", str(folder)]
+    argv = arguments_of(run, name, args.work_dir, SHARED, steps)
     data = ["--text_files", *args.text_files, "--eval_text_files", *args.eval_text_files]
-    done = folder / "run.json"
-    if not done.is_file():
-        metrics = recipe.main([*argv, *data])
-        state = json.loads(
-            (sorted(folder.glob("checkpoint-*"))[-1] / "trainer_state.json").read_text(encoding="utf-8")
-        )
-        command = " ".join(["python", f"recipes/{recipe.__name__}.py", *argv]).replace(
-            str(Path(args.work_dir)), "WORK"
-        )
-        done.write_text(
-            json.dumps({
-                "command": command.replace(f"{CONFIGS.parents[1]}/", "").replace(args.work_dir, "WORK"),
-                "commit": commit(),
-                "steps": state["global_step"],
-                "perplexity_before": metrics.get("before_perplexity"),
-                "perplexity": metrics["eval_perplexity"],
-                "parameters": int(transformers.AutoModel.from_pretrained(folder).num_parameters()),
-            }),
-            encoding="utf-8",
-        )  # fmt: skip
-    return json.loads(done.read_text(encoding="utf-8"))
+    made = make(run.recipe, argv, data, folder, {args.work_dir: "WORK"})
+    return {
+        **{key: made[key] for key in ("command", "commit", "steps")},
+        "perplexity_before": made.get("before_perplexity"),
+        "perplexity": made["eval_perplexity"],
+        "perplexity_standard_error": made.get("eval_perplexity_stderr"),
+        "parameters": parameters_of(folder),
+    }
 
 
-def sample(name: str, judge, args: argparse.Namespace) -> list[dict]:
+def sample(name: str, judge, args: Arguments) -> list[dict]:
     """Rows of samples under the budgets, for each reuse."""
-    folder = folder_of(name, args)
-    model = transformers.AutoModel.from_pretrained(folder).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    settings = [{"reuse": reuse} for reuse in RUNS[name][-1]]
+    folder = folder_of(name, args.work_dir)
+    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    settings = [{"reuse": reuse} for reuse in RUNS[name].reuses]
     rows = evaluate_budgets(
         model, tokenizer, judge, args.budgets, settings, num_samples=args.num_samples, batch_size=args.num_samples,
         judge_batch_size=24, cache_dir=Path(args.work_dir) / "cache",
@@ -124,9 +106,9 @@ def sample(name: str, judge, args: argparse.Namespace) -> list[dict]:
     return [{key: row[key] for key in kept} for row in rows]
 
 
-def human(judge, args: argparse.Namespace) -> dict:
+def human(judge, args: Arguments) -> dict:
     """The same measures of held-out text."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder_of("fp", args))
+    tokenizer = AutoTokenizer.from_pretrained(folder_of("fp", args.work_dir))
     blocks = pack(load_text(args.eval_text_files), tokenizer, 64).select(range(args.num_samples))["input_ids"]
     found = measure_samples(list(blocks), tokenizer, judge, batch_size=24)
     return {key: found[key] for key in ("generative_perplexity", "unigram_entropy", "protocol")}
@@ -134,53 +116,42 @@ def human(judge, args: argparse.Namespace) -> dict:
 
 def markdown(result: dict) -> str:
     """Both tables."""
-    lines = ["| model | steps | validation perplexity before | after |", "|---|---|---|---|"]
+    runs = []
     for name, run in result["runs"].items():
-        before = f"{run['perplexity_before']:.2f}" if run["perplexity_before"] else ""
-        lines.append(f"| {name} | {run['steps']} | {before} | {run['perplexity']:.2f} |")
-    budgets = result["arguments"]["budgets"]
-    lines += ["", "| model | reuse | " + " | ".join(f"{b}: perplexity, entropy" for b in budgets) + " |"]
-    lines.append("|---" * (2 + len(budgets)) + "|")
+        before, after = (run[key] and f"{run[key]:.2f}" for key in ("perplexity_before", "perplexity"))
+        runs.append([name, run["steps"], before, after])
+    budgets, samples = result["arguments"]["budgets"], []
     for name, run in result["runs"].items():
         for reuse in dict.fromkeys(row["reuse"] for row in run["samples"]):
-            rows = [row for row in run["samples"] if row["reuse"] == reuse]
-            cells = [f"{row['generative_perplexity']:.0f}, {row['unigram_entropy']:.2f}" for row in rows]
-            lines.append(f"| {name} | {reuse} | " + " | ".join(cells) + " |")
-    text = result["held_out_text"]
-    cell = f"{text['generative_perplexity']:.0f}, {text['unigram_entropy']:.2f}"
-    lines.append("| held-out text | | " + " | ".join([cell] * len(budgets)) + " |")
-    return "\n".join(lines)
+            samples.append([name, reuse, *(cell(row) for row in run["samples"] if row["reuse"] == reuse)])
+    samples.append(["held-out text", None, *[cell(result["held_out_text"])] * len(budgets)])
+    return (
+        table(["model", "steps", "validation perplexity before", "after"], runs)
+        + "\n\n"
+        + table(["model", "reuse", *(f"{budget}: perplexity, entropy" for budget in budgets)], samples)
+    )
+
+
+def cell(row: dict) -> str:
+    """Perplexity and entropy of samples or text."""
+    return f"{row['generative_perplexity']:.0f}, {row['unigram_entropy']:.2f}"
 
 
 def main() -> None:
     """Train, sample, judge; write JSON and table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text_files", nargs="+", required=True)
-    parser.add_argument("--eval_text_files", nargs="+", required=True)
-    parser.add_argument("--judge", default="gpt2-large", help="A causal language model: hub name, folder, .gguf file.")
-    parser.add_argument("--base_steps", type=int, default=4000)
-    parser.add_argument("--adapt_steps", type=int, default=1000)
-    parser.add_argument("--convert_steps", type=int, default=2000)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[24, 48, 96, 192])
-    parser.add_argument("--num_samples", type=int, default=96, help="Texts per row.")
-    parser.add_argument("--work_dir", default="outputs/posttraining")
-    parser.add_argument("--output", default="benchmarks/results/posttraining_cpu.json")
-    args = parser.parse_args()
-    transformers.logging.set_verbosity_error()
+    (args,) = parse_arguments((Arguments,), __doc__)
+    logging.set_verbosity_error()
     names = {key: [Path(file).name for file in getattr(args, key)] for key in ("text_files", "eval_text_files")}
     result = {
         "provenance": provenance("cuda" if torch.cuda.is_available() else "cpu"),
-        "arguments": {**vars(args), **names, "judge": Path(args.judge).name, "work_dir": "WORK"},
+        "arguments": {**asdict(args), **names, "judge": Path(args.judge).name, "work_dir": "WORK"},
         "runs": {name: train(name, args) for name in RUNS},
     }
     judge = load_judge(args.judge)
     result["held_out_text"] = human(judge, args)
     for name, run in result["runs"].items():
         run["samples"] = sample(name, judge, args)
-    path = Path(args.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(markdown(result) + "\n", encoding="utf-8")
+    write_report(args.output, result, markdown(result))
     print(markdown(result))
 
 

@@ -15,22 +15,25 @@ A whole grid takes hours on a CPU. A configuration's time is the sum, over the s
 a step with that many iterations; the configurations take turns, and a whole run at the smallest budget checks the sum.
 """
 
-import argparse
 import contextlib
 import itertools
-import json
-import os
 import statistics
-import subprocess
 import time
 from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm.auto import tqdm
 
 from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion, plan_budget
+from fpmgm.analysis.measured import peak_in_subprocess
+from fpmgm.command_line import parse_arguments
 from fpmgm.evaluation import provenance
+from fpmgm.evaluation.report import table, write_report
 from fpmgm.models.noise import masked_probability
 from fpmgm.models.reuse import reuse_states, reuse_weights, visible_fraction
 from fpmgm.models.sampling import draw_uniforms, time_grid
@@ -42,6 +45,30 @@ ARCHITECTURES = {
 }
 RUNS = [("plain", "mdlm", "none"), ("ours", "mdlm", "none"), ("floor", "mdlm", "none"), ("plain", "fp", "none")]
 RUNS += [("plain", "fp", "3sr"), ("ours", "fp", "none"), ("ours", "fp", "3sr"), ("floor", "fp", "none")]
+
+
+@dataclass
+class Arguments:
+    """What is measured."""
+
+    device: Literal["cpu", "cuda"] = field(default="cpu", metadata={"help": "Where to run."})
+    dtype: str = field(default="float32", metadata={"help": "Type of the weights."})
+    length: int = field(default=256, metadata={"help": "Tokens of a sequence."})
+    budgets: list[int] = field(default_factory=lambda: [96, 192, 384, 768], metadata={"help": "Block evaluations."})
+    batch_sizes: list[int] = field(
+        default_factory=lambda: [1, 8], metadata={"help": "Sequences; on a CPU, all but the first: at budget 96."}
+    )
+    steps: int = field(default=6, metadata={"help": "Steps timed of each configuration and repetition."})
+    repetitions: int = field(default=3, metadata={"help": "Turns of each configuration."})
+    hidden_size: int = field(default=768, metadata={"help": "Width; 768 is MDLM-small."})
+    vocab_size: int = field(default=50258, metadata={"help": "Tokens of the vocabulary."})
+    measure: list[str] = field(
+        default_factory=lambda: ["time", "memory"],
+        metadata={"help": "Of both.", "choices": ["time", "memory"]},
+    )
+    output: str | None = field(
+        default=None, metadata={"help": "JSON to write; null: benchmarks/results/sampling_speed_DEVICE.json."}
+    )
 
 
 class EnoughTimed(Exception):
@@ -131,6 +158,14 @@ def random_model(**config) -> FPMDLMForMaskedDiffusion:
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     return model
+
+
+def make_model(name: str, args: Arguments) -> FPMDLMForMaskedDiffusion:
+    """A random model of the sizes asked for."""
+    sizes = {"hidden_size": args.hidden_size, "intermediate_size": 4 * args.hidden_size}
+    sizes |= {"num_attention_heads": max(1, args.hidden_size // 64), "max_position_embeddings": args.length}
+    sizes |= {"vocab_size": args.vocab_size, "mask_token_id": args.vocab_size - 1}
+    return random_model(**ARCHITECTURES[name], **sizes).to(args.device, getattr(torch, args.dtype))
 
 
 def check_same_tokens() -> int:
@@ -238,13 +273,9 @@ def planned_seconds(times: dict[int, list[float]], plan) -> float:
     return sum(medians.get(n, medians[low] + slope * (n - low)) for n in plan.iterations)
 
 
-def measure(args) -> dict:
+def measure(args: Arguments) -> dict:
     """Seconds of every configuration."""
-    models = {
-        name: random_model(max_position_embeddings=args.length, **ARCHITECTURES[name], **args.sizes)
-        .to(args.device, getattr(torch, args.dtype))
-        for name in ARCHITECTURES
-    }  # fmt: skip
+    models = {name: make_model(name, args) for name in ARCHITECTURES}
     rows = []
     grid = [(b, budget) for b in args.batch_sizes for budget in (args.budgets if b == args.batch_sizes[0] else [96])]
     if args.device == "cuda":
@@ -273,7 +304,7 @@ def measure(args) -> dict:
     return {"rows": rows, "whole_run": whole_run(args, models, rows)}
 
 
-def whole_run(args, models, rows) -> list[dict]:
+def whole_run(args: Arguments, models, rows) -> list[dict]:
     """One whole run of each procedure at the smallest budget beside the sum of its steps."""
     checks = []
     for run in RUNS:
@@ -287,44 +318,29 @@ def whole_run(args, models, rows) -> list[dict]:
     return checks
 
 
-PEAK_SCRIPT = """
-import re, sys
-sys.path.insert(0, "benchmarks")
-from sampling_speed import ARCHITECTURES, PROCEDURES, plan_budget, random_model
-procedure, name, reuse, batch_size, length = *sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5])
-model = random_model(max_position_embeddings=length, **ARCHITECTURES[name])
-plan = plan_budget(model.config, 96)
-def memory(name):
-    return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
-open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew: making the weights does not count
-before = memory("VmRSS")
-def after_step(step):
-    if step == 2:
-        raise SystemExit(print(before, memory("VmHWM")))
-PROCEDURES[procedure](model, batch_size, length, plan, reuse, after_step)
-"""
+def first_steps(procedure: str, name: str, reuse: str, batch_size: int, args: Arguments) -> Callable[[], None]:
+    """What runs the first three steps of a procedure, its model made."""
+    model = make_model(name, args)
+    plan = plan_budget(model.config, 96)
+
+    def after_step(step: int) -> None:
+        if step == 2:
+            raise EnoughTimed
+
+    def run() -> None:
+        with contextlib.suppress(EnoughTimed):
+            PROCEDURES[procedure](model, batch_size, args.length, plan, reuse, after_step)
+
+    return run
 
 
-def peak_memory(args) -> list[dict]:
-    """Peak memory of some steps above the process with its weights, each in a process of its own (MiB; CPU: Linux)."""
-    found = []
-    for procedure, name, reuse in (("plain", "mdlm", "none"), ("ours", "mdlm", "none"), ("ours", "fp", "3sr")):
-        if args.device == "cuda":
-            model = random_model(max_position_embeddings=args.length, **ARCHITECTURES[name]).to("cuda")
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            plan = plan_budget(model.config, 96)
-            PROCEDURES[procedure](model, args.batch_sizes[-1], args.length, plan, reuse)
-            before, peak = before / 2**20, torch.cuda.max_memory_allocated() / 2**20
-        else:
-            command = ["python3", "-c", PEAK_SCRIPT, procedure, name, reuse, args.batch_sizes[-1], args.length]
-            command[0] = os.sys.executable
-            done = subprocess.run(map(str, command), capture_output=True, text=True, check=True)
-            before, peak = (int(x) / 1024 for x in done.stdout.split())
-        found.append({
-            "run": f"{procedure} {name} {reuse}", "batch_size": args.batch_sizes[-1], "length": args.length,
-            "above_weights_mib": round(peak - before, 1), "total_mib": round(peak, 1),
-        })  # fmt: skip
+def peak_memory(args: Arguments) -> list[dict]:
+    """MiB that the first steps take above the weights, each in a process of its own."""
+    batch_size, found = args.batch_sizes[-1], []
+    for run in (("plain", "mdlm", "none"), ("ours", "mdlm", "none"), ("ours", "fp", "3sr")):
+        peak = peak_in_subprocess(partial(first_steps, *run, batch_size, args), args.device)
+        found.append({"run": " ".join(run), "batch_size": batch_size, "length": args.length})
+        found[-1]["above_weights_mib"] = round(peak / 2**20, 1)
     return found
 
 
@@ -333,7 +349,7 @@ def peak_memory(args) -> list[dict]:
 
 def ratios(rows: list[dict]) -> list[dict]:
     """The ratios that matter at each batch size and budget."""
-    table = []
+    found = []
     keys = sorted({(r["batch_size"], r["budget"]) for r in rows})
     for batch_size, budget in keys:
         t = {
@@ -342,7 +358,7 @@ def ratios(rows: list[dict]) -> list[dict]:
             if (r["batch_size"], r["budget"]) == (batch_size, budget)
         }
         plain_mdlm = t["plain", "mdlm", "none"]
-        table.append({
+        found.append({
             "batch_size": batch_size,
             "budget": budget,
             "ours FP 3sr / plain MDLM": t["ours", "fp", "3sr"] / plain_mdlm,
@@ -352,16 +368,13 @@ def ratios(rows: list[dict]) -> list[dict]:
             "ours FP 3sr / ours FP none": t["ours", "fp", "3sr"] / t["ours", "fp", "none"],
             "plain FP 3sr / plain MDLM": t["plain", "fp", "3sr"] / plain_mdlm,
         })  # fmt: skip
-    return table
+    return found
 
 
 def markdown(result: dict) -> str:
     """The ratios as a table."""
-    columns = list(result["ratios"][0])
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for row in result["ratios"]:
-        lines.append("| " + " | ".join(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()) + " |")
-    return "\n".join(lines)
+    rows = [[f"{v:.2f}" if isinstance(v, float) else v for v in row.values()] for row in result["ratios"]]
+    return table(result["ratios"][0], rows)
 
 
 def draw(result: dict, path: Path) -> None:
@@ -403,43 +416,26 @@ def draw(result: dict, path: Path) -> None:
 
 def main() -> None:
     """Check, measure, write JSON, table and picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="float32", help="Type of the weights.")
-    parser.add_argument("--length", type=int, default=256, help="Tokens of a sequence.")
-    parser.add_argument("--budgets", type=int, nargs="+", default=[96, 192, 384, 768])
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8], help="On a CPU, all but the first: 96.")
-    parser.add_argument("--steps", type=int, default=6, help="Steps timed of each configuration and repetition.")
-    parser.add_argument("--repetitions", type=int, default=3, help="Turns of each configuration.")
-    parser.add_argument("--hidden_size", type=int, default=768, help="768 is MDLM-small.")
-    parser.add_argument("--vocab_size", type=int, default=50258)
-    parser.add_argument("--measure", nargs="+", default=["time", "memory"], choices=["time", "memory"])
-    parser.add_argument("--output", default=None, help="JSON to write. Default: benchmarks/results/sampling_speed_*.")
-    args = parser.parse_args()
-    arguments = dict(vars(args))
-    args.sizes = {
-        "hidden_size": args.hidden_size, "intermediate_size": 4 * args.hidden_size,
-        "num_attention_heads": max(1, args.hidden_size // 64),
-        "vocab_size": args.vocab_size, "mask_token_id": args.vocab_size - 1,
-    }  # fmt: skip
+    (args,) = parse_arguments((Arguments,), __doc__)
     result = {
         "provenance": provenance(args.device),
-        "arguments": arguments,
+        "arguments": asdict(args),
         "tokens_equal_to_plain": check_same_tokens(),
         "chi_square_8_degrees": check_same_distribution(),
-    }  # fmt: skip
+    }
     path = Path(args.output or f"benchmarks/results/sampling_speed_{args.device}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    text = None
     if "time" in args.measure:
         result |= measure(args)
         result["ratios"] = ratios(result["rows"])
-        path.with_suffix(".md").write_text(markdown(result) + "\n", encoding="utf-8")
-        draw(result, path.with_suffix(".png"))
-        print(markdown(result))
+        text = markdown(result)
     if "memory" in args.measure:
         result["peak_memory"] = peak_memory(args)
-        print(*result["peak_memory"], sep="\n")
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_report(path, result, text)
+    if text is not None:
+        draw(result, path.with_suffix(".png"))
+        print(text)
+    print(*result.get("peak_memory", []), sep="\n")
 
 
 if __name__ == "__main__":

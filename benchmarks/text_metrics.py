@@ -8,10 +8,10 @@ first words of each block over and over. Reference text for MAUVE are other bloc
 measure orders these as it must, and writes the table with its provenance.
 """
 
-import argparse
-import json
 import random
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from transformers.utils import logging
 
 import fpmgm  # noqa: F401  (registers the models)
+from fpmgm.command_line import LocalPath, ModelName, parse_arguments
 from fpmgm.data import load_text, pack
 from fpmgm.evaluation import (
     distinct_n,
@@ -32,6 +33,7 @@ from fpmgm.evaluation import (
     unigram_entropy,
 )
 from fpmgm.evaluation.judge import decode_for
+from fpmgm.evaluation.report import table, write_report
 from fpmgm.models.text_input import encode_text
 
 
@@ -58,6 +60,29 @@ ORDER = [
 ]
 
 
+@dataclass
+class Arguments:
+    """Which text, which model, which judge."""
+
+    text_files: list[LocalPath] = field(metadata={"help": "Human text that the model has not seen."})
+    model: ModelName = field(metadata={"help": "Folder or hub name of a masked model of text."})
+    judge: ModelName = field(
+        default="gpt2-large", metadata={"help": "Causal language model: hub name, folder, .gguf file."}
+    )
+    num_samples: int = field(default=200, metadata={"help": "Texts on each line."})
+    num_judged: int = field(default=200, metadata={"help": "Of these, texts that the judge reads."})
+    featurizer: Literal["judge", "model"] = field(
+        default="judge", metadata={"help": "Whose hidden states MAUVE compares."}
+    )
+    budgets: list[int] = field(default_factory=lambda: [96], metadata={"help": "Of the model's samples."})
+    num_draws: int = field(default=4, metadata={"help": "Of the likelihood."})
+    batch_size: int = field(default=16, metadata={"help": "Texts per call of the judge."})
+    max_length: int = field(default=1024, metadata={"help": "Tokens that the judge reads."})
+    cache_dir: str = field(default="outputs/text_metrics", metadata={"help": "Keeps finished batches."})
+    seed: int = field(default=0, metadata={"help": "Of the samples and the shuffling."})
+    output: str = field(default="benchmarks/results/text_metrics.json", metadata={"help": "JSON to write."})
+
+
 def variants(blocks: list[list[int]], tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[str, list[list[int]]]:
     """Human blocks, and two kinds of blocks of the same lengths made of their words."""
     generator, shuffled, repeated = random.Random(seed), [], []
@@ -82,9 +107,11 @@ def measure(
     row["unigram_entropy"], row["distinct_2"] = unigram_entropy(sequences), distinct_n(sequences, 2)
     row["repetition_4"] = repetition_rate(sequences, 4)
 
+    length = model.config.max_position_embeddings
+
     @torch.no_grad()
     def mean_hidden_state(texts: list[str]) -> np.ndarray:
-        ids = [row[: args.length] for row in encode_text(tokenizer, texts)]
+        ids = [row[:length] for row in encode_text(tokenizer, texts)]
         return np.stack(
             [model(torch.tensor([row]).to(model.device)).last_hidden_state[0].mean(0).cpu() for row in ids]
         )
@@ -111,46 +138,26 @@ def broken(rows: list[dict]) -> list[str]:
     ]
 
 
-def table(result: dict) -> str:
-    """The lines in Markdown."""
-    lines = [f"| text | {' | '.join(MEASURES.values())} |", f"|---|{'---|' * len(MEASURES)}"]
-    for row in result["rows"]:
-        lines.append(f"| {row['text']} | {' | '.join(f'{row[measure]:.4g}' for measure in MEASURES)} |")
+def markdown(result: dict) -> str:
+    """The lines, and how they were made."""
     protocol = result["rows"][0]["protocol"]["generative_perplexity"]
     mauve = result["rows"][0]["protocol"]["mauve"]
-    lines.append(
-        f"\n{mauve['num_samples']} texts of {result['length']} tokens of the model on every line, of which the judge "
+    rows = [[row["text"], *(f"{row[measure]:.4g}" for measure in MEASURES)] for row in result["rows"]]
+    return (
+        f"{table(['text', *MEASURES.values()], rows)}\n\n"
+        f"{mauve['num_samples']} texts of {result['length']} tokens of the model on every line, of which the judge "
         f"{protocol['judge']} reads {protocol['num_samples']}. MAUVE against as many other human blocks (the usual "
         f"number is 5,000), features: {mauve['featurizer']}. Model's PPL: ELBO, "
         f"{result['arguments']['num_draws']} draws. {result['provenance']['device']}; "
         f"commit {result['provenance']['commit']}."
     )
-    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Measure, check, print and save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text_files", nargs="+", required=True, help="Human text that the model has not seen.")
-    parser.add_argument("--model", required=True, help="Folder or hub name of a masked model of text.")
-    parser.add_argument("--judge", default="gpt2-large", help="Causal language model: hub name, folder, .gguf file.")
-    parser.add_argument("--num_samples", type=int, default=200, help="Texts on each line.")
-    parser.add_argument("--num_judged", type=int, default=200, help="Of these, texts that the judge reads.")
-    parser.add_argument(
-        "--featurizer", choices=["judge", "model"], default="judge", help="Whose hidden states MAUVE compares."
-    )
-    parser.add_argument("--budgets", type=int, nargs="+", default=[96], help="Of the model's samples.")
-    parser.add_argument("--num_draws", type=int, default=4, help="Of the likelihood.")
-    parser.add_argument("--batch_size", type=int, default=16, help="Texts per call of the judge.")
-    parser.add_argument("--max_length", type=int, default=1024, help="Tokens that the judge reads.")
-    parser.add_argument("--cache_dir", default="outputs/text_metrics", help="Keeps finished batches.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default="benchmarks/results/text_metrics.json")
-    args = parser.parse_args()
-
+    (args,) = parse_arguments((Arguments,), __doc__)
     tokenizer, model = AutoTokenizer.from_pretrained(args.model), AutoModel.from_pretrained(args.model).eval()
     judge, length = load_judge(args.judge), model.config.max_position_embeddings
-    args.length = length
     model.to(judge.model.device)
     blocks = pack(load_text(args.text_files), tokenizer, length)
     if len(blocks) < 2 * args.num_samples:
@@ -169,15 +176,14 @@ def main() -> None:
     names = {"text_files": [Path(file).name for file in args.text_files]}
     names |= {name: Path(getattr(args, name)).name for name in ("model", "judge", "cache_dir", "output")}
     result = {
-        "arguments": vars(args) | names,
+        "arguments": asdict(args) | names,
         "length": length,
         "provenance": provenance(judge.model.device),
         "rows": rows,
         "broken": broken(rows),
     }
-    Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    Path(args.output).with_suffix(".md").write_text(table(result), encoding="utf-8")
-    print(table(result))
+    write_report(args.output, result, markdown(result))
+    print(markdown(result))
     if result["broken"]:
         raise SystemExit("a measure does not order the texts as it must: " + "; ".join(result["broken"]))
 

@@ -16,14 +16,13 @@ same run. Peak memory is what PyTorch's allocator gives a process that makes a w
 optimizer included, with the most iterations that SJFB draws: 6 with gradient.
 """
 
-import argparse
-import json
-import multiprocessing
 import statistics
 import tempfile
 import time
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from datasets import Dataset
@@ -36,8 +35,10 @@ from fpmgm import (
     FPMDLMForMaskedDiffusion,
     convert_to_fixed_point,
 )
-from fpmgm.analysis.measured import allocated_peak, counted_flops
+from fpmgm.analysis.measured import counted_flops, peak_in_subprocess
+from fpmgm.command_line import parse_arguments
 from fpmgm.evaluation import provenance
+from fpmgm.evaluation.report import table, write_report
 from fpmgm.models.noise import arccos_ratio, loss_weight, mask_tokens, masked_probability
 from fpmgm.models.transfer import to_device
 from fpmgm.trainers import (
@@ -100,6 +101,38 @@ RATIOS = [
 ]
 
 
+@dataclass
+class Arguments:
+    """What is measured, on which sizes."""
+
+    device: Literal["cpu", "cuda"] = field(default="cpu", metadata={"help": "Where to run."})
+    dtype: str | None = field(
+        default=None,
+        metadata={"help": "bfloat16: autocast; null: by device.", "choices": ["float32", "bfloat16"]},
+    )
+    length: int | None = field(default=None, metadata={"help": "Tokens of a sequence; null: 256, with cuda 1024."})
+    batch_size: int | None = field(default=None, metadata={"help": "Sequences; null: 4, with cuda 64."})
+    hidden_size: int = field(default=768, metadata={"help": "Width of text models; 768 is MDLM-small."})
+    vocab_size: int = field(default=50258, metadata={"help": "Tokens of the vocabulary."})
+    image_hidden_size: int | None = field(
+        default=None, metadata={"help": "Width of image models; null: 512, with cuda 1024, MaskGIT-Large."}
+    )
+    compile: bool = field(default=False, metadata={"help": "Compile the blocks of all models."})
+    repetitions: int = field(default=5, metadata={"help": "Turns of each step."})
+    memory_only: bool = field(default=False, metadata={"help": "Peak memory alone: nothing is timed or drawn."})
+    steps: list[str] = field(
+        default_factory=lambda: list(STEPS), metadata={"help": "Which to measure.", "choices": list(STEPS)}
+    )
+    output: str | None = field(
+        default=None, metadata={"help": "JSON to write; null: benchmarks/results/training_cost_DEVICE.json."}
+    )
+
+    def __post_init__(self):
+        for name, value in SIZES[self.device].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+
 # --- the steps ----------------------------------------------------------------------------------------------------
 
 
@@ -122,7 +155,7 @@ class PlainTrainer:
         return loss, None
 
 
-def make_trainer(name: str, args: argparse.Namespace):
+def make_trainer(name: str, args: Arguments):
     """The trainer of a step, with its model on the device in training mode."""
     architecture, kind, injection, further = STEPS[name]
     torch.manual_seed(0)
@@ -159,7 +192,7 @@ def make_trainer(name: str, args: argparse.Namespace):
     return ConversionTrainer(student, ConversionConfig(**shared), teacher=teacher, train_dataset=row)
 
 
-def step(trainer, args: argparse.Namespace, seed: int, iterations: tuple[int, int]) -> None:
+def step(trainer, args: Arguments, seed: int, iterations: tuple[int, int]) -> None:
     """From an uncorrupted batch of random tokens to gradients."""
     generator, config = torch.Generator().manual_seed(seed), trainer.model.config
     shape = (args.batch_size, config.max_position_embeddings)
@@ -204,7 +237,7 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
-def matmul_ceiling(args: argparse.Namespace) -> float:
+def matmul_ceiling(args: Arguments) -> float:
     """FLOP/s of the MLP's product at this number of tokens, the best of several."""
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
     tokens, size = args.batch_size * args.length, args.hidden_size
@@ -217,7 +250,7 @@ def matmul_ceiling(args: argparse.Namespace) -> float:
     return 2 * tokens * size * 4 * size / min(times)
 
 
-def measure(args: argparse.Namespace) -> dict[str, dict]:
+def measure(args: Arguments) -> dict[str, dict]:
     """Seconds, FLOPs and tokens per second of every step; the steps take turns."""
     trainers = {name: make_trainer(name, args) for name in args.steps}
     times = {name: {n: [] for n in ITERATIONS} for name in trainers}
@@ -271,15 +304,7 @@ def make_zero_gradients(model) -> None:
         parameter.grad = torch.zeros_like(parameter)
 
 
-def peak_bytes(name: str, args: argparse.Namespace) -> int:
-    """What the allocator gives at most for a model and a step of its trainer with AdamW."""
-    if args.device == "cpu":
-        return allocated_peak(partial(whole_step, name, args))
-    whole_step(name, args)
-    return torch.cuda.max_memory_allocated()
-
-
-def whole_step(name: str, args: argparse.Namespace) -> None:
+def whole_step(name: str, args: Arguments) -> None:
     """A model, and a step of its trainer with AdamW, whose states are there from the start."""
     trainer = make_trainer(name, args)
     if args.compile:
@@ -293,11 +318,12 @@ def whole_step(name: str, args: argparse.Namespace) -> None:
     optimizer.step()
 
 
-def peak_memory(args: argparse.Namespace) -> dict[str, float]:
-    """MiB of each step, in a process of its own, where no other model is freed meanwhile."""
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        peaks = pool.imap(partial(peak_bytes, args=args), args.steps)
-        return {name: round(next(peaks) / 2**20, 1) for name in tqdm(args.steps, desc="peak memory")}
+def peak_memory(args: Arguments) -> dict[str, float]:
+    """MiB of each step with its model, in a process of its own."""
+    return {
+        name: round(peak_in_subprocess(partial(partial, whole_step, name, args), args.device) / 2**20, 1)
+        for name in tqdm(args.steps, desc="peak memory")
+    }
 
 
 # --- the report ---------------------------------------------------------------------------------------------------
@@ -322,24 +348,19 @@ def ratios(result: dict) -> list[dict]:
 
 def markdown(result: dict) -> str:
     """Both tables."""
-    lines = []
+    peaks = {name: f"{peak:.0f}" for name, peak in result["peak_memory_mib"].items()}
     if "rows" in result:
-        lines.append("| step | seconds | tokens/s | TFLOPs | utilisation | optimizer, seconds | peak memory, MiB |")
-        lines.append("|---|---|---|---|---|---|---|")
-        for name, row in result["rows"].items():
-            lines.append(
-                f"| {name} | {row['seconds']:.3g} | {row['tokens_per_second']:.0f} | {row['flops'] / 1e12:.3g} | "
-                f"{row['utilisation']:.2f} | {row['optimizer_seconds']:.2g} | {result['peak_memory_mib'][name]:.0f} |"
-            )
-        lines += ["", "| ratio | time | FLOPs (floor) | peak memory |", "|---|---|---|---|"]
+        columns = ["step", "seconds", "tokens/s", "TFLOPs", "utilisation", "optimizer, seconds", "peak memory, MiB"]
+        cells = [
+            [name, f"{row['seconds']:.3g}", f"{row['tokens_per_second']:.0f}", f"{row['flops'] / 1e12:.3g}",
+             f"{row['utilisation']:.2f}", f"{row['optimizer_seconds']:.2g}", peaks[name]]
+            for name, row in result["rows"].items()
+        ]  # fmt: skip
+        titles = ["ratio", "time", "FLOPs (floor)", "peak memory"]
     else:
-        lines += ["| step | peak memory, MiB |", "|---|---|"]
-        lines += [f"| {name} | {peak:.0f} |" for name, peak in result["peak_memory_mib"].items()]
-        lines += ["", "| ratio | peak memory |", "|---|---|"]
-    for row in result["ratios"]:
-        numbers = [f"{value:.2f}" for title, value in row.items() if title != "step"]
-        lines.append("| " + " | ".join([row["step"], *numbers]) + " |")
-    return "\n".join(lines)
+        columns, cells, titles = ["step", "peak memory, MiB"], peaks.items(), ["ratio", "peak memory"]
+    ratios = [[v if title == "step" else f"{v:.2f}" for title, v in row.items()] for row in result["ratios"]]
+    return f"{table(columns, cells)}\n\n{table(titles, ratios)}"
 
 
 def draw(result: dict, path: Path) -> None:
@@ -381,35 +402,15 @@ def is_image(name: str) -> bool:
 
 def main() -> None:
     """Measure, write JSON, table and picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="bfloat16: autocast. Default: by device.")
-    parser.add_argument("--length", type=int, help="Tokens of a sequence. Default: 256, with cuda 1024.")
-    parser.add_argument("--batch_size", type=int, help="Default: 4, with cuda 64.")
-    parser.add_argument("--hidden_size", type=int, default=768, help="768 is MDLM-small.")
-    parser.add_argument("--vocab_size", type=int, default=50258)
-    parser.add_argument(
-        "--image_hidden_size", type=int, help="Default: 512, with cuda 1024, MaskGIT-Large; 256 tokens."
-    )
-    parser.add_argument("--compile", action="store_true", help="Compile the blocks of all models.")
-    parser.add_argument("--repetitions", type=int, default=5, help="Turns of each step.")
-    parser.add_argument("--memory_only", action="store_true", help="Peak memory alone: nothing is timed or drawn.")
-    parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=list(STEPS))
-    parser.add_argument("--output", default=None, help="JSON to write. Default: benchmarks/results/training_cost_*.")
-    args = parser.parse_args()
-    for name, value in SIZES[args.device].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    (args,) = parse_arguments((Arguments,), __doc__)
     # Memory first: the processes that measure it need the GPU's to themselves.
     peaks = peak_memory(args)
-    result = {"provenance": provenance(args.device), "arguments": vars(args), "peak_memory_mib": peaks}
+    result = {"provenance": provenance(args.device), "arguments": asdict(args), "peak_memory_mib": peaks}
     if not args.memory_only:
         result |= measure(args)
     result["ratios"] = ratios(result)
     path = Path(args.output or f"benchmarks/results/training_cost_{args.device}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(markdown(result) + "\n", encoding="utf-8")
+    write_report(path, result, markdown(result))
     if "rows" in result:
         draw(result, path.with_suffix(".png"))
     print(markdown(result))

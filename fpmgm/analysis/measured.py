@@ -2,7 +2,9 @@
 """FLOPs and peak memory of a call, as PyTorch's own counters see them."""
 
 import itertools
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
@@ -63,3 +65,26 @@ def allocated_peak(run: Callable[[], Any]) -> int:
     events = profiler.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     return max(itertools.accumulate((change for _, change in changes), initial=0))
+
+
+def peak_in_subprocess(make: Callable[[], Callable[[], Any]], device: str = "cpu") -> int:
+    """The most bytes that tensors hold at once while `make()()` runs, beside those that `make()` leaves.
+
+    It happens in a process of its own, where no other model is freed meanwhile.
+
+    Args:
+        make (`Callable`): Prepares, and returns what is measured; it can be pickled, such as a `partial` of functions.
+        device (`str`, defaults to `"cpu"`): Whose memory: `"cpu"` or `"cuda"`.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+        return executor.submit(_peak, make, device).result()
+
+
+def _peak(make: Callable[[], Callable[[], Any]], device: str) -> int:
+    run = make()
+    if device == "cpu":
+        return allocated_peak(run)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - before

@@ -1,23 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the samplers beyond the paper's do to a trained model: adaptive depth, Anderson, remasking, confidence.
 
-    python benchmarks/samplers.py --model outputs/fp_mdlm_small --judge_text_files train.txt --judge_blocks 40000
+    python recipes/samplers.py --model outputs/fp_mdlm_small --judge_text_files train.txt --judge_blocks 40000
 
 One row of measures for each sampler and budget, judged by a 4-gram model of the text, or by `--judge`.
 """
 
-import json
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import fpmgm  # noqa: F401  (registers the models)
 from fpmgm.command_line import ModelName, parse_arguments
 from fpmgm.evaluation import provenance, sweep
-
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "recipes"))
-
+from fpmgm.evaluation.report import table, write_report
 from judged_samples import JudgedSamplesArguments, device_of, open_judge, open_model
 
 
@@ -45,24 +40,21 @@ class SamplersArguments(JudgedSamplesArguments):
     output: str = field(default="benchmarks/results/samplers_cpu.json", metadata={"help": "JSON to write."})
 
 
-def table(rows: list[dict], budgets: list[int]) -> str:
+def markdown(rows: list[dict], budgets: list[int]) -> str:
     """Perplexity, entropy and block evaluations, a line for each sampler."""
-    head = " | ".join(f"{budget}: perplexity, entropy, blocks" for budget in budgets)
-    lines = [f"| sampler | {head} |", "|---" * (1 + len(budgets)) + "|"]
-    for name in SAMPLERS:
-        cells = [
+    columns = ["sampler", *(f"{budget}: perplexity, entropy, blocks" for budget in budgets)]
+    cells = {name: [name] for name in SAMPLERS}
+    for row in rows:
+        cells[row["sampler"]].append(
             f"{row['generative_perplexity']:.0f} ± {row['generative_perplexity_standard_error']:.0f}, "
             f"{row['unigram_entropy']:.3f}, {row['block_evaluations']:.0f}"
-            for row in rows
-            if row["sampler"] == name
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        )
+    return table(columns, cells.values())
 
 
-def main() -> None:
-    """Sample, judge, write JSON and table."""
-    (args,) = parse_arguments((SamplersArguments,), __doc__, None)
+def main(argv: list[str] | None = None) -> dict:
+    """Sample, judge, write JSON and table; returns what the JSON file holds."""
+    (args,) = parse_arguments((SamplersArguments,), __doc__, argv)
     device = device_of(args)
     (model, tokenizer), judge = open_model(args.model, device), open_judge(args, [args.model], device)
     chosen = [(name, {"budget": budget, **SAMPLERS[name]}) for name in SAMPLERS for budget in args.budgets]
@@ -70,22 +62,15 @@ def main() -> None:
         model, tokenizer, judge, [setting for _, setting in chosen], num_samples=args.num_samples, progress_bar=True,
         **args.sampling,
     )  # fmt: skip
-    kept = (
-        "budget",
-        "num_steps",
-        "block_evaluations",
-        "generative_perplexity",
-        "generative_perplexity_standard_error",
-    )
-    kept += ("unigram_entropy", "milliseconds_per_sequence")
+    kept = ("budget", "num_steps", "block_evaluations", "generative_perplexity", "unigram_entropy")
+    kept += ("generative_perplexity_standard_error", "milliseconds_per_sequence")
     rows = [{"sampler": name} | {key: row[key] for key in kept} for (name, _), row in zip(chosen, rows, strict=True)]
     paths = {"model", "output", "output_dir", "judge", "judge_text_files"}
     arguments = {name: value for name, value in asdict(args).items() if name not in paths}
     result = {"provenance": provenance(device), "arguments": arguments, "model": Path(args.model).name, "rows": rows}
-    path = Path(args.output)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(table(rows, args.budgets) + "\n", encoding="utf-8")
-    print(table(rows, args.budgets))
+    write_report(args.output, result, markdown(rows, args.budgets))
+    print(markdown(rows, args.budgets))
+    return result
 
 
 if __name__ == "__main__":

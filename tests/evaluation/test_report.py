@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of results."""
+
+import json
+
+import pytest
+
+from fpmgm.evaluation.report import table, write_report
+
+
+def test_a_cell_cannot_end_its_line_or_column():
+    lines = table(["a|b", "c"], [["x\ny", None], [1.5, "|"]]).splitlines()
+    assert lines == ["| a\\|b | c |", "|---|---|", "| x y |  |", "| 1.5 | \\| |"]
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "γ.json"
+    write_report(path, {"γ": 1.0}, "table ±\n")
+    assert json.loads(path.read_text("utf-8")) == {"γ": 1.0}
+    assert path.with_suffix(".md").read_text("utf-8") == "table ±\n"
+    with pytest.raises(TypeError):
+        write_report(path, {"γ": object()}, "other")
+    assert path.with_suffix(".md").read_text("utf-8") == "table ±\n"
+    assert sorted(p.name for p in path.parent.iterdir()) == ["γ.json", "γ.md"]
