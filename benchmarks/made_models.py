@@ -57,9 +57,8 @@ def make(recipe: str, argv: list[str], data: list[str], folder: Path, hidden: di
         command = " ".join(["python", f"recipes/{recipe}.py", *argv]).replace(f"{ROOT}/", "")
         for place, name in hidden.items():
             command = command.replace(place, name)
-        state = json.loads(
-            (sorted(folder.glob("checkpoint-*"))[-1] / "trainer_state.json").read_text(encoding="utf-8")
-        )
+        last = sorted(folder.glob("checkpoint-*"))[-1]
+        state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
         measured = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
         write_report(done, {"command": command, "commit": commit(), "steps": state["global_step"], **measured})
     return json.loads(done.read_text(encoding="utf-8"))
