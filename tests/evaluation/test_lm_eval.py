@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """lm-eval's model against enumeration of every mask, and against plain loops."""
 
+import inspect
 import json
 import math
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fpmgm.data import train_tokenizer
-from fpmgm.evaluation.lm_eval import MGMLM, PROTOCOLS, make_table
+from fpmgm.evaluation.lm_eval import MGMLM, PROTOCOLS, loading, make_table
 from fpmgm.evaluation.lm_eval.__main__ import main
 from fpmgm.models.noise import stream_generator
 
@@ -261,6 +263,57 @@ def test_a_text_does_not_depend_on_its_batch_and_repeats_differ():
 def test_wrong_arguments_say_what_is_allowed(arguments, message):
     with pytest.raises(ValueError, match=message):
         evaluated(**arguments)
+
+
+MATTERS = {  # argument → another value, and where it shows
+    "pretrained": (tiny_model(seed=1).double(), "scores"),
+    "protocol": ("llada", "scores"),
+    "mc_num": (5, "scores"),
+    "iterations": (1, "scores"),
+    "max_length": (4, "scores"),
+    "seed": (1, "scores"),
+    "batch_size": (1, "calls"),
+    "budget": (24, "options"),
+    "num_steps": (2, "options"),
+    "reuse": ("none", "options"),
+    "tokenizer": ("other", "loading"),
+    "peft": ("adapter", "loading"),
+    "revision": ("v2", "loading"),
+    "trust_remote_code": (True, "loading"),
+    "dtype": ("float32", "loading"),
+    "device": ("meta", "device"),
+}
+
+
+@pytest.mark.parametrize(("name", "value", "where"), [(name, *change) for name, change in MATTERS.items()])
+def test_every_argument_matters(name, value, where, monkeypatch):
+    assert {*MATTERS, "unknown"} == set(inspect.signature(MGMLM).parameters)
+    loaded = []
+    monkeypatch.setattr(loading, "AutoModelForMaskedLM", SimpleNamespace(
+        from_pretrained=lambda *a, **k: loaded.append((a, k)) or tiny_model().double()))  # fmt: skip
+    monkeypatch.setattr(loading, "read_tokenizer", lambda *a, **k: loaded.append((a, k)) or tiny_tokenizer())
+    monkeypatch.setattr("peft.PeftModel.from_pretrained", lambda model, path: loaded.append(path) or merged(model))
+
+    def seen(arguments: dict) -> tuple:
+        del loaded[:]
+        if where in ("loading", "device"):
+            lm = MGMLM(**{"pretrained": "folder", "device": "cpu", **arguments})
+            return repr(loaded) if where == "loading" else lm.device
+        lm, calls = MGMLM(**{"pretrained": tiny_model().double(), "tokenizer": tiny_tokenizer(), **arguments}), []
+        lm.model.register_forward_hook(lambda *_: calls.append(1))
+        if where == "options":
+            monkeypatch.setattr(lm.model, "generate", lambda ids, **options: calls.append(options) or ids.clamp(max=9))
+            write(lm, ("a", {"max_gen_toks": 2}))
+            return repr(calls)
+        found = scores(lm, ("a b c", " d e f"))
+        return found if where == "scores" else len(calls)
+
+    mc_num = {} if where in ("loading", "device") else {"mc_num": 9}
+    assert seen({**mc_num, name: value}) != seen(mc_num)
+
+
+def merged(model):
+    return SimpleNamespace(merge_and_unload=lambda: model)
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused():
