@@ -30,6 +30,7 @@ EXTRAS["dev"] = [
     *EXTRAS["eval"],
     *EXTRAS["images"],
     "hypothesis>=6.100",
+    "markdown-it-py>=3",
     "pytest>=8",
     "pytest-xdist>=3.5",
     "ruff>=0.12",

@@ -22,6 +22,7 @@ from .conversion.checkpoint import read_json, reading
 from .conversion.image_tokenizers import load_image_tokenizer
 from .conversion.pretrained import load_pretrained
 from .conversion.sources import SAFETENSORS, fetch
+from .model_cards.escape import PLACES, one_line
 from .models.budget import check_whole
 from .models.image_processing import make_image_processor
 from .models.image_tokenizer import to_uint8
@@ -319,13 +320,14 @@ class FPMaskGITPipeline:
 
     def _card(self, name: str) -> ModelCard:
         tags = ["fpmgm", "maskgit", "class-conditional-image-generation"]
-        data = ModelCardData(library_name="fpmgm", pipeline_tag="unconditional-image-generation", tags=tags)
+        data = ModelCardData(library_name="fpmgm", tags=tags)
         generation = self.model.generation_config
         settings = ("budget", "num_steps", "iterations", "allocation", "reuse", "order", "temperature", "top_k")
         settings += ("top_p", "guidance_scale", "guidance_schedule")
         return ModelCard.from_template(
             data,
             template_path=str(CARD),
+            **PLACES,
             name=name,
             config=self.model.config,
             parameters=f"{self.model.num_parameters():,}",
@@ -333,6 +335,22 @@ class FPMaskGITPipeline:
             tokenizer_parameters=f"{self.tokenizer.num_parameters():,}",
             settings={key: getattr(generation, key) for key in settings if getattr(generation, key) is not None},
             version=version("fpmgm"),
+        )
+
+    def __repr__(self) -> str:
+        config, tokenizer = self.model.config, self.tokenizer
+        stacks = (config.num_pre_layers, config.num_fixed_point_layers, config.num_post_layers)
+        names = [one_line(name) for name in list(config.id2label.values())[:3]]
+        more = ", …" if config.num_classes > len(names) else ""
+        return (
+            f"{type(self).__name__}(\n"
+            f"  model: {type(self.model).__name__}, {self.model.num_parameters():,} parameters, blocks "
+            f"{' / '.join(map(str, stacks))}, "
+            f"{config.grid_size} × {config.grid_size} of {config.codebook_size} codes,\n"
+            f"  tokenizer: {type(tokenizer).__name__}, {tokenizer.num_parameters():,} parameters, pictures of "
+            f"{tokenizer.image_size} × {tokenizer.image_size},\n"
+            f"  classes: {config.num_classes} ({', '.join(names)}{more}),\n"
+            f"  on {self.device}, {str(self.model.dtype).removeprefix('torch.')}\n)"
         )
 
     # --- devices -----------------------------------------------------------------------------------------------------

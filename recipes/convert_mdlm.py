@@ -81,7 +81,7 @@ def adapt(start, text, codes, convert, lora, args) -> dict[str, float]:
         eval_dataset=rows.validation,
         processing_class=rows.tokenizer,
         peft_config=lora_config(lora),
-        origin=Origin(rows.data, options | {"layer_map": layer_map}),
+        origin=Origin(rows.data, options, start.model_name_or_path),
     )
     return train_with_before_and_after(trainer, checkpoint)
 

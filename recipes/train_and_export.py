@@ -194,6 +194,10 @@ def _post_train(trainer_class, start: StartArguments, text, codes, lora, args) -
         eval_dataset=rows.validation,
         processing_class=rows.tokenizer,
         peft_config=lora_config(lora),
-        origin=Origin(rows.data, {"start": describe_start(start.model_name_or_path, start.revision)}),
+        origin=Origin(
+            rows.data,
+            {"start": describe_start(start.model_name_or_path, start.revision)},
+            start.model_name_or_path,
+        ),
     )
     return train_with_before_and_after(trainer, checkpoint)

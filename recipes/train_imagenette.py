@@ -92,7 +92,11 @@ def train(start, codes, pictures, encoding, architecture, lora, args) -> dict[st
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         peft_config=lora_config(lora),
-        origin=Origin(describe_rows(codes, preparation), {"start": describe_start(start.model_name_or_path)}),
+        origin=Origin(
+            describe_rows(codes, preparation),
+            {"start": describe_start(start.model_name_or_path)},
+            start.model_name_or_path,
+        ),
     )
     metrics = train_and_export(trainer, checkpoint)
     if trainer.is_world_process_zero():

@@ -74,7 +74,7 @@ def train(
         eval_dataset=eval_blocks,
         processing_class=tokenizer,
         peft_config=lora_config(lora),
-        origin=Origin(describe_text(data), options),
+        origin=Origin(describe_text(data), options, start.model_name_or_path),
     )
     return train_and_export(trainer, checkpoint)
 

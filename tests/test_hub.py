@@ -283,7 +283,7 @@ def test_the_trainer_pushes_the_average_and_its_card(hub):
     assert "cats and mats" in card.text
     assert 'from_pretrained("tester/trained"' in card.text
     loss = json.loads(files["eval_results.json"])["eval_loss"]
-    assert f"| eval_loss | {loss} |" in card.text
+    assert f"| eval_loss | {loss:.5g} |" in card.text and card.data.pipeline_tag == "fill-mask"
     assert "fpmgm" in card.data.tags
 
 

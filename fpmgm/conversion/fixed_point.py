@@ -74,6 +74,7 @@ def convert_to_fixed_point(
     student = type(model)(
         student_config(model.config, layer_map, initialize, {"input_injection": input_injection, **overrides})
     )
+    student.layer_map = {name: list(chosen) for name, chosen in layer_map.items()}  # for the card of what it becomes
     student.generation_config = copy.deepcopy(model.generation_config)
     if initialize:
         copy_weights(model, student, layer_map)

@@ -146,6 +146,14 @@ class ConsistencyTrainer(MGMTrainer):
             weight, bias = weight.clone(), bias.clone()  # the average's, which the model holds only now
         return divergence_from(target.normed_hidden_state, weight, bias, weights, self.model.config.mask_token_id)
 
+    def lineage(self) -> dict[str, str]:
+        """Also the loss."""
+        args = self.args
+        method = (
+            f"cross-step consistency, {args.consistency_loss}, λ = {args.consistency_weight:g}, teacher {args.teacher}"
+        )
+        return super().lineage() | {"method": method}
+
     def save_beside(self, folder: Path) -> None:
         """Also the learned projection."""
         super().save_beside(folder)

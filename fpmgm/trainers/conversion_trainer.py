@@ -19,7 +19,7 @@ from .distillation import (
     warmed_up,
 )
 from .mgm_trainer import MGMTrainer
-from .run_record import with_teacher
+from .run_record import known, with_teacher
 from .start import load_model
 
 
@@ -67,8 +67,24 @@ class ConversionTrainer(MGMTrainer):
         self.teacher = teacher.to(self.args.device).eval()
 
     def run_record(self) -> dict[str, dict]:
-        """Also the teacher."""
-        return with_teacher(super().run_record(), self.teacher)
+        """Also the teacher, and its layers that the student was made of."""
+        record = with_teacher(super().run_record(), self.teacher)
+        return {**record, "options": {**record["options"], **known(layer_map=getattr(self.model, "layer_map", None))}}
+
+    def lineage(self) -> dict[str, str]:
+        """Also the teacher, which of its layers became what, and the loss."""
+        teacher = self.teacher.name_or_path or self.origin.base_model or "a model without a name"
+        layers = getattr(self.model, "layer_map", None) or {}
+        layers = " / ".join(", ".join(map(str, chosen)) for chosen in layers.values())
+        args = self.args
+        return super().lineage() | known(
+            **{
+                "method": "conversion to a fixed-point model, then distillation from the teacher, "
+                f"λ = {args.distillation_weight:g}, τ = {args.distillation_temperature:g}",
+                "teacher": teacher,
+                "layers of the teacher (pre / fixed-point / post)": layers or None,
+            }
+        )
 
     def micro_batch_loss(self, model, batch: dict, noise: Noise) -> tuple[torch.Tensor, ModelOutput]:
         """L_base + λτ²·KL(p_t ‖ p_s): a mean over a sequence's masked positions, then over sequences."""

@@ -37,6 +37,7 @@ from .model_card import write_model_card
 from .options import check_arguments
 from .peft import with_adapter
 from .rows import CheckedRowsTrainer
+from .run_record import known
 from .start import check_model, check_trainable, fit_tokenizer, load_model, not_finite
 
 
@@ -363,7 +364,7 @@ class MGMTrainer(CheckedRowsTrainer):
         with self._averaged():
             super().save_model(output_dir)
         if self.is_world_process_zero():
-            write_model_card(output_dir or self.args.output_dir, self.model, self.args, self.state.global_step)
+            self._write_card(output_dir or self.args.output_dir)
 
     def push_to_hub(self, *args, **kwargs):
         """Export the EMA weights and their card to the hub."""
@@ -373,7 +374,14 @@ class MGMTrainer(CheckedRowsTrainer):
     def create_model_card(self, **kwargs) -> None:
         """Write the card, filled with what this run knows."""
         if self.is_world_process_zero():
-            write_model_card(self.args.output_dir, self.model, self.args, self.state.global_step)
+            self._write_card(self.args.output_dir)
+
+    def _write_card(self, folder: str | Path) -> None:
+        write_model_card(folder, self.model, self.args, self.state.global_step, self.lineage())
+
+    def lineage(self) -> dict[str, str]:
+        """What the model came from and how, in words by name, for its card."""
+        return known(**{"started from": self.origin.base_model or getattr(self.model, "name_or_path", None) or None})
 
     def save_beside(self, folder: Path) -> None:
         """Also the EMA."""

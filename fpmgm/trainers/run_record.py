@@ -40,10 +40,13 @@ class Origin:
     Args:
         data (`dict`): Of the training data, such as `{"text_files": describe_files(["my_text.txt"])}`.
         options (`dict`): Anything else.
+        base_model (`str`, *optional*): Folder or hub name of the model that training starts from, for the card; it is
+            not compared. `None`: the name that the model was loaded under, if any.
     """
 
     data: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    base_model: str | None = None
 
 
 def describe_files(paths: Iterable[str | Path] | None, pattern: str = "*") -> list[dict] | None:

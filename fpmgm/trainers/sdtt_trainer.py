@@ -24,7 +24,7 @@ from .corruption import NoisedBatch
 from .distillation import check_head, check_teacher, denoise, divergence_from, mean_over_sequences
 from .engines import splits_weights
 from .mgm_trainer import MGMTrainer
-from .run_record import with_teacher
+from .run_record import known, with_teacher
 from .sdtt_config import SDTTConfig
 from .start import load_model
 
@@ -78,11 +78,21 @@ class SDTTTrainer(MGMTrainer):
                 "student over ranks: use DDP, ZeRO-1 or ZeRO-2, or run one round at a time (`rounds=1`)."
             )
         self.teacher, self._promoted = teacher.to(self.args.device).eval(), False
+        self._first_teacher = getattr(teacher, "name_or_path", None) or None
         self.add_callback(NextRound(self))
 
     def run_record(self) -> dict[str, dict]:
         """Also the teacher of the first round."""
         return with_teacher(super().run_record(), self.teacher)
+
+    def lineage(self) -> dict[str, str]:
+        """Also the rounds, and the teacher of the first."""
+        args = self.args
+        method = f"self-distillation through time, {args.rounds} rounds of {args.steps_per_round:,} steps, each for "
+        method += f"{args.teacher_steps} steps of its teacher"
+        lineage = super().lineage()
+        teacher = self._first_teacher or lineage.get("started from")
+        return lineage | known(method=method, teacher=teacher)
 
     def micro_batch_loss(self, model, batch: dict, noise: Noise) -> tuple[torch.Tensor, ModelOutput]:
         """KL(student ‖ target): a mean over a sequence's masked positions, then over sequences."""
