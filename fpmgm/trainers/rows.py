@@ -97,6 +97,12 @@ class CheckedRowsTrainer(AtomicCheckpointTrainer):
         """As in `Trainer`, with rows that know their numbers."""
         if isinstance(dataset, IterableDataset):
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, **kwargs)
+        if isinstance(dataset, Mapping) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+            kind = f"has the parts {[*dataset]}" if isinstance(dataset, Mapping) else f"is a {type(dataset).__name__}"
+            raise ValueError(
+                f"the {description.lower()} data {kind}: give one list of rows, a dataset, or an `IterableDataset`, "
+                "which can be read more than once."
+            )
         if isinstance(dataset, datasets.Dataset):
             dataset = self._remove_unused_columns(dataset, description)
         sampler = None if sampler_fn is None else lambda _: sampler_fn(dataset)

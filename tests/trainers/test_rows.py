@@ -5,7 +5,7 @@ that are refused with their number and column."""
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from torch.utils.data import Dataset as TorchDataset
 from transformers import DataCollatorForLanguageModeling
 
@@ -237,3 +237,10 @@ def test_rows_are_named_from_workers_too(tmp_path):
     trainer = make_trainer(tmp_path, train_dataset=data, dataloader_num_workers=1, per_device_train_batch_size=8)
     with pytest.raises(ValueError, match="row 5 of the training data: `input_ids` holds 77 at position 1"):
         trainer.train()
+
+
+def test_data_that_is_no_dataset_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"the training data is a generator: give one list of rows"):
+        make_trainer(tmp_path, train_dataset=(row for row in rows())).train()
+    with pytest.raises(ValueError, match=r"the training data has the parts \['train', 'test'\]: give one"):
+        make_trainer(tmp_path, train_dataset=DatasetDict(train=token_rows(4), test=token_rows(4))).train()
