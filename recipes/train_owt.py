@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase, set_see
 
 from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion
 from fpmgm.command_line import model_arguments, parse_arguments
+from fpmgm.models.text_input import boundary_ids
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
 from fpmgm.trainers.lock import hold_folder
 from fpmgm.trainers.peft import LoraArguments, lora_config
@@ -82,12 +83,13 @@ def train(
 def load_config(architecture: ModelArguments, model_name: str | None, tokenizer: PreTrainedTokenizerBase):
     """The configuration asked for, or that of the model to go on from, which the options must not contradict."""
     if model_name is None:
+        begin, end = boundary_ids(tokenizer)
         return FPMDLMConfig(
             **asdict(architecture),
             vocab_size=len(tokenizer),
             mask_token_id=tokenizer.mask_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=begin,
+            eos_token_id=end,
         )
     config = AutoConfig.from_pretrained(model_name)
     check_architecture(architecture, config, model_name)

@@ -4,11 +4,13 @@
 import json
 
 import pytest
+from datasets import Dataset
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import BertTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import sample
-from fpmgm.data import train_tokenizer
+import train_owt
+from fpmgm.data import pack, train_tokenizer
 from tests.testing_utils import tiny_model
 from text_data import DataArguments, load_blocks, load_tokenizer
 
@@ -94,6 +96,14 @@ def test_sampling_needs_neither_bos_nor_eos(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match=f"no tokenizer can be read from '{tmp_path}'"):
         sample.main(options)
+
+
+def test_a_tokenizer_of_bert_begins_and_ends_texts_by_cls_and_sep():
+    config = train_owt.load_config(train_owt.ModelArguments(), None, word_pieces())
+    assert (config.bos_token_id, config.eos_token_id, config.mask_token_id) == (2, 3, 4)
+    text = Dataset.from_dict({"text": ["the [MASK] sat on the mat"]})
+    (block,) = pack(text, word_pieces(), 8)["input_ids"]
+    assert block == [2, 5, 1, 1, 1, 7, 1, 3]  # `[MASK]` is three unknown pieces
 
 
 @pytest.mark.parametrize(
