@@ -83,7 +83,7 @@ def adapt(start, text, codes, convert, lora, args) -> dict[str, float]:
         peft_config=lora_config(lora),
         origin=Origin(rows.data, options, start.model_name_or_path),
     )
-    return train_with_before_and_after(trainer, checkpoint)
+    return train_with_before_and_after(trainer, checkpoint, codes.words or text.words)
 
 
 def choose_layers(convert: ConvertArguments, teacher, blocks, folder: Path) -> dict[str, list[int]]:

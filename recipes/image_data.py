@@ -51,6 +51,11 @@ class CodesArguments:
     codes_dir: LocalPath | None = field(default=None, metadata={"help": "Folder that prepare_images.py wrote."})
     eval_images: int | None = field(default=None, metadata={"help": "Most pictures to validate on; null: all."})
 
+    @property
+    def words(self) -> list[str]:
+        """The options by which another recipe reads the same codes; none without codes."""
+        return [] if self.codes_dir is None else ["--codes_dir", self.codes_dir]
+
 
 def read_pictures(pictures: PictureArguments) -> DatasetDict:
     """Pictures with their classes, not yet decoded."""

@@ -11,6 +11,7 @@ from fpmgm.data import add_mask_token, load_text, pack, train_tokenizer
 from fpmgm.data.text_files import list_files
 from fpmgm.models.text_input import read_tokenizer
 from fpmgm.trainers.run_record import describe_files
+from narration import say
 
 
 @dataclass
@@ -48,6 +49,13 @@ class DataArguments:
             raise ValueError(f"`{name}`={getattr(self, name)} does nothing beside {beside}: leave it out.")
 
     @property
+    def words(self) -> list[str]:
+        """The options by which another recipe reads the same text."""
+        if self.text_files is None:
+            return ["--dataset_name", self.dataset_name]
+        return ["--text_files", *self.text_files]
+
+    @property
     def description(self) -> str:
         """For the model's card."""
         return self.dataset_name or f"{len(self.text_files)} local file(s)"
@@ -65,7 +73,9 @@ def load_tokenizer(
         of_model = {"revision": revision} if name == model_name and revision is not None else {}
         return add_mask_token(read_tokenizer(name, **of_model))
     text = load_text(data.text_files, data.dataset_name, data.dataset_config, data.train_split, data.text_column)
-    return train_tokenizer(text["text"], data.tokenizer_vocab_size)
+    tokenizer = train_tokenizer(text["text"], data.tokenizer_vocab_size)
+    say(f"tokenizer: trained here on {data.description}, {len(tokenizer):,} tokens")
+    return tokenizer
 
 
 def load_blocks(data: DataArguments, tokenizer: PreTrainedTokenizerBase, length: int) -> tuple:

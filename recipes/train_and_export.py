@@ -32,6 +32,7 @@ from image_data import (
     keep_preparation,
     load_code_rows,
 )
+from narration import say_what_came_of_it, say_what_is_trained
 from text_data import DataArguments, describe_text, load_blocks, load_tokenizer
 
 
@@ -141,33 +142,35 @@ def check_adapter(lora: LoraArguments, start: OptionalStartArguments) -> None:
         raise ValueError("`use_peft` adapts a trained model: give `model_name_or_path`.")
 
 
-def train_and_export(trainer: Trainer, checkpoint: str | None) -> dict[str, float]:
-    """Train from `checkpoint`, if there is one; evaluate, export, push with `--push_to_hub`.
+def train_and_export(trainer: Trainer, checkpoint: str | None, data: list[str]) -> dict[str, float]:
+    """Train from `checkpoint`, if there is one; evaluate, export, push with `--push_to_hub`; say so, and with `data`,
+    the options that name the rows, what comes next.
 
     Returns:
         `dict[str, float]` of the exported weights' metrics.
     """
+    say_what_is_trained(trainer, checkpoint)
     trained = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if trained["train_steps_per_second"] > 0:  # else an earlier run was cut off after its last step
         trainer.save_metrics("train", trained)
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)
     trainer.save_model()
+    say_what_came_of_it(trainer, metrics, data)
     return metrics
 
 
-def train_with_before_and_after(trainer: Trainer, checkpoint: str | None) -> dict[str, float]:
+def train_with_before_and_after(trainer: Trainer, checkpoint: str | None, data: list[str]) -> dict[str, float]:
     """[`train_and_export`], with validation perplexity before and after printed and saved beside the model."""
     before = trainer.evaluate(metric_key_prefix="before")
     trainer.save_metrics("before", before)
-    metrics = train_and_export(trainer, checkpoint)
+    metrics = train_and_export(trainer, checkpoint, data)
     if trainer.is_world_process_zero():
         results = (
             f"{name} {results[f'{key}_perplexity']:.2f} ± {results[f'{key}_perplexity_stderr']:.2f}"
             for name, key, results in (("before", "before", before), ("after", "eval", metrics))
         )
         print(f"validation perplexity: {', '.join(results)}")
-        print(f"exported to {trainer.args.output_dir}")
     return before | metrics
 
 
@@ -200,4 +203,4 @@ def _post_train(trainer_class, start: StartArguments, text, codes, lora, args) -
             start.model_name_or_path,
         ),
     )
-    return train_with_before_and_after(trainer, checkpoint)
+    return train_with_before_and_after(trainer, checkpoint, codes.words or text.words)

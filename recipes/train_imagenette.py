@@ -98,7 +98,7 @@ def train(start, codes, pictures, encoding, architecture, lora, args) -> dict[st
             start.model_name_or_path,
         ),
     )
-    metrics = train_and_export(trainer, checkpoint)
+    metrics = train_and_export(trainer, checkpoint, codes.words)
     if trainer.is_world_process_zero():
         print(f"draw with: {sampling_command(args.output_dir, preparation)}")
     return metrics

@@ -77,7 +77,7 @@ def train(
         peft_config=lora_config(lora),
         origin=Origin(describe_text(data), options, start.model_name_or_path),
     )
-    return train_and_export(trainer, checkpoint)
+    return train_and_export(trainer, checkpoint, data.words)
 
 
 def load_config(architecture: ModelArguments, model_name: str | None, tokenizer: PreTrainedTokenizerBase):

@@ -130,7 +130,17 @@ def test_training_goes_on_from_its_last_checkpoint_and_the_result_can_be_sampled
     ]
     argv += ["--eval_steps", "2", "--per_device_train_batch_size", "4", "--output_dir", str(folder)]
     train_owt.main([*argv, "--max_steps", "2"])
+    said = capsys.readouterr().out
+    assert "tokenizer: trained here on 1 local file(s), 280 tokens" in said
+    assert "model: 1 pre, 1 fixed-point, 1 post blocks; " in said and " rows of 16 tokens to train on, " in said
+    assert f"run: 2 steps of 4 rows in {folder}, from its beginning" in said
     metrics = train_owt.main([*argv, "--max_steps", "4"])
+    said = capsys.readouterr().out
+    assert f"resuming from {folder / 'checkpoint-2'}" in said
+    shown = f"{metrics['eval_perplexity']:.2f} ± {metrics['eval_perplexity_stderr']:.2f}"
+    assert f"exported to {folder}: validation perplexity {shown}" in said
+    next_recipe = f"consistency_small.yaml --model_name_or_path {folder} --text_files {text_file}"
+    assert f"next:\n    python recipes/sample.py --model {folder}\n" in said and next_recipe in said
     history = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
     assert {entry["step"] for entry in history if "eval_loss" in entry} == {2, 4}  # the second run went on
     straight = train_owt.main([*argv, "--max_steps", "4", "--output_dir", str(tmp_path / "straight")])

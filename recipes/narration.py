@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What training recipes say of their work: what is trained on what, from where, where it goes, what comes next."""
+
+import shlex
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import Trainer
+
+
+CONFIGS = Path(__file__).parent / "configs"
+AFTER_TRAINING = {  # whether the model has fixed-point layers → recipe, and its YAML
+    True: {"posttrain_consistency": "consistency"},
+    False: {"convert_mdlm": "convert", "distill_sdtt": "sdtt"},
+}
+
+
+def say(line: str) -> None:
+    """Print on the main process."""
+    if PartialState().is_main_process:
+        print(line, flush=True)
+
+
+def say_what_is_trained(trainer: Trainer, checkpoint: str | None) -> None:
+    """Model, rows, steps, and where the run begins."""
+    model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
+    config = model.config
+    layers = [f"{getattr(config, f'num_{name}_layers')} {name}" for name in ("pre", "fixed_point", "post")]
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    of_them = "" if trained == total else f", {trained:,} of them trained"
+    say(f"model: {', '.join(layers).replace('_', '-')} blocks; {total:,} parameters{of_them}")
+    rows = (trainer.train_dataset, trainer.eval_dataset)
+    train, validation = (f"{len(some):,} rows" if hasattr(some, "__len__") else "a stream of rows" for some in rows)
+    say(f"data: {train} of {config.max_position_embeddings:,} tokens to train on, {validation} to validate on")
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    where = "from its beginning" if checkpoint is None else f"resuming from {checkpoint}"
+    say(f"run: {args.max_steps:,} steps of {batch:,} rows in {args.output_dir}, {where}")
+
+
+def say_what_came_of_it(trainer: Trainer, metrics: dict[str, float], data: list[str]) -> None:
+    """Where the model is, how good it is, and the next commands, which take `data`, options of the recipes."""
+    folder, config = trainer.args.output_dir, trainer.accelerator.unwrap_model(trainer.model).config
+    result = f"validation loss {metrics['eval_loss']:.4f}"
+    if "eval_perplexity_stderr" in metrics:
+        result = f"validation perplexity {metrics['eval_perplexity']:.2f} ± {metrics['eval_perplexity_stderr']:.2f}"
+    say(f"exported to {folder}: {result}")
+    commands = [] if config.model_type == "fpmaskgit" else [["recipes/sample.py", "--model", folder]]
+    for recipe, name in AFTER_TRAINING[config.num_fixed_point_layers > 0].items():
+        kind = Path(folder).name.split("_")[-1]
+        path = CONFIGS / f"{name}_{kind}.yaml"
+        path = path if path.is_file() else CONFIGS / f"{name}_small.yaml"
+        options = ["--config", f"recipes/configs/{path.name}", "--model_name_or_path", folder, *data]
+        commands.append([f"recipes/{recipe}.py", *options])
+    say("\n    ".join(["next:", *(shlex.join(["python", *words]) for words in commands)]))
