@@ -22,7 +22,7 @@ def open_truth(truth: str, folder: Path, device: str) -> TruthJudge:
 def judge_row(plan: Plan, row: Row, folder: Path, judge: TruthJudge, device: str) -> None:
     """Write the row's results, but for what is there; an interrupted judgement goes on where it was."""
     path, export = folder / "results" / "rows" / f"{row.name}.json", folder / "runs" / row.name
-    found = json.loads(path.read_text()) if path.exists() else describe_row(plan, row, export)
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else describe_row(plan, row, export)
     missing = wanted(plan, row, found) - set(found)
     if missing:
         model = AutoModel.from_pretrained(export).to(device).eval()
@@ -44,7 +44,7 @@ def judge_row(plan: Plan, row: Row, folder: Path, judge: TruthJudge, device: str
     if missing or not path.exists():
         found["provenance"] = provenance(device)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def describe_row(plan: Plan, row: Row, export: Path) -> dict:
@@ -57,7 +57,7 @@ def describe_row(plan: Plan, row: Row, export: Path) -> dict:
         "start": row.start,
         "model": {**plan.model, **row.model},
         "training_options": {**plan.training, **row.training, "seed": row.seed},
-        "training": json.loads((export / "training.json").read_text()),
+        "training": json.loads((export / "training.json").read_text(encoding="utf-8")),
     }
 
 
