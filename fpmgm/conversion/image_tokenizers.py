@@ -83,7 +83,7 @@ def load_image_tokenizer(path_or_repo: str | Path, subfolder: str = "", **kwargs
     files = ("config.json", *SAFETENSORS)
     folder = fetch(path_or_repo, [str(Path(subfolder) / name) for name in files], **hub) / subfolder
     kind = read_json(folder / "config.json").get("model_type")
-    if kind not in IMAGE_TOKENIZERS:
+    if not isinstance(kind, str) or kind not in IMAGE_TOKENIZERS:
         raise ValueError(
             f"{str(folder)!r} holds `model_type`={one_line(kind)!r}, which is no image tokenizer: known are "
             f"{tuple(IMAGE_TOKENIZERS)}."

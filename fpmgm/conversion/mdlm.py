@@ -213,6 +213,8 @@ def _our_config(original: Original, source: str | Path, given: dict[str, Any]) -
     found = {theirs: _told(original.config, theirs) for theirs in SETTINGS}
     told = {SETTINGS[theirs]: value for theirs, value in found.items() if value is not None}
     sizes = _sizes(original.state, told.get("num_attention_heads"), source)
+    if not isinstance(told.get("time_conditioning", False), bool):
+        raise ValueError(f"the configuration of `{source}` has `time_conditioning`={told['time_conditioning']!r:.99}.")
     wrong = {name: (told[name], size) for name, size in sizes.items() if told.get(name, size) != size}
     if wrong:
         raise ValueError(
