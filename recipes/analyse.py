@@ -10,7 +10,6 @@ analysis.md, lagged_divergence.png, cka_NAME.png, and for models with a solver m
 residuals.png to `output_dir`. The same command goes on where it was interrupted.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -43,6 +42,7 @@ from fpmgm.command_line import LocalPath, ModelName, parse_arguments
 from fpmgm.conversion import layer_similarity, strongest_boundary
 from fpmgm.data import load_text, pack
 from fpmgm.evaluation import provenance
+from fpmgm.evaluation.report import table, write_report
 from fpmgm.evaluation.store import ResultStore, digest, fingerprint, finish
 from fpmgm.models.reuse import REUSE_STATES, REUSES
 from fpmgm.models.text_input import read_tokenizer
@@ -107,9 +107,7 @@ def main(argv: list[str] | None = None) -> dict:
             "boundary": strongest_boundary(similarities[name]),
         }
     if state.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "analysis.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        (folder / "analysis.md").write_text(markdown(found), encoding="utf-8")
+        write_report(folder / "analysis.json", found, markdown(found))
         draw(folder, models, solvers, divergences, similarities, args)
         print(f"\n{markdown(found)}\n{folder}/analysis.json and pictures")
     return found
@@ -291,15 +289,14 @@ def draw(
 def markdown(found: dict) -> str:
     """How near the solver comes, and how much predictions change."""
     solvers = {name: model["solver"] for name, model in found["models"].items() if model["solver"]}
-    lines = solver_table(solvers, found["arguments"]["iterations"]) if solvers else []
+    parts = [solver_table(solvers, found["arguments"]["iterations"])] if solvers else []
     divergences = {name: model["lagged_divergence"] for name, model in found["models"].items()}
-    return "\n".join([*lines, *divergence_table(divergences, found["arguments"]["lags"])]) + "\n"
+    return "\n".join([*parts, divergence_table(divergences, found["arguments"]["lags"])])
 
 
-def solver_table(solvers: dict[str, dict], iterations: int) -> list[str]:
+def solver_table(solvers: dict[str, dict], iterations: int) -> str:
     """A line for each model and reuse."""
-    header = ["model", "reuse", "start to h*", *STATES.values(), "residual 1", "residual N"]
-    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    rows = []
     for name, solver in solvers.items():
         for reuse in REUSES:
             by_state = solver["start_distances_by_state"][reuse]
@@ -309,18 +306,18 @@ def solver_table(solvers: dict[str, dict], iterations: int) -> list[str]:
                 [math.inf if row[n] is None else row[n] for row in solver["residuals"][reuse]] for n in (0, -1)
             ]
             numbers = [[value for value in column[1:] if value is not None] for column in columns]
-            cells = [shown(median(column) if column else None, ".3g") for column in numbers]
-            lines.append(f"| {name} | {reuse} | {' | '.join(cells)} |")
+            rows.append([name, reuse, *(shown(median(column) if column else None, ".3g") for column in numbers)])
     note = (
-        f"\nN = {iterations}. Medians over the steps but the first of means over the sequences: ‖h⁰ − h*‖ / ‖h*‖ of "
-        "all tokens and of those of a kind; ‖F(h) − h‖ / ‖h‖ of the first and the last iteration.\n"
+        f"N = {iterations}. Medians over the steps but the first of means over the sequences: ‖h⁰ − h*‖ / ‖h*‖ of "
+        "all tokens and of those of a kind; ‖F(h) − h‖ / ‖h‖ of the first and the last iteration."
     )
-    return [*lines, note]
+    columns = ["model", "reuse", "start to h*", *STATES.values(), "residual 1", "residual N"]
+    return f"{table(columns, rows)}\n\n{note}\n"
 
 
-def divergence_table(divergences: dict[str, dict], lags: list[int]) -> list[str]:
+def divergence_table(divergences: dict[str, dict], lags: list[int]) -> str:
     """A line for each model and number of steps."""
-    lines = [f"| model | steps | {' | '.join(f'KL, lag {lag}' for lag in lags)} |", f"|---|---|{'---|' * len(lags)}"]
+    rows = []
     for name, by_steps in divergences.items():
         for num_steps, values in by_steps.items():
             cells = [shown(mean, ".3g") for mean in values["mean"].values()]
@@ -328,12 +325,12 @@ def divergence_table(divergences: dict[str, dict], lags: list[int]) -> list[str]
                 changes = zip(values["change"].values(), values["standard_error_change"].values(), strict=True)
                 changes = [f"({shown(change, '+.1%')} ± {shown(error, '.1%')})" for change, error in changes]
                 cells = [f"{mean} {change}" for mean, change in zip(cells, changes, strict=True)]
-            lines.append(f"| {name} | {num_steps} | {' | '.join(cells)} |")
+            rows.append([name, num_steps, *cells])
     note = (
-        "\nMean KL in nats from a step to the one `lag` steps later, at positions masked at both; in brackets the "
+        "Mean KL in nats from a step to the one `lag` steps later, at positions masked at both; in brackets the "
         "change against the first model, with the standard error over the sequences."
     )
-    return [*lines, note]
+    return f"{table(['model', 'steps', *(f'KL, lag {lag}' for lag in lags)], rows)}\n\n{note}\n"
 
 
 def shown(value: float | None, style: str) -> str:

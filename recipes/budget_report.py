@@ -9,7 +9,6 @@ Writes NAME.json (with provenance) and NAME.md to `output_dir`, for each model. 
 interrupted. `--text_files` scores existing texts beside the samples, such as human ones.
 """
 
-import json
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import fpmgm  # noqa: F401  (registers the models)
 from fpmgm.command_line import LocalPath, ModelName, parse_arguments
 from fpmgm.evaluation import AnyJudge, budget_table, evaluate_budgets, provenance
+from fpmgm.evaluation.report import write_report
 from judged_samples import (
     JudgedSamplesArguments,
     cut,
@@ -59,9 +59,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         reports[name] = report(model, tokenizer, judge, args)
         reports[name] |= {"name": name, "arguments": asdict(args), "provenance": provenance(device)}
         if PartialState().is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{name}.json").write_text(json.dumps(reports[name], indent=1) + "\n", encoding="utf-8")
-            (folder / f"{name}.md").write_text(markdown(reports[name]), encoding="utf-8")
+            write_report(folder / f"{name}.json", reports[name], markdown(reports[name]))
             print(f"\n{markdown(reports[name])}\n{folder / name}.json, {folder / name}.md")
     return reports
 

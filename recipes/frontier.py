@@ -8,7 +8,6 @@ Writes frontier.json (with provenance), frontier.md and frontier.png to `output_
 was interrupted.
 """
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from fpmgm.evaluation import (
     standard_error_at_entropy,
     undominated,
 )
+from fpmgm.evaluation.report import table, write_report
 from judged_samples import JudgedSamplesArguments, device_of, open_judge, open_model
 
 
@@ -72,9 +72,7 @@ def main(argv: list[str] | None = None) -> dict:
         "provenance": provenance(device),
     }
     if PartialState().is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "frontier.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        (folder / "frontier.md").write_text(markdown(found), encoding="utf-8")
+        write_report(folder / "frontier.json", found, markdown(found))
         plot_frontier(curves, folder / "frontier.png", judge.name, entropies)
         print(f"\n{markdown(found)}\n{folder / 'frontier.png'}")
     return found
@@ -112,18 +110,16 @@ def error_at(points: list[dict], entropy: float) -> float | None:
 
 def markdown(found: dict) -> str:
     """Perplexity at equal entropy."""
-    header = " | ".join(f"entropy {entropy:.3f}" for entropy in found["entropies"])
-    lines = [f"| model | {header} |", f"|---|{'---|' * len(found['entropies'])}"]
+    rows = []
     for name, values in found["perplexity_at_entropy"].items():
         errors = found["standard_error_at_entropy"][name]
-        cells = ["" if v is None else plus_minus(v, e) for v, e in zip(values, errors, strict=True)]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines.append(
-        f"\nGenerative perplexity ± standard error over texts, under {found['judge']} (mean over texts first, "
+        rows.append([name, *(None if v is None else plus_minus(v, e) for v, e in zip(values, errors, strict=True))])
+    return (
+        f"{table(['model', *(f'entropy {entropy:.3f}' for entropy in found['entropies'])], rows)}\n\n"
+        f"Generative perplexity ± standard error over texts, under {found['judge']} (mean over texts first, "
         "equation 4), log-linear in entropy between the points of a sweep; empty where a sweep does not reach that "
-        "entropy."
+        "entropy.\n"
     )
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from fpmgm.evaluation import (
     measure_samples,
     plus_minus,
 )
+from fpmgm.evaluation.report import table
 from fpmgm.models.text_input import read_tokenizer
 
 
@@ -145,18 +146,13 @@ def measure_text(
 
 def rows_table(rows: list[dict], names: list[str]) -> str:
     """A line per row: what it sets, what it costs, what it measured."""
-    lines = [
-        f"| {' | '.join(names)} | steps | block evaluations | Gen. PPL ↓ | entropy ↑ | ms per text |",
-        f"|{'---|' * (len(names) + 5)}",
-    ]
+    lines = []
     for row in rows:
-        values = [str({**row, **row["sampling"]["options"]}[name]) for name in names]
-        lines.append(
-            f"| {' | '.join(values)} | {row['num_steps']} | {row['block_evaluations']} "
-            f"| {shown_perplexity(row)} | {row['unigram_entropy']:.3f} "
-            f"| {row['milliseconds_per_sequence']:.1f} |"
-        )
-    return "\n".join(lines) + "\n"
+        settings = {**row, **row["sampling"]["options"]}
+        measures = [shown_perplexity(row), f"{row['unigram_entropy']:.3f}", f"{row['milliseconds_per_sequence']:.1f}"]
+        lines.append([*(settings[name] for name in names), row["num_steps"], row["block_evaluations"], *measures])
+    columns = [*names, "steps", "block evaluations", "Gen. PPL ↓", "entropy ↑", "ms per text"]
+    return table(columns, lines) + "\n"
 
 
 def shown_perplexity(row: dict) -> str:
@@ -164,11 +160,11 @@ def shown_perplexity(row: dict) -> str:
     return plus_minus(row["generative_perplexity"], row["generative_perplexity_standard_error"])
 
 
-def markdown(found: dict, table: str) -> str:
+def markdown(found: dict, rows: str) -> str:
     """The table, human text, and how the numbers were made."""
     row = found["rows"][0]
     protocol, sampling = row["protocol"]["generative_perplexity"], row["sampling"]
-    lines = [table]
+    lines = [rows]
     if "text" in found:
         text = found["text"]
         lines.append(f"Human text: Gen. PPL {shown_perplexity(text)}, entropy {text['unigram_entropy']:.3f}.\n")

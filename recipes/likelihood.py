@@ -9,7 +9,6 @@ Each file is a corpus of its own. Writes likelihood.json (with provenance) and l
 command goes on where it was interrupted; more draws or iterations keep what is there.
 """
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import fpmgm  # noqa: F401  (registers the models)
 from fpmgm.command_line import DatasetName, LocalPath, ModelName, parse_arguments
 from fpmgm.data import load_text, pack
 from fpmgm.evaluation import elbo_perplexity, plus_minus, provenance
+from fpmgm.evaluation.report import table, write_report
 from fpmgm.models.text_input import read_tokenizer
 
 
@@ -60,9 +60,7 @@ def main(argv: list[str] | None = None) -> dict:
         rows += measure(Path(path).name, model, tokenizer, args)
     found = {"rows": rows, "arguments": asdict(args), "provenance": provenance(device)}
     if state.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "likelihood.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        (folder / "likelihood.md").write_text(markdown(rows), encoding="utf-8")
+        write_report(folder / "likelihood.json", found, markdown(rows))
         print(f"\n{markdown(rows)}")
     return found
 
@@ -95,15 +93,19 @@ def corpora(args: LikelihoodArguments) -> list[tuple]:
 
 def markdown(rows: list[dict]) -> str:
     """The rows."""
-    lines = ["| model | corpus | tokens | draws | iterations | perplexity ≤ |", f"|{'---|' * 6}"]
-    for row in rows:
-        protocol, shown = row["protocol"], plus_minus(row["perplexity"], row["perplexity_standard_error"])
-        lines.append(
-            f"| {row['model']} | {row['corpus']} | {protocol['num_tokens']:,} | {protocol['num_draws']} "
-            f"| {protocol['num_iterations'] or ''} | {shown} |"
-        )
-    lines.append("\n± standard error over the draws, where there are several: the noise of the estimate on this text.")
-    return "\n".join(lines) + "\n"
+    lines = [
+        [
+            row["model"],
+            row["corpus"],
+            f"{row['protocol']['num_tokens']:,}",
+            row["protocol"]["num_draws"],
+            row["protocol"]["num_iterations"],
+            plus_minus(row["perplexity"], row["perplexity_standard_error"]),
+        ]
+        for row in rows
+    ]
+    note = "± standard error over the draws, where there are several: the noise of the estimate on this text."
+    return f"{table(['model', 'corpus', 'tokens', 'draws', 'iterations', 'perplexity ≤'], lines)}\n\n{note}\n"
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from fpmgm.evaluation import (
     provenance,
     sweep,
 )
+from fpmgm.evaluation.report import table, write_report
 from fpmgm.evaluation.store import fingerprint
 from fpmgm.models.budget import ALLOCATIONS, explicit_plan
 from fpmgm.models.reuse import REUSES
@@ -143,7 +144,7 @@ def main(argv: list[str] | None = None) -> dict:
         raise SystemExit
     if name not in SWEEPS:
         raise ValueError(f"the first argument is {name!r}, but must be one of {tuple(SWEEPS)}.")
-    arguments, run, draw, table = SWEEPS[name]
+    arguments, run, draw, show = SWEEPS[name]
     (args,) = parse_arguments((arguments,), arguments.__doc__, argv[1:])
     device, folder = device_of(args), Path(args.output_dir)
     judge = open_judge(args, args.models, device)
@@ -155,11 +156,10 @@ def main(argv: list[str] | None = None) -> dict:
     found |= run(args, judge, device)
     found |= {"judge": judge.name, "arguments": asdict(args), "provenance": provenance(device)}
     if PartialState().is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        (folder / f"{name}.md").write_text(markdown(found, table(found)), encoding="utf-8")
+        text = markdown(found, show(found))
+        write_report(folder / f"{name}.json", found, text)
         draw(found, folder / f"{name}.png", judge.name)
-        print(f"\n{markdown(found, table(found))}\n{folder / name}.json, .md, .png")
+        print(f"\n{text}\n{folder / name}.json, .md, .png")
     return found
 
 
@@ -214,15 +214,21 @@ def draw_allocations(found: dict, path: Path, judge: str) -> None:
 
 def allocations_table(found: dict) -> str:
     """Table 22, and the rows behind it."""
-    lines = ["| allocation | mean Gen. PPL ↓ | average rank ↓ | unbeaten |", "|---|---|---|---|"]
-    for value in found["comparison"]:
-        names = ("mean_generative_perplexity", "mean_generative_perplexity_standard_error")
-        lines.append(
-            f"| {value['allocation']} | {plus_minus(*map(value.get, names))} | {value['average_rank']:.2f} "
-            f"| {value['unbeaten']} / {value['settings']} |"
-        )
-    lines.append("\nUnbeaten: no other allocation is better by two standard errors of the difference.")
-    return "\n".join(lines) + "\n\n" + rows_table(found["rows"], ["reuse", "budget", "allocation"])
+    names = ("mean_generative_perplexity", "mean_generative_perplexity_standard_error")
+    values = [
+        [
+            value["allocation"],
+            plus_minus(*map(value.get, names)),
+            f"{value['average_rank']:.2f}",
+            f"{value['unbeaten']} / {value['settings']}",
+        ]
+        for value in found["comparison"]
+    ]
+    return (
+        f"{table(['allocation', 'mean Gen. PPL ↓', 'average rank ↓', 'unbeaten'], values)}\n\n"
+        "Unbeaten: no other allocation is better by two standard errors of the difference.\n\n"
+        f"{rows_table(found['rows'], ['reuse', 'budget', 'allocation'])}"
+    )
 
 
 # --- γ ---------------------------------------------------------------------------------------------------------------
@@ -271,12 +277,10 @@ def draw_gammas(found: dict, path: Path, judge: str) -> None:
 
 def gammas_table(found: dict) -> str:
     """γ from the best to the worst over all budgets, and the first against the checkpoint's on new texts."""
-    lines = ["| γ masked | γ revealed | γ unchanged | Gen. PPL ↓ | entropy lost | |", "|---|---|---|---|---|---|"]
+    lines = []
 
     def add(pooled: dict, note: str) -> None:
-        values = " | ".join(map(str, pooled["setting"].values()))
-        shown = shown_perplexity(pooled)
-        lines.append(f"| {values} | {shown} | {pooled['entropy_loss']:.3f} | {note} |")
+        lines.append([*pooled["setting"].values(), shown_perplexity(pooled), f"{pooled['entropy_loss']:.3f}", note])
 
     for pooled in found["pooled"]:
         note = "the checkpoint's" if pooled["setting"] == found["default"] else "" if pooled["allowed"] else "out"
@@ -284,11 +288,11 @@ def gammas_table(found: dict) -> str:
     for pooled in found["new_texts"]:
         add(pooled, "new texts" + (", the checkpoint's" if pooled["setting"] == found["default"] else ""))
     verdict = "better" if found["better"] else "not better"
-    lines.append(
-        "\nGen. PPL: geometric mean over budgets; entropy lost: at most, against the checkpoint's γ. On new texts "
+    return (
+        f"{table(['γ masked', 'γ revealed', 'γ unchanged', 'Gen. PPL ↓', 'entropy lost', ''], lines)}\n\n"
+        "Gen. PPL: geometric mean over budgets; entropy lost: at most, against the checkpoint's γ. On new texts "
         f"the best is {verdict} than the checkpoint's, by two standard errors of the difference.\n"
     )
-    return "\n".join(lines)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
@@ -376,23 +380,19 @@ def draw_latency(found: dict, path: Path, judge: str) -> None:
 
 def latency_table(found: dict) -> str:
     """Table 23 with one line per method and budget."""
-    lines = [
-        "| budget | method | seconds per sequence | per batch | Gen. PPL ↓ | entropy |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = []
     for row in sorted(found["rows"], key=lambda row: row["budget"]):
         time = row["latency"]
-        lines.append(
-            f"| {row['budget']} | {row['method']} | {time['seconds_per_sequence']:.4f} "
-            f"| {time['seconds_per_batch']:.3f} ± {time['seconds_per_batch_standard_error']:.3f} "
-            f"| {shown_perplexity(row)} | {row['unigram_entropy']:.3f} |"
-        )
+        batch = f"{time['seconds_per_batch']:.3f} ± {time['seconds_per_batch_standard_error']:.3f}"
+        quality = [shown_perplexity(row), f"{row['unigram_entropy']:.3f}"]
+        lines.append([row["budget"], row["method"], f"{time['seconds_per_sequence']:.4f}", batch, *quality])
     protocol = found["rows"][0]["latency"]["protocol"]
-    lines.append(
-        f"\nLatency: from masked ids to the last token, mean of {protocol['timed_batches']} batches of "
+    columns = ["budget", "method", "seconds per sequence", "per batch", "Gen. PPL ↓", "entropy"]
+    return (
+        f"{table(columns, lines)}\n\n"
+        f"Latency: from masked ids to the last token, mean of {protocol['timed_batches']} batches of "
         f"{protocol['batch_size']} texts after {protocol['warmup_batches']} to warm up (F.11).\n"
     )
-    return "\n".join(lines)
 
 
 SWEEPS = {

@@ -10,7 +10,6 @@ generation_config.json, and `generate(budget=96)` uses it from then on. Writes t
 tuning.md to `output_dir`. The same command goes on where it was interrupted.
 """
 
-import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +19,9 @@ from accelerate import PartialState
 import fpmgm  # noqa: F401  (registers the models)
 from fpmgm.command_line import ModelName, parse_arguments
 from fpmgm.evaluation import clearly_below, evaluate_budgets, provenance, sampling_candidates, successive_halving
+from fpmgm.evaluation.report import table, write_report
 from judged_samples import JudgedSamplesArguments, device_of, open_judge, open_model, shown_perplexity
+from narration import say
 
 
 @dataclass(kw_only=True)
@@ -95,36 +96,29 @@ def main(argv: list[str] | None = None) -> dict:
         plans = {**config.tuned_plans, **{str(r["budget"]): r["plan"] if r["kept"] else None for r in results}}
         config = config.updated(tuned_plans={budget: plan for budget, plan in plans.items() if plan is not None})
         target = args.model if Path(args.model).is_dir() else folder
-        folder.mkdir(parents=True, exist_ok=True)
+        write_report(folder / "tuning.json", found, markdown(found))
         config.save_pretrained(target)
-        (folder / "tuning.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        (folder / "tuning.md").write_text(markdown(found), encoding="utf-8")
         print(f"\n{markdown(found)}\ntuned plans: {Path(target) / 'generation_config.json'}")
     return found
 
 
-def say(line: str) -> None:
-    """Print on the main process."""
-    if PartialState().is_main_process:
-        print(line, flush=True)
-
-
 def markdown(found: dict) -> str:
     """Defaults and winners on new texts."""
-    lines = ["| budget | plan | Gen. PPL | entropy | defaults: Gen. PPL | entropy | stored |", f"|{'---|' * 7}"]
+    lines = []
     for result in found["budgets"]:
         rows = [result["new_texts"][name] for name in ("tuned", "default")]
-        cells = [f"{shown_perplexity(row)} | {row['unigram_entropy']:.3f}" for row in rows]
+        cells = [cell for row in rows for cell in (shown_perplexity(row), f"{row['unigram_entropy']:.3f}")]
         plan = ", ".join(f"{name} {value}" for name, value in result["plan"].items()) or "defaults"
-        lines.append(f"| {result['budget']} | {plan} | {' | '.join(cells)} | {'yes' if result['kept'] else 'no'} |")
+        lines.append([result["budget"], plan, *cells, "yes" if result["kept"] else "no"])
     arguments = found["arguments"]
-    lines.append(
-        f"\n± standard error, under {found['judge']} (mean over texts first, equation 4), on "
+    columns = ["budget", "plan", "Gen. PPL", "entropy", "defaults: Gen. PPL", "entropy", "stored"]
+    return (
+        f"{table(columns, lines)}\n\n"
+        f"± standard error, under {found['judge']} (mean over texts first, equation 4), on "
         f"{arguments['num_samples'][-1]} texts of another seed than the search's; "
         f"{arguments['num_candidates']} plans, rungs of {arguments['num_samples']}. Stored: better by two standard "
-        "errors of the difference."
+        "errors of the difference.\n"
     )
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
