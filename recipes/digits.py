@@ -7,7 +7,6 @@ codes, draw digits of each class under budgets, and let a classifier that saw re
 Writes `table.md`, `results.json`, `digits.png` and the model to `output_dir`.
 """
 
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from tqdm.auto import tqdm
 from fpmgm import FPMaskGITConfig, FPMaskGITModel, make_grid
 from fpmgm.command_line import parse_arguments
 from fpmgm.evaluation import provenance
+from fpmgm.evaluation.report import table, write_report
 from fpmgm.pictures import to_pil
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
 
@@ -67,9 +67,9 @@ def main(argv: list[str] | None = None) -> dict:
     results["samples"] = sample(args, model, judge, test_codes, test_labels)
     draw_picture(args, model, folder / "digits.png")
 
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (folder / "table.md").write_text(table(results), encoding="utf-8")
-    print(f"\n{table(results)}\nOne row for each guidance scale: {folder / 'digits.png'}")
+    write_report(folder / "results.json", results)
+    (folder / "table.md").write_text(markdown(results), encoding="utf-8")
+    print(f"\n{markdown(results)}\nOne row for each guidance scale: {folder / 'digits.png'}")
     return results
 
 
@@ -180,24 +180,29 @@ def sheet(codes: torch.LongTensor, guidance_scales: list[float]) -> Image.Image:
     return make_grid(to_pil(pixels), CLASSES, ENLARGED, rows, [str(i) for i in range(CLASSES)])
 
 
-def table(results: dict) -> str:
+def markdown(results: dict) -> str:
     """The results in Markdown."""
-    lines = [
-        f"FP-MaskGIT 1/1/1, {results['parameters']:,} parameters, {results['steps']} steps of "
-        f"{results['seconds_per_step']:.3f} s; validation cross-entropy {results['validation_loss']:.3f}.",
-        "",
-        "| budget | steps | guidance | block evaluations | more for guidance | ms per image | recognised | variety |",
-        "|---|---|---|---|---|---|---|---|",
+    columns = ["budget", "steps", "guidance", "block evaluations", "more for guidance", "ms per image"]
+    rows = [
+        [
+            row["budget"],
+            row["num_steps"],
+            f"{row['guidance_scale']:g}",
+            row["block_evaluations"],
+            row["guidance_evaluations"],
+            f"{row['milliseconds_per_image']:.1f}",
+            f"{row['recognised']:.3f}",
+            f"{row['variety']:.2f}",
+        ]
+        for row in results["samples"]
     ]
-    for row in results["samples"]:
-        lines.append(
-            f"| {row['budget']} | {row['num_steps']} | {row['guidance_scale']:g} | {row['block_evaluations']} "
-            f"| {row['guidance_evaluations']} | {row['milliseconds_per_image']:.1f} | {row['recognised']:.3f} "
-            f"| {row['variety']:.2f} |"
-        )
     real = results["held_out"]
-    lines.append(f"| | | | | | held-out digits | {real['recognised']:.3f} | {real['variety']:.2f} |")
-    return "\n".join(lines) + "\n"
+    rows.append([*[None] * 5, "held-out digits", f"{real['recognised']:.3f}", f"{real['variety']:.2f}"])
+    return (
+        f"FP-MaskGIT 1/1/1, {results['parameters']:,} parameters, {results['steps']} steps of "
+        f"{results['seconds_per_step']:.3f} s; validation cross-entropy {results['validation_loss']:.3f}.\n\n"
+        f"{table([*columns, 'recognised', 'variety'], rows)}\n"
+    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@
 Writes `table.md`, `results.json`, `denoising.png` and the two model folders to `output_dir`.
 """
 
-import json
 import random
 import time
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from fpmgm.analysis import plot_denoising
 from fpmgm.command_line import LocalPath, parse_arguments
 from fpmgm.data import load_text, pack, train_tokenizer
 from fpmgm.evaluation import NGramJudge, plus_minus, provenance, unigram_entropy
+from fpmgm.evaluation.report import table, write_report
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
 from installed_english import paragraphs
 
@@ -86,9 +86,9 @@ def main(argv: list[str] | None = None) -> dict:
             draw_picture(model, tokenizer, folder / "denoising.png", args.seed)
     results["seconds"] = round(time.perf_counter() - start, 1)
 
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (folder / "table.md").write_text(table(results), encoding="utf-8")
-    print(f"\n{table(results)}\n{how_to_load(folder / 'fp_mdlm')}")
+    write_report(folder / "results.json", results)
+    (folder / "table.md").write_text(markdown(results), encoding="utf-8")
+    print(f"\n{markdown(results)}\n{how_to_load(folder / 'fp_mdlm')}")
     return results
 
 
@@ -206,41 +206,36 @@ def draw_picture(model, tokenizer, path: Path, seed: int) -> None:
     plot_denoising(steps, tokenizer, path)
 
 
-def table(results: dict) -> str:
+def markdown(results: dict) -> str:
     """The results in Markdown."""
     found, text = results["provenance"], results["text"]
-    lines = [
-        f"Text: {text['source']}; {text['train_tokens']:,} training and {text['held_out_tokens']:,} held-out tokens.",
-        f"On {found['device']}; torch {found['versions']['torch']}, transformers {found['versions']['transformers']}, "
-        f"commit {found['commit']}; {results['seconds']:.0f} s in all.",
-        "",
-        "| model | parameters | steps | seconds per step | validation perplexity |",
-        "|---|---|---|---|---|",
+    models = [
+        [
+            TITLES[name],
+            f"{m['parameters']:,}",
+            m["steps"],
+            f"{m['seconds_per_step']:.3f}",
+            plus_minus(m["validation_perplexity"], m["validation_perplexity_standard_error"], 1),
+        ]
+        for name, m in results["models"].items()
     ]
-    for name, m in results["models"].items():
-        lines.append(
-            f"| {TITLES[name]} | {m['parameters']:,} | {m['steps']} | {m['seconds_per_step']:.3f} "
-            f"| {plus_minus(m['validation_perplexity'], m['validation_perplexity_standard_error'], 1)} |"
-        )
-    lines += [
-        "",
-        "| budget | model | reuse | steps | block evaluations | ms per text | entropy | 4-gram perplexity |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    samples = []
     for row in sorted(results["samples"], key=lambda row: row["budget"]):
-        lines.append(
-            f"| {row['budget']} | {TITLES[row['model']]} | {row['reuse']} | {row['num_steps']} "
-            f"| {row['block_evaluations']} | {row['milliseconds_per_text']:.1f} | {row['entropy']:.2f} "
-            f"| {shown_perplexity(row)} |"
-        )
+        cost = [row["num_steps"], row["block_evaluations"], f"{row['milliseconds_per_text']:.1f}"]
+        quality = [f"{row['entropy']:.2f}", shown_perplexity(row)]
+        samples.append([row["budget"], TITLES[row["model"]], row["reuse"], *cost, *quality])
     held_out = results["held_out"]
-    lines.append(f"| | held-out text | | | | | {held_out['entropy']:.2f} | {shown_perplexity(held_out)} |")
-    lines += [
-        "",
+    samples.append([None, "held-out text", *[None] * 4, f"{held_out['entropy']:.2f}", shown_perplexity(held_out)])
+    columns = ["budget", "model", "reuse", "steps", "block evaluations", "ms per text", "entropy", "4-gram perplexity"]
+    return (
+        f"Text: {text['source']}; {text['train_tokens']:,} training and {text['held_out_tokens']:,} held-out tokens.\n"
+        f"On {found['device']}; torch {found['versions']['torch']}, transformers {found['versions']['transformers']}, "
+        f"commit {found['commit']}; {results['seconds']:.0f} s in all.\n\n"
+        f"{table(['model', 'parameters', 'steps', 'seconds per step', 'validation perplexity'], models)}\n\n"
+        f"{table(columns, samples)}\n\n"
         f"4-gram perplexity ± standard error over texts: under an {results['judge']}; it sees local fluency only. "
-        f"Each row: {results['arguments']['num_samples']} texts of {results['arguments']['length']} tokens.",
-    ]
-    return "\n".join(lines) + "\n"
+        f"Each row: {results['arguments']['num_samples']} texts of {results['arguments']['length']} tokens.\n"
+    )
 
 
 def how_to_load(folder: Path) -> str:
