@@ -334,6 +334,9 @@ def test_files_and_folders_of_something_else_are_refused(tmp_path):
         load_image_tokenizer(path)
     with pytest.raises(ValueError, match="does not exist"):
         load_image_tokenizer(tmp_path / "gone.pt")
+    for name in (tmp_path / "gone", "./gone", "/gone/vq"):
+        with pytest.raises(ValueError, match=r"`path_or_repo`='.*gone.*' does not exist"):
+            load_image_tokenizer(name)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match=r"'bert'.*known are"):
         load_image_tokenizer(tmp_path)

@@ -164,11 +164,19 @@ def test_bad_arguments_are_named(tmp_path, config, message):
         load_halton_maskgit(tmp_path / "w.safetensors", config)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_forward_module._orig_mod."])
+def test_prefixes_of_compilation_and_engines_are_no_part_of_a_name(tmp_path, prefix):
+    state, wrapped = original_state(), {prefix + name: x for name, x in original_state().items()}
+    torch.save({"model_state_dict": wrapped}, tmp_path / "w.pth")
+    model = load_halton_maskgit(str(tmp_path / "w.pth"), {"heads": 2})
+    assert torch.equal(model.class_embedding.weight, state["cls_emb.weight"])
+
+
 def test_files_of_other_kinds_are_refused(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "other.pth")
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     for name, message in (
-        ("absent.pth", "must be an existing"),
+        ("absent.pth", r"absent\.pth' does not exist: it must be an existing file"),
         ("other.pth", "no `model_state_dict`"),
         ("other.safetensors", "it has no .*tok_emb.weight"),
     ):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, JanusVQVAEConfig
 
 import convert_mdlm
@@ -20,11 +20,15 @@ import digits
 import distill_sdtt
 import posttrain_consistency
 import sample_images
+import train_and_export
 import train_imagenette
 from fpmgm.conversion import load_image_tokenizer
 from fpmgm.models.image_tokenizer import to_uint8
 from fpmgm.models.modeling_vqgan import VQGANModel
 from tests.conversion.test_maskgit import CLASSES, CODES, SIDE, original_state
+from tests.conversion.test_mdlm import assert_equal_logits, explicit_model
+from tests.conversion.test_mdlm import original_state as mdlm_state
+from train_and_export import load_model
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -184,6 +188,19 @@ def test_training_says_how_to_draw(prepared, tmp_path, capsys):
     train_imagenette.main([*argv, "--output_dir", str(tmp_path), "--learning_rate", "1e-4"])
     told = json.loads((tmp_path / "preparation.json").read_text())
     assert f"draw with: {train_imagenette.sampling_command(str(tmp_path), told)}\n" in capsys.readouterr().out
+
+
+def test_recipes_start_from_descendants_of_mdlm_too(tmp_path, monkeypatch):
+    teacher = explicit_model()
+    save_file(mdlm_state(teacher, prefix=""), tmp_path / "model.safetensors")  # DiDi-Instruct: no configuration
+    assert_equal_logits(load_model(str(tmp_path)), teacher)
+    (tmp_path / "config.json").write_text('{"model": {"n_heads": 2, "length": 8}}', encoding="utf-8")  # SDTT: no type
+    assert load_model(str(tmp_path)).config.max_position_embeddings == 8
+    asked = []
+    monkeypatch.setattr(train_and_export, "cached_file", lambda *names, revision, **kwargs: asked.append(revision))
+    monkeypatch.setattr(train_and_export, "load_mdlm", lambda name, revision: asked.append((name, revision)))
+    load_model("jdeschena/sdtt", "scaling")
+    assert asked == ["scaling", "scaling", ("jdeschena/sdtt", "scaling")]
 
 
 def test_digits_need_no_download(tmp_path):
