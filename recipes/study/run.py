@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the other recipes
 import sample_world
 from fpmgm.command_line import LocalPath, ModelName, parse_arguments
 from study.judge import describe_truth, judge_row, open_truth
+from study.pictures import plot_excess
 from study.plan import Plan, load_plan
 from study.tables import write_tables
 from study.train import train_row
@@ -52,7 +53,8 @@ def main(argv: list[str] | None = None) -> None:
             train_row(plan, row, folder, args.device)
         if args.only != "train" and (folder / "runs" / row.name / "training.json").exists():
             judge_row(plan, row, folder, judge, args.device)
-            write_tables(plan, folder, truth, f"study_{Path(args.plan).stem}", target)
+            name = f"study_{Path(args.plan).stem}"
+            plot_excess(write_tables(plan, folder, truth, name, target), target / f"{name}.png")
 
 
 def make_world(plan: Plan, args: StudyArguments) -> None:

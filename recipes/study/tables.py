@@ -13,13 +13,14 @@ from study.plan import Plan
 SETTING = ("reuse", "temperature", "top_p", "order", "num_steps", "iterations", "allocation")
 
 
-def write_tables(plan: Plan, folder: Path, truth: dict, name: str, target: Path) -> None:
-    """Write NAME.json, all rows that are finished, and NAME.md."""
+def write_tables(plan: Plan, folder: Path, truth: dict, name: str, target: Path) -> list[dict]:
+    """Write NAME.json, all rows that are finished, and NAME.md; returns the rows."""
     paths = [folder / "results" / "rows" / f"{row.name}.json" for row in plan.rows]
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
     target.mkdir(parents=True, exist_ok=True)
     (target / f"{name}.json").write_text(json.dumps({"truth": truth, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     (target / f"{name}.md").write_text(markdown(truth, rows), encoding="utf-8")
+    return rows
 
 
 def markdown(truth: dict, rows: Sequence[dict]) -> str:

@@ -83,6 +83,7 @@ def test_every_row_is_trained_judged_and_in_the_tables(studied):
     plan = load_plan(TINY)
     found = json.loads((studied / "results" / "study_tiny.json").read_text())
     assert [row["name"] for row in found["rows"]] == [row.name for row in plan.rows]
+    assert (studied / "results" / "study_tiny.png").stat().st_size > 10_000
     table = (studied / "results" / "study_tiny.md").read_text()
     for row in found["rows"]:
         assert row["training"]["steps"] == 2 and row["title"] in table
