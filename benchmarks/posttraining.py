@@ -17,7 +17,7 @@ from transformers.utils import logging
 import fpmgm  # noqa: F401  (registers the models)
 from fpmgm.command_line import LocalPath, ModelName, parse_arguments
 from fpmgm.data import load_text, pack
-from fpmgm.evaluation import evaluate_budgets, load_judge, measure_samples, provenance
+from fpmgm.evaluation import evaluate_budgets, load_judge, measure_samples, plus_minus, provenance
 from fpmgm.evaluation.report import table, write_report
 from made_models import Run, arguments_of, folder_of, make, parameters_of
 
@@ -33,6 +33,7 @@ SHARED = (
 )
 ADAPT = "--learning_rate 5e-4 --lr_scheduler_type constant_with_warmup"
 CONSISTENCY = "--eval_steps 50 --save_steps 50 --max_steps {adapt}"
+MEASURES = ("generative_perplexity", "generative_perplexity_standard_error", "unigram_entropy")
 CONVERT, PAPER = "--max_steps {convert}", "--layer_map paper --max_steps {convert}"
 EVERY, ENDS = ["none", "full", "3sr"], ["none", "3sr"]
 RUNS = {
@@ -87,6 +88,7 @@ def train(name: str, args: Arguments) -> dict:
     return {
         **{key: made[key] for key in ("command", "commit", "steps")},
         "perplexity_before": made.get("before_perplexity"),
+        "perplexity_before_standard_error": made.get("before_perplexity_stderr"),
         "perplexity": made["eval_perplexity"],
         "perplexity_standard_error": made.get("eval_perplexity_stderr"),
         "parameters": parameters_of(folder),
@@ -102,7 +104,7 @@ def sample(name: str, judge, args: Arguments) -> list[dict]:
         model, tokenizer, judge, args.budgets, settings, num_samples=args.num_samples, batch_size=args.num_samples,
         judge_batch_size=24, cache_dir=Path(args.work_dir) / "cache",
     )  # fmt: skip
-    kept = ("budget", "reuse", "num_steps", "block_evaluations", "generative_perplexity", "unigram_entropy", "sample")
+    kept = ("budget", "reuse", "num_steps", "block_evaluations", *MEASURES, "sample")
     return [{key: row[key] for key in kept} for row in rows]
 
 
@@ -111,14 +113,17 @@ def human(judge, args: Arguments) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(folder_of("fp", args.work_dir))
     blocks = pack(load_text(args.eval_text_files), tokenizer, 64).select(range(args.num_samples))["input_ids"]
     found = measure_samples(list(blocks), tokenizer, judge, batch_size=24)
-    return {key: found[key] for key in ("generative_perplexity", "unigram_entropy", "protocol")}
+    return {key: found[key] for key in (*MEASURES, "protocol")}
 
 
 def markdown(result: dict) -> str:
     """Both tables."""
     runs = []
     for name, run in result["runs"].items():
-        before, after = (run[key] and f"{run[key]:.2f}" for key in ("perplexity_before", "perplexity"))
+        before = None
+        if run["perplexity_before"] is not None:
+            before = plus_minus(run["perplexity_before"], run["perplexity_before_standard_error"])
+        after = plus_minus(run["perplexity"], run["perplexity_standard_error"])
         runs.append([name, run["steps"], before, after])
     budgets, samples = result["arguments"]["budgets"], []
     for name, run in result["runs"].items():
@@ -134,7 +139,8 @@ def markdown(result: dict) -> str:
 
 def cell(row: dict) -> str:
     """Perplexity and entropy of samples or text."""
-    return f"{row['generative_perplexity']:.0f}, {row['unigram_entropy']:.2f}"
+    perplexity = plus_minus(row["generative_perplexity"], row["generative_perplexity_standard_error"], 0)
+    return f"{perplexity}, {row['unigram_entropy']:.2f}"
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ The same command goes on after an interruption.
 """
 
 import json
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +36,8 @@ def main(argv: list[str] | None = None) -> DatasetDict:
     for split, rows in codes.items():
         found, left_out = report["counts"][split]["pictures"], report["left_out"][split]
         print(f"{split}: {found:,} pictures, {left_out:,} unreadable, {len(rows):,} rows of codes")
+    words = ["--config", "recipes/configs/fp_maskgit_small.yaml", "--codes_dir", args.output_dir]
+    print(f"next:\n    {shlex.join(['python', 'recipes/train_imagenette.py', *words])}")
     return codes
 
 

@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> dict:
     if name not in SWEEPS:
         raise ValueError(f"the first argument is {name!r}, but must be one of {tuple(SWEEPS)}.")
     arguments, run, draw, show = SWEEPS[name]
-    (args,) = parse_arguments((arguments,), arguments.__doc__, argv[1:])
+    (args,) = parse_arguments((arguments,), f"{name}: {arguments.__doc__}\n\n{__doc__}", argv[1:])
     device, folder = device_of(args), Path(args.output_dir)
     judge = open_judge(args, args.models, device)
     found = {}

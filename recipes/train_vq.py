@@ -8,6 +8,7 @@ Writes the tokenizer with its image processor and `reconstructions.png`: picture
 below. The same command goes on from the last checkpoint in `output_dir`.
 """
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from fpmgm.trainers import ImageTokenizerConfig, ImageTokenizerTrainer
 from fpmgm.trainers.lock import hold_folder
 from fpmgm.trainers.run_record import Origin, digest_of_bytes
 from image_data import PictureArguments, read_pictures
+from narration import say
 from train_and_export import run_checkpoint
 
 
@@ -102,6 +104,9 @@ def train(pictures: PictureArguments, args: VQArguments, training: ImageTokenize
         f"PSNR {metrics['eval_psnr']:.2f} dB on {len(eval_pixels)} held-out pictures; {used:.1%} of the codes in use, "
         f"perplexity {perplexity:.0f} of {model.codebook_size}"
     )
+    source = ["--image_dir", pictures.image_dir] if pictures.image_dir else ["--dataset_name", pictures.dataset_name]
+    words = ["python", "recipes/prepare_images.py", *source, "--tokenizer", training.output_dir]
+    say(f"exported to {training.output_dir}\nnext:\n    {shlex.join([*words, '--output_dir', 'codes/mine'])}")
     return metrics
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipes are used as a person would: every YAML is read by its recipe, and each recipe runs on a little text."""
 
+import importlib
 import json
 import os
 import re
@@ -87,6 +88,22 @@ def test_every_yaml_is_read_by_its_recipe(config, monkeypatch):
     read = {name: value for instance in parse_arguments(types, "", argv) for name, value in vars(instance).items()}
     assert {name: read[name] for name in values} == values
     assert parse_arguments(types, "", [*argv, "--max_steps", "7"])[-1].max_steps == 7
+
+
+SCRIPTS = sorted(path for path in RECIPES.glob("*.py") if "parse_arguments(" in path.read_text("utf-8"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_every_recipe_has_a_help_with_its_usage_as_written(path, capsys):
+    if path.name in ("judged_samples.py", "train_and_export.py"):
+        pytest.skip("shared by recipes")
+    recipe = importlib.import_module(path.stem)
+    with pytest.raises(SystemExit):
+        recipe.main(["plans", "--help"] if path.stem == "sweep" else ["--help"])
+    shown = capsys.readouterr().out
+    usage = [line for line in recipe.__doc__.splitlines() if f"recipes/{path.name}" in line]
+    assert usage and all(line in shown.splitlines() for line in usage)
+    assert "\nCommon:\n  --config" in shown
 
 
 def test_every_yaml_starts_from_what_a_command_in_its_first_lines_makes():
