@@ -106,9 +106,11 @@ def test_help_shows_common_options_first_and_those_of_hugging_face_last(capsys):
 
 @pytest.mark.parametrize("config_class", [FPMDLMConfig, FPMaskGITConfig])
 def test_architecture_options_have_words_of_their_own(config_class):
-    kind = model_arguments(config_class, exclude=("grid_size",))
+    tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+    kind = model_arguments(config_class, exclude=("grid_size", *tokens))
     helps = {f.name: f.metadata["help"] for f in fields(kind)}
     assert all(len(text) > 10 for text in helps.values()) and "grid_size" not in helps
+    assert len(set(helps.values())) == len(helps)
 
 
 def test_an_ascii_terminal_is_no_reason_to_stop(tmp_path):

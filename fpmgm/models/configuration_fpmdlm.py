@@ -22,15 +22,19 @@ class FPMDLMConfig(PreTrainedConfig):
         max_position_embeddings (`int`, defaults to 1024): Longest sequence, and the default length of `generate`.
         dropout (`float`, defaults to 0.1): Dropout after attention and MLP, in [0, 1). Inside the fixed-point stack
             one mask serves all iterations of a call.
-        num_pre_layers, num_fixed_point_layers, num_post_layers (`int`, default to 1): Blocks of P, F and H.
+        num_pre_layers (`int`, defaults to 1): Blocks of P, before the fixed-point stack; an explicit model's blocks.
+        num_fixed_point_layers (`int`, defaults to 1): Blocks of F, iterated to a fixed point; 0: an explicit model.
+        num_post_layers (`int`, defaults to 1): Blocks of H, after the fixed-point stack.
         input_injection (`str`, defaults to `"mlp"`): How F sees its input u: `"mlp"` (the paper's), `"linear"` or
             `"diagonal"` (z = a⊙h + (1 − a)⊙u with a in (0, 1): stable for any weights, nearly free).
         injection_init (`str`, defaults to `"contraction"`): Start of the injection: `"contraction"` is exactly
             z = h/2 + u/2, for training from scratch; `"identity"` is exactly z = h, for conversion (not possible
             for `"diagonal"`, whose a stays below 1).
         num_fixed_point_iterations (`int`, defaults to 6): Iterations of `forward` when none are given.
-        no_grad_iterations, grad_iterations (`list[int]`, default to [0, 4] and [3, 6]): Inclusive ranges from which
-            the trainer draws the iterations without and with gradient (SJFB, Section 3.2 and Appendix C.1).
+        no_grad_iterations (`list[int]`, defaults to [0, 4]): Inclusive range from which the trainer draws the
+            iterations without gradient (SJFB, Section 3.2 and Appendix C.1).
+        grad_iterations (`list[int]`, defaults to [3, 6]): Inclusive range from which it draws those with gradient,
+            which come after.
         time_conditioning (`bool`, defaults to `False`): Whether the blocks see the diffusion time.
         rope_theta (`float`, defaults to 10000): Base of the rotary position embedding.
         layer_norm_eps (`float`, defaults to 1e-5): Added to variances.
