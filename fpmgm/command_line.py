@@ -139,20 +139,25 @@ def check_names(options: Any, config: str | None = None, values: dict[str, Any] 
         if kind is None or value is None or value == defaults[name]:
             continue
         for item in value if isinstance(value, list) else [value]:
-            if Path(item).exists():
-                continue
             of_yaml = config is not None and values.get(name) in (item, value)
             see = f"make it as the first lines of {config} say, or give another" if of_yaml else "give one that does"
-            if kind is LocalPath:
-                raise ValueError(f"`{name}`: {item!r} does not exist: {see}.")
-            try:
-                _look_up(item, ON_HUB[kind])
-            except Exception as error:  # of the network, of the hub, of the name's form
-                reason = str(error).strip().split("\n")[0]
-                raise ValueError(
-                    f"`{name}`={item!r} does not exist, neither as a file or folder here nor on the hub ({reason}): "
-                    f"{see}."
-                ) from error
+            check_name(name, item, kind, see)
+
+
+def check_name(name: str, value: str, kind: Any, what_to_do: str = "give one that does") -> None:
+    """Raise a `ValueError` if `value` of the option `name`, of one of the types above, does not exist."""
+    if Path(value).exists():
+        return
+    if kind is LocalPath:
+        raise ValueError(f"`{name}`: {value!r} does not exist: {what_to_do}.")
+    try:
+        _look_up(value, ON_HUB[kind])
+    except Exception as error:  # of the network, of the hub, of the name's form
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"`{name}`={value!r} does not exist, neither as a file or folder here nor on the hub ({reason}): "
+            f"{what_to_do}."
+        ) from error
 
 
 def _look_up(name: str, repo_type: str) -> None:

@@ -34,7 +34,8 @@ from fpmgm.analysis.planning import (
     seconds,
     sent_bytes,
 )
-from fpmgm.command_line import parse_arguments
+from fpmgm.command_line import LocalPath, ModelName, check_name, parse_arguments
+from fpmgm.evaluation.report import table
 
 
 class Hardware(NamedTuple):
@@ -150,8 +151,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if args.json:
         print(json.dumps({"arguments": asdict(args), "hardware": hardware._asdict(), "models": estimates}, indent=1))
     else:
-        table = plain if args.plain else markdown
-        print("\n\n".join("\n\n".join([f"## {e['model']}", *tables(e, args, table)]) for e in estimates))
+        show = plain if args.plain else table
+        print("\n\n".join("\n\n".join([f"## {e['model']}", *tables(e, args, show)]) for e in estimates))
     return estimates
 
 
@@ -168,7 +169,10 @@ def load_config(name: str, vocab_size: int) -> PreTrainedConfig:
         return FPMDLMConfig(**{"intermediate_size": 4 * MODELS[name].get("hidden_size", 768), **MODELS[name]})
     if name in IMAGE_MODELS:
         return FPMaskGITConfig(**IMAGE_MODELS[name])
-    if Path(name).suffix not in (".yaml", ".yml"):
+    is_yaml = Path(name).suffix in (".yaml", ".yml")
+    presets = ", ".join([*MODELS, *IMAGE_MODELS])
+    check_name("model", name, LocalPath if is_yaml else ModelName, f"give one that does, or a preset ({presets})")
+    if not is_yaml:
         return AutoConfig.from_pretrained(name)
     values = yaml.safe_load(Path(name).read_text(encoding="utf-8")) or {}
     of_text, of_images = (
@@ -316,7 +320,7 @@ def sampling(
 # --- the tables ---------------------------------------------------------------------------------------------------
 
 
-def tables(found: dict, args: CostArguments, table) -> list[str]:
+def tables(found: dict, args: CostArguments, show) -> list[str]:
     """The sections of one model's report."""
     parameters = {name: n for name, n in found["parameters"].items() if n}
     step, gib = found["step"], 2**30
@@ -363,23 +367,17 @@ def tables(found: dict, args: CostArguments, table) -> list[str]:
     cost = [] if args.price is None else ["cost"]
     return [
         "Parameters (exact)",
-        table(list(parameters), [[f"{n:,}" for n in parameters.values()]]),
+        show(list(parameters), [[f"{n:,}" for n in parameters.values()]]),
         f"A training step of {args.batch_size} sequences, the mean over times and iterations (bytes estimated)",
-        table(["part", "TFLOPs", "share", "GB moved"], work_rows),
+        show(["part", "TFLOPs", "share", "GB moved"], work_rows),
         f"Memory of a GPU at the peak, GiB (estimated): {where}, micro-batch {args.micro_batch_size}",
-        table(["engine", "checkpointing", *parts, "largest micro-batch", "sent per step"], memory_rows),
+        show(["engine", "checkpointing", *parts, "largest micro-batch", "sent per step"], memory_rows),
         f"Runs (estimated): {where}, utilisation {args.utilisation}",
-        table(["run", "steps", "FLOPs", "seconds per step", "hours", "GPU hours", *cost], run_rows),
+        show(["run", "steps", "FLOPs", "seconds per step", "hours", "GPU hours", *cost], run_rows),
         f"A sampled sequence (estimated): one {args.hardware}, {args.dtype}, batch {args.sampling_batch_size}, "
         f"utilisation {args.utilisation}",
-        table(["budget", "steps", "TFLOPs", "GB moved", "seconds"], sampling_rows),
+        show(["budget", "steps", "TFLOPs", "GB moved", "seconds"], sampling_rows),
     ]
-
-
-def markdown(columns: list[str], rows: list[list]) -> str:
-    """A Markdown table."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def plain(columns: list[str], rows: list[list]) -> str:

@@ -105,3 +105,9 @@ def test_this_machine_is_timed(capsys):
 def test_bad_arguments_are_refused(argv, message):
     with pytest.raises(ValueError, match=message):
         estimate_cost.main(argv)
+
+
+@pytest.mark.parametrize("name", ["mdlm_2b", "gone/folder", "gone.yaml"])
+def test_a_model_that_does_not_exist_is_said_with_the_presets(name):
+    with pytest.raises(ValueError, match=rf"`model`.*'{name}' does not exist.*or a preset \(mdlm, fp_mdlm"):
+        estimate_cost.main(["--model", name, *SHORT])
