@@ -19,7 +19,7 @@ def contents(folder: Path) -> dict:
     pickled = {path.stem: torch.load(path, weights_only=False) for path in folder.glob("*.pt*")}
     tensors = {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
     assert {"optimizer", "scheduler", "rng_state"} <= pickled.keys() or {"rng_state_0"} <= pickled.keys()
-    assert len(pickled["optimizer"]["state"]) > 10 and {"model"} < tensors.keys()
+    assert len(pickled["optimizer"]["state"]) > 10 and {"model", "adapter_model"} & tensors.keys()
     names = {"best": None if best is None else Path(best).name}
     return {"state": state, "lines": lines, **names, **tensors, **pickled}
 
