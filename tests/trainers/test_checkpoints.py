@@ -114,6 +114,15 @@ def test_a_disk_that_is_full_at_any_write_leaves_the_last_checkpoint_and_nothing
     assert differences(contents(half / "checkpoint-4"), contents(straight / "checkpoint-4")) == []
 
 
+def test_a_file_that_disappears_is_not_taken_for_a_full_disk(half):
+    def gone():
+        raise FileNotFoundError("somebody removed it")
+
+    with faults.cut_off(2, gone, faults.WRITERS), pytest.raises(OSError, match="somebody removed it") as caught:
+        faults.train(half, max_steps=4, save_steps=2)
+    assert "Make room" not in str(caught.value) and "something else writes to or removes" in str(caught.value)
+
+
 @pytest.mark.parametrize(("limit", "raised"), [(40_000, "SafetensorError"), (100_000, "RuntimeError")])
 def test_what_libraries_raise_for_a_file_that_cannot_grow_ends_as_clearly(half, limit, raised):
     # The system's limit on a file's size fails like a full disk, in the writers' own code and words.
