@@ -84,6 +84,15 @@ def test_a_folder_of_weights_alone_is_read(tmp_path):
     assert_equal_logits(load_mdlm(tmp_path), model)
 
 
+def test_idlms_folder_is_mdlms_with_heads_of_64(tmp_path):
+    model = explicit_model(hidden_size=128, num_attention_heads=2)
+    write_folder(tmp_path, model)
+    state = load_file(tmp_path / "model.safetensors")
+    state["backbone.rotary_emb.inv_freq"] = 10000.0 ** -(torch.arange(0, 64, 2) / 64)  # 32 entries
+    save_file(state, tmp_path / "model.safetensors")
+    assert_equal_logits(load_mdlm(tmp_path), model)
+
+
 def test_the_base_of_the_rotary_embedding_is_that_of_the_frequencies_stored(tmp_path):
     model = explicit_model(rope_theta=500.0)
     state = original_state(model)
