@@ -381,7 +381,9 @@ class MGMPreTrainedModel(PreTrainedModel):
             `ValueError`: names what is missing; transformers does not find DoRA's magnitudes.
         """
         loaded = super().load_adapter(peft_model_id, *args, **kwargs)
-        advice = "Let PEFT load it, by `PeftModel.from_pretrained(model, adapter)` on the model it belongs to."
+        advice = (
+            "Get the whole adapter, or let PEFT load it: `PeftModel.from_pretrained(model, adapter)` on its model."
+        )
         check_complete(peft_model_id, loaded.missing_keys, advice)
         return loaded
 
