@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixed-point masked generative models for the Hugging Face world.
 
-Importing `fpmgm` registers its models with `AutoConfig`, `AutoModel` and `AutoModelForMaskedLM`.
+Importing `fpmgm` registers its models with `AutoConfig`, `AutoModel` and `AutoModelForMaskedLM`. Its sub-packages and
+the trainers, which need more than torch and transformers, are imported when they are first used.
 """
+
+import importlib
+from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
@@ -26,6 +30,34 @@ AutoModel.register(FPMDLMConfig, FPMDLMForMaskedDiffusion, exist_ok=True)
 AutoModelForMaskedLM.register(FPMDLMConfig, FPMDLMForMaskedDiffusion, exist_ok=True)
 AutoConfig.register(FPMaskGITConfig.model_type, FPMaskGITConfig, exist_ok=True)
 AutoModel.register(FPMaskGITConfig, FPMaskGITModel, exist_ok=True)
+
+SUB_PACKAGES = ("analysis", "data", "evaluation", "trainers")
+TRAINERS = (
+    "ConsistencyConfig",
+    "ConsistencyTrainer",
+    "ConversionConfig",
+    "ConversionTrainer",
+    "ImageTokenizerConfig",
+    "ImageTokenizerTrainer",
+    "MGMTrainer",
+    "MGMTrainingConfig",
+    "SDTTConfig",
+    "SDTTTrainer",
+)
+
+
+def __getattr__(name: str) -> Any:
+    """A sub-package, or a trainer, when it is first used."""
+    if name in SUB_PACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in TRAINERS:
+        return getattr(importlib.import_module(f"{__name__}.trainers"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *SUB_PACKAGES, *TRAINERS])
+
 
 __all__ = [
     "BudgetPlan",

@@ -157,6 +157,12 @@ for name, extra in (("trainers", "train"), ("data", "train"), ("evaluation.lm_ev
         assert f"pip install 'fpmgm[{extra}]'" in str(error), error
     else:
         raise AssertionError(name + " imported")
+try:
+    fpmgm.MGMTrainer
+except ImportError as error:
+    assert "pip install 'fpmgm[train]'" in str(error), error
+else:
+    raise AssertionError("MGMTrainer imported")
 """
 
 
@@ -276,3 +282,27 @@ def test_examples_in_docstrings_run():
     results = {name: doctest.testmod(importlib.import_module(name)) for name in names}
     assert {name: result.failed for name, result in results.items() if result.failed} == {}
     assert sum(result.attempted - getattr(result, "skipped", 0) for result in results.values()) > 10
+
+
+LAZY = """
+import sys
+import fpmgm
+assert not {f"fpmgm.{name}" for name in ("trainers", "data", "evaluation", "analysis")} & set(sys.modules)
+assert {"trainers", "MGMTrainer", "generate"} - set(dir(fpmgm)) == {"generate"}
+from fpmgm import MGMTrainer
+assert MGMTrainer is fpmgm.trainers.MGMTrainer and "fpmgm.evaluation" not in sys.modules
+assert fpmgm.evaluation.grid and fpmgm.data.pack and fpmgm.analysis.plot_frontier
+try:
+    fpmgm.MGMTrainre
+except AttributeError as error:
+    assert "MGMTrainre" in str(error)
+else:
+    raise AssertionError
+"""
+
+
+def test_sub_packages_and_trainers_are_imported_when_they_are_used():
+    import fpmgm.trainers
+
+    assert set(fpmgm.TRAINERS) == {name for name in fpmgm.trainers.__all__ if name.endswith(("Trainer", "Config"))}
+    subprocess.run([sys.executable, "-c", LAZY], check=True, cwd=PACKAGE.parent)

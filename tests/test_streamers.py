@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The streamer shows every step and ends on the finished text."""
 
+import io
+import sys
+
+import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from fpmgm import TextStreamer
 from fpmgm.data import train_tokenizer
@@ -33,3 +38,22 @@ def test_the_terminal_is_rewritten_in_place(capsys):
     assert capsys.readouterr().out == "\x1b[J░░░░░\n\x1b[1F\x1b[Ja text\n"
     streamer.put(torch.tensor([tokenizer("next")["input_ids"]]))
     assert capsys.readouterr().out == "\x1b[Jnext\n"  # what was finished stays
+
+
+@pytest.mark.parametrize(
+    ("encoding", "blank", "letter"), [("ascii", "_", "?"), ("latin-1", "_", "é"), ("utf-8", "░", "é")]
+)
+def test_a_terminal_gets_what_its_encoding_has(monkeypatch, encoding, blank, letter):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    tokenizer, _ = tokenizer_and_model()
+    streamer = TextStreamer(tokenizer)
+    streamer.put(torch.tensor([[*tokenizer("é")["input_ids"], tokenizer.mask_token_id]]))
+    assert written.getvalue().decode(encoding) == f"\x1b[J{letter}{blank}\n"
+
+
+def test_a_tokenizer_without_mask_is_refused():
+    tokenizer, _ = tokenizer_and_model()
+    plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(ValueError, match="`tokenizer` has no mask token"):
+        TextStreamer(plain)

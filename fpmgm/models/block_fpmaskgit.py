@@ -98,16 +98,19 @@ class FPMaskGITBlock(nn.Module):
         attention_mask: torch.Tensor | None = None,
         keep: tuple[torch.Tensor, torch.Tensor] | None = None,
         selection: Selection | None = None,
+        training: bool | None = None,
     ) -> torch.Tensor:
-        """(B, L, D) → (B, L, D), or (P, D): the block's output at the selected positions, exactly."""
+        """(B, L, D) → (B, L, D), or (P, D): the block's output at the selected positions, exactly. Dropout acts in
+        `training`; `None`: as the module's mode says."""
+        training = self.training if training is None else training
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         keep1, keep2 = keep or (None, None)
         y = self.attention(modulate(self.norm1(x), shift1, scale1), attention_mask, selection)
         if selection is not None:
             x, gate1, shift2, scale2, gate2 = (selection.pick(z) for z in (x, gate1, shift2, scale2, gate2))
-        x = gated_residual(x, gate1, y, self.dropout, self.training, keep1)
+        x = gated_residual(x, gate1, y, self.dropout, training, keep1)
         y = modulate(self.norm2(x), shift2, scale2)
-        if self.training and self.dropout and keep2 is None:
+        if training and self.dropout and keep2 is None:
             keep2 = draw_kept(y, self.hidden_units, self.dropout)
 
         def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

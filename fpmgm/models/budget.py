@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """A budget of block evaluations becomes a number of denoising steps and of iterations at each (Section 4, F.10)."""
 
+import itertools
 import math
 from dataclasses import dataclass
-from numbers import Integral
 
+from .arguments import check_whole, shown
+
+
+# More would not end in a lifetime, or would not fit into memory before the first step.
+MOST_STEPS = 100_000
+MOST_BLOCK_EVALUATIONS = 1_000_000
 
 # Weight of a step at x = i/(T − 1), from the first (noisiest) step at 0 to the last at 1.
 ALLOCATIONS = {
@@ -23,6 +29,17 @@ class BudgetPlan:
     num_steps: int
     iterations: list[int]
     block_evaluations: int
+
+    def __repr__(self) -> str:
+        """On one line: iterations that repeat are counted."""
+        runs = [(n, len(list(group))) for n, group in itertools.groupby(self.iterations)]
+        parts = [f"{n}" if count == 1 else f"{n}×{count}" for n, count in runs]
+        if len(parts) > 16:
+            parts = [*parts[:8], "…", *parts[-7:]]
+        return (
+            f"BudgetPlan({self.num_steps} steps of {', '.join(parts)} iterations, "
+            f"{self.block_evaluations} block evaluations)"
+        )
 
 
 def plan_budget(
@@ -44,7 +61,8 @@ def plan_budget(
         [`BudgetPlan`]: `num_steps`, `iterations` and `block_evaluations` (at most `budget`).
 
     Raises:
-        `ValueError`: if the budget cannot pay one iteration per step, naming the least that can.
+        `ValueError`: if the budget cannot pay one iteration per step, naming the least that can; for more than 10⁶
+            block evaluations or 10⁵ steps.
 
     Example:
 
@@ -53,14 +71,19 @@ def plan_budget(
     >>> plan = plan_budget(FPMDLMConfig(), budget=96)
     >>> plan.num_steps, plan.iterations[0], plan.iterations[-1], plan.block_evaluations
     (16, 6, 2, 96)
+    >>> plan
+    BudgetPlan(16 steps of 6, 5×5, 4×4, 3×5, 2 iterations, 96 block evaluations)
 
     ```
     """
-    budget = check_whole("budget", budget, minimum=1, unit="block evaluations")
-    if not isinstance(allocation, (list, tuple)) and allocation not in ALLOCATIONS:
-        raise ValueError(f"`allocation`={allocation!r} must be one of {tuple(ALLOCATIONS)} or a list of iterations.")
+    budget = check_whole("budget", budget, 1, "block evaluations", MOST_BLOCK_EVALUATIONS)
+    listed = isinstance(allocation, (list, tuple))
+    if not listed and not (isinstance(allocation, str) and allocation in ALLOCATIONS):
+        raise ValueError(
+            f"`allocation`={shown(allocation)} must be one of {tuple(ALLOCATIONS)} or a list of iterations."
+        )
     explicit, shared = config.num_pre_layers + config.num_post_layers, config.num_fixed_point_layers
-    if not isinstance(allocation, str):
+    if listed:
         plan = explicit_plan(config, allocation, num_steps)
         if plan.block_evaluations > budget:
             raise ValueError(
@@ -69,8 +92,8 @@ def plan_budget(
             )
         return plan
     if num_steps is None:
-        num_steps = max(1, budget // (explicit + 4 * shared))
-    num_steps = check_whole("num_steps", num_steps, minimum=1, unit="denoising steps")
+        num_steps = min(MOST_STEPS, max(1, budget // (explicit + 4 * shared)))
+    num_steps = check_whole("num_steps", num_steps, 1, "denoising steps", MOST_STEPS)
     least = num_steps * (explicit + shared)
     if budget < least:
         raise ValueError(
@@ -88,20 +111,37 @@ def explicit_plan(config, iterations: int | list[int], num_steps: int | None = N
 
     Raises:
         `ValueError`: if the list and `num_steps` disagree, an entry is below 1 (below 0 without fixed-point layers),
-            or a single number comes without `num_steps`.
+            or a single number comes without `num_steps`; for iterations of a model without fixed-point layers, and
+            for more than 10⁶ block evaluations or 10⁵ steps.
     """
-    minimum = 1 if config.num_fixed_point_layers else 0
-    if isinstance(iterations, Integral):
+    shared = config.num_fixed_point_layers
+    if num_steps is not None:
+        num_steps = check_whole("num_steps", num_steps, 1, "denoising steps", MOST_STEPS)
+    if not isinstance(iterations, (list, tuple)):
         if num_steps is None:
-            raise ValueError(f"`iterations`={iterations} needs `num_steps`: give the number of denoising steps.")
-        iterations = [iterations] * check_whole("num_steps", num_steps, minimum=1, unit="denoising steps")
-    iterations = [check_whole("iterations", n, minimum=minimum, unit="iterations at a step") for n in iterations]
-    if not iterations or (num_steps is not None and num_steps != len(iterations)):
+            raise ValueError(
+                f"`iterations`={shown(iterations)} needs `num_steps`: give the number of denoising steps."
+            )
+        iterations = [iterations] * num_steps
+    if not iterations or len(iterations) > MOST_STEPS or (num_steps is not None and num_steps != len(iterations)):
         raise ValueError(
-            f"`num_steps`={num_steps} must be the length {len(iterations)} of the list of iterations, at least 1."
+            f"`num_steps`={num_steps} must be the length {len(iterations)} of the list of iterations, at least 1 and "
+            f"at most {MOST_STEPS:,}."
         )
-    explicit = config.num_pre_layers + config.num_post_layers
-    cost = len(iterations) * explicit + sum(iterations) * config.num_fixed_point_layers
+    least = 1 if shared else 0
+    iterations = [
+        check_whole("iterations", n, least, "iterations at a step", MOST_BLOCK_EVALUATIONS) for n in iterations
+    ]
+    if shared == 0 and any(iterations):
+        raise ValueError(
+            f"`iterations`={max(iterations)} is for fixed-point layers, which the model lacks: give 0, or a budget."
+        )
+    cost = len(iterations) * (config.num_pre_layers + config.num_post_layers) + sum(iterations) * shared
+    if cost > MOST_BLOCK_EVALUATIONS:
+        raise ValueError(
+            f"`iterations` cost {cost:,} block evaluations in {len(iterations):,} steps, more than "
+            f"{MOST_BLOCK_EVALUATIONS:,}: give fewer."
+        )
     return BudgetPlan(len(iterations), iterations, cost)
 
 
@@ -112,15 +152,9 @@ def allocate(total: int, num_steps: int, allocation: str) -> list[int]:
     [4, 3, 3, 2]
     """
     weights = [ALLOCATIONS[allocation](i / max(num_steps - 1, 1)) for i in range(num_steps)]
-    quotas = [(total - num_steps) * weight / sum(weights) for weight in weights]
+    whole_weight = sum(weights)
+    quotas = [(total - num_steps) * weight / whole_weight for weight in weights]
     shares = [math.floor(quota + 1e-9) for quota in quotas]  # 1e-9: a whole quota is whole whatever the rounding
     remainders = sorted(range(num_steps), key=lambda i: (-round(quotas[i] - shares[i], 9), i))
     extra = set(remainders[: total - num_steps - sum(shares)])
     return [1 + shares[i] + (i in extra) for i in range(num_steps)]
-
-
-def check_whole(name: str, value: int, minimum: int, unit: str) -> int:
-    """`value` as an int, or a `ValueError` that names it."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
-        raise ValueError(f"`{name}`={value!r} must be a whole number of {unit}, at least {minimum}.")
-    return int(value)

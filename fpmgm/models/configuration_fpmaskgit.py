@@ -3,10 +3,21 @@
 
 from transformers import PreTrainedConfig
 
-from .configuration_mgm import check_fixed_point, check_share, check_stacks, check_whole_field
+from .arguments import whole
+from .configuration_mgm import DERIVED, EPSILON, PROBABILITY, SHARED_FIELDS, SIZE, check_fields
 
 
-DERIVED = {
+FIELDS = {
+    **SHARED_FIELDS,
+    "codebook_size": SIZE,
+    "num_classes": SIZE,
+    "grid_size": whole(1, 2**12),
+    "num_register_tokens": whole(0, 2**12),
+    "class_dropout": PROBABILITY,
+    "rms_norm_eps": EPSILON,
+}
+FOLLOWING = {
+    **DERIVED,
     "vocab_size": "`codebook_size` + 1",
     "mask_token_id": "`codebook_size`",
     "max_position_embeddings": "`grid_size` squared",
@@ -98,19 +109,13 @@ class FPMaskGITConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
-        self.no_grad_iterations = [0, 4] if self.no_grad_iterations is None else list(self.no_grad_iterations)
-        self.grad_iterations = [3, 6] if self.grad_iterations is None else list(self.grad_iterations)
-        for name, source in DERIVED.items():
-            if name in kwargs:
-                raise ValueError(f"`{name}`={kwargs[name]!r} cannot be set: it is {source}.")
+        self.no_grad_iterations = [0, 4] if self.no_grad_iterations is None else self.no_grad_iterations
+        self.grad_iterations = [3, 6] if self.grad_iterations is None else self.grad_iterations
         names = kwargs.get("num_labels") if self.id2label is None else len(self.id2label)
         if self.num_classes is None:
             self.num_classes = 10 if names is None else names
+        check_fields(self, FIELDS, FOLLOWING, kwargs)
         _check_sizes(self, names)
-        check_stacks(self)
-        check_fixed_point(self)
-        check_share(self, "dropout")
-        check_share(self, "class_dropout")
         super().__post_init__(**{**kwargs, "num_labels": self.num_classes})
 
     @property
@@ -140,16 +145,6 @@ class FPMaskGITConfig(PreTrainedConfig):
 
 
 def _check_sizes(config: FPMaskGITConfig, names: int | None) -> None:
-    for name in (
-        "codebook_size",
-        "num_classes",
-        "grid_size",
-        "hidden_size",
-        "num_attention_heads",
-        "intermediate_size",
-    ):
-        check_whole_field(config, name, minimum=1)
-    check_whole_field(config, "num_register_tokens", minimum=0)
     if config.num_attention_heads > config.hidden_size:
         raise ValueError(
             f"`num_attention_heads`={config.num_attention_heads} must be at most `hidden_size`={config.hidden_size}."

@@ -3,7 +3,20 @@
 
 from transformers import PreTrainedConfig
 
-from .configuration_mgm import check_fixed_point, check_share, check_stacks, check_whole_field
+from .arguments import flag, number, whole
+from .configuration_mgm import DERIVED, EPSILON, SHARED_FIELDS, SIZE, check_fields
+
+
+FIELDS = {
+    **SHARED_FIELDS,
+    "vocab_size": SIZE,
+    "mask_token_id": whole(0),
+    "conditioning_size": SIZE,
+    "max_position_embeddings": SIZE,
+    "time_conditioning": flag(),
+    "rope_theta": number(0, float("inf"), "()"),
+    "layer_norm_eps": EPSILON,
+}
 
 
 class FPMDLMConfig(PreTrainedConfig):
@@ -88,12 +101,10 @@ class FPMDLMConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        self.no_grad_iterations = [0, 4] if self.no_grad_iterations is None else list(self.no_grad_iterations)
-        self.grad_iterations = [3, 6] if self.grad_iterations is None else list(self.grad_iterations)
+        self.no_grad_iterations = [0, 4] if self.no_grad_iterations is None else self.no_grad_iterations
+        self.grad_iterations = [3, 6] if self.grad_iterations is None else self.grad_iterations
+        check_fields(self, FIELDS, DERIVED, kwargs)
         _check_sizes(self)
-        check_stacks(self)
-        check_fixed_point(self)
-        check_share(self, "dropout")
         super().__post_init__(**kwargs)
 
     @property
@@ -103,15 +114,6 @@ class FPMDLMConfig(PreTrainedConfig):
 
 
 def _check_sizes(config: FPMDLMConfig) -> None:
-    for name in (
-        "vocab_size",
-        "hidden_size",
-        "num_attention_heads",
-        "intermediate_size",
-        "conditioning_size",
-        "max_position_embeddings",
-    ):
-        check_whole_field(config, name, minimum=1)
     if config.hidden_size % (2 * config.num_attention_heads):
         raise ValueError(
             f"`num_attention_heads`={config.num_attention_heads} must divide `hidden_size`={config.hidden_size} into "

@@ -1,50 +1,108 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks that the configurations of all models share."""
 
-from transformers import PreTrainedConfig
+from dataclasses import fields
+from typing import Any
 
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers.utils import logging
+
+from .arguments import checked, flag, list_of, nearest, number, one_of, shown, whole
+from .budget import MOST_BLOCK_EVALUATIONS
+
+
+logger = logging.get_logger(__name__)
 
 INPUT_INJECTIONS = ("mlp", "linear", "diagonal")
 INJECTION_INITS = ("contraction", "identity")
+DERIVED = {"num_hidden_layers": "`num_pre_layers` + `num_fixed_point_layers` + `num_post_layers`"}
+
+# More is a damaged file, not a model.
+SIZE = whole(1, 2**24)
+LAYERS = whole(0, 1000, "blocks")
+PROBABILITY = number(0, 1, "[)")
+EPSILON = number(0, 1, "()")
+
+# What the fields that all models have may be.
+SHARED_FIELDS = {
+    "hidden_size": SIZE,
+    "num_attention_heads": SIZE,
+    "intermediate_size": SIZE,
+    "dropout": PROBABILITY,
+    "num_pre_layers": LAYERS,
+    "num_fixed_point_layers": LAYERS,
+    "num_post_layers": LAYERS,
+    "input_injection": one_of(INPUT_INJECTIONS),
+    "injection_init": one_of(INJECTION_INITS),
+    "num_fixed_point_iterations": whole(1, MOST_BLOCK_EVALUATIONS),
+    "no_grad_iterations": list_of(whole(0, MOST_BLOCK_EVALUATIONS), 2, 2),
+    "grad_iterations": list_of(whole(1, MOST_BLOCK_EVALUATIONS), 2, 2),
+    "tie_word_embeddings": flag(),
+}
+# What transformers reads of a configuration beside its fields, and what a checkpoint's has from elsewhere.
+OF_TRANSFORMERS = {
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "model_type",
+    "per_layer_config",
+    "quantization_config",
+    "rope_scaling",
+    *dir(PreTrainedConfig),
+    *GenerationConfig().to_dict(),
+}
 
 
-def check_whole_field(config: PreTrainedConfig, name: str, minimum: int) -> None:
-    """Raise a `ValueError` unless the field is a whole number of at least `minimum`."""
-    value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"`{name}`={value!r} must be a whole number of at least {minimum}.")
+def check_fields(config: PreTrainedConfig, allowed: dict, derived: dict[str, str], further: dict[str, Any]) -> None:
+    """Hold a configuration against what its fields may be, and what they may be together.
 
+    Args:
+        config (`PreTrainedConfig`): Its fields become what the code wants.
+        allowed (`dict`): What each field may be.
+        derived (`dict[str, str]`): Names that follow from the fields, and how.
+        further (`dict`): What was given beside the fields.
 
-def check_share(config: PreTrainedConfig, name: str) -> None:
-    """Raise a `ValueError` unless the field is a probability below 1."""
-    if not 0 <= getattr(config, name) < 1:
-        raise ValueError(f"`{name}`={getattr(config, name)} must lie in [0, 1): use 0 to switch it off.")
-
-
-def check_stacks(config: PreTrainedConfig) -> None:
-    """Raise a `ValueError` unless there is at least one block."""
-    for name in ("num_pre_layers", "num_fixed_point_layers", "num_post_layers"):
-        check_whole_field(config, name, minimum=0)
+    Raises:
+        `ValueError`: names the field.
+    """
+    for name, source in derived.items():
+        if name in further:
+            raise ValueError(f"`{name}`={shown(further[name])} cannot be set: it is {source}.")
+    check_unknown(config, further)
+    for name, value in checked(allowed, {name: getattr(config, name) for name in allowed}).items():
+        setattr(config, name, value)
     if config.num_hidden_layers == 0:
         raise ValueError("`num_pre_layers`, `num_fixed_point_layers` and `num_post_layers` are all 0: give one block.")
-
-
-def check_fixed_point(config: PreTrainedConfig) -> None:
-    """Raise a `ValueError` for an injection that does not exist or ranges of iterations that are none."""
-    check_whole_field(config, "num_fixed_point_iterations", minimum=1)
-    if config.input_injection not in INPUT_INJECTIONS:
-        raise ValueError(f"`input_injection`={config.input_injection!r} must be one of {INPUT_INJECTIONS}.")
-    if config.injection_init not in INJECTION_INITS:
-        raise ValueError(f"`injection_init`={config.injection_init!r} must be one of {INJECTION_INITS}.")
     if config.input_injection == "diagonal" and config.injection_init == "identity":
         raise ValueError(
             "`injection_init`='identity' cannot be had with `input_injection`='diagonal', whose share of the state "
             "stays below 1: use 'contraction'."
         )
-    for name, minimum in (("no_grad_iterations", 0), ("grad_iterations", 1)):
-        bounds = getattr(config, name)
-        if len(bounds) != 2 or not all(isinstance(n, int) for n in bounds) or not minimum <= bounds[0] <= bounds[1]:
+    for name in ("no_grad_iterations", "grad_iterations"):
+        low, high = getattr(config, name)
+        if low > high:
             raise ValueError(
-                f"`{name}`={bounds} must be two whole numbers [low, high] with {minimum} <= low <= high: "
-                "each training step draws its number of iterations from this range."
+                f"`{name}`={[low, high]} must be two whole numbers [low, high] with low <= high: each training step "
+                "draws its number of iterations from this range."
+            )
+
+
+def check_unknown(config: PreTrainedConfig, further: dict[str, Any]) -> None:
+    """Refuse a misspelt field, and warn of a name that no field has.
+
+    A saved configuration is never refused: another version may have written it.
+
+    Raises:
+        `ValueError`: for a name near that of a field.
+    """
+    known = [field.name for field in fields(config)]
+    for name in sorted(further.keys() - OF_TRANSFORMERS):
+        near = nearest(name, known)
+        unknown = f"`{name}`={shown(further[name])} is no field of {type(config).__name__}"
+        if near is not None and config.transformers_version is None:
+            raise ValueError(f"{unknown}: did you mean `{near}`?")
+        if not name.startswith("_"):
+            logger.warning_once(
+                f"{unknown}{f' (`{near}` is)' if near else ''}, and changes nothing: leave it out. It is kept as an "
+                "attribute."
             )

@@ -2,16 +2,20 @@
 """The solver: iterates h ← F(h) from h⁰ and measures how far each iteration moved.
 
 Nothing else in the library knows how to iterate. `solve_fixed_point` is the plain iteration with the training
-gradient; `solve_adaptively` gives each sequence its own number of iterations, for sampling.
+gradient; `solve_adaptively` gives each sequence its own number of iterations, for sampling. `solve` takes the one that
+[`SolverOptions`] ask for.
 
 Shapes: B batch, L length, D hidden size, N iterations, A sequences still active, M remembered iterates.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch.utils.checkpoint import checkpoint
+
+from .arguments import checked, number, one_of, optional, whole
 
 
 class FixedPointSolution(NamedTuple):
@@ -19,6 +23,85 @@ class FixedPointSolution(NamedTuple):
 
     state: torch.Tensor
     residuals: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SolverOptions:
+    """How h* is found, and from where.
+
+    Args:
+        num_iterations (`int` or `torch.Tensor`, *optional*): Iterations with gradient, or, without gradient, the most
+            of each sequence, (B,) whole numbers. `None`: the model's own.
+        num_no_grad_iterations (`int`, defaults to 0): Iterations without gradient before them.
+        num_kept_iterations (`int`, *optional*): How many of those with gradient, the last ones, keep their activations
+            for the backward pass; earlier ones run again there. `None`: all.
+        tolerance (`float`, *optional*): A sequence stops iterating when its relative residual is at most this. `None`:
+            all iterations are taken.
+        solver (`str`, defaults to `"picard"`): A key of `SOLVERS`.
+        fixed_point_state (`torch.Tensor`, *optional*): (B, L, D) solution to start from. `None`: start from h_pre.
+        reuse_weights (`torch.Tensor`, *optional*): (B, L) share γ of it in the start. `None`: 1.
+
+    Raises:
+        `ValueError`: for a value that is not allowed, and for options that exclude each other: `tolerance`, another
+            solver than Picard's and iterations per sequence have no gradient, so that they need `torch.no_grad()`, and
+            nothing that concerns a gradient can be asked of them.
+    """
+
+    num_iterations: int | torch.Tensor | None = None
+    num_no_grad_iterations: int = 0
+    num_kept_iterations: int | None = None
+    tolerance: float | None = None
+    solver: str = "picard"
+    fixed_point_state: torch.Tensor | None = None
+    reuse_weights: torch.Tensor | None = None
+
+    def __post_init__(self):
+        values = vars(self)
+        checked(ALLOWED, {name: x for name, x in values.items() if not torch.is_tensor(x)})
+        count = self.num_iterations
+        if torch.is_tensor(count) and (count.dim() != 1 or not has_whole_numbers(count)):
+            raise ValueError(
+                f"`num_iterations` of shape {tuple(count.shape)} and type {count.dtype} must be one whole number, or "
+                "(batch,) of them."
+            )
+        if self.reuse_weights is not None and self.fixed_point_state is None:
+            raise ValueError("`reuse_weights` weigh `fixed_point_state`, which is None: give both, or none of them.")
+        if self.adaptive is None:
+            return
+        for name, neutral in (("num_no_grad_iterations", 0), ("num_kept_iterations", None)):
+            if values[name] != neutral:
+                raise ValueError(
+                    f"`{name}`={values[name]} is about a gradient, which {self.adaptive} has none of: leave it out."
+                )
+        if torch.is_grad_enabled():
+            raise ValueError(f"{self.adaptive} has no gradient: call the model under `torch.no_grad()`.")
+
+    @property
+    def adaptive(self) -> str | None:
+        """What gives each sequence its own number of iterations. `None`: all take the same."""
+        if self.tolerance is not None:
+            return f"`tolerance`={self.tolerance}"
+        if self.solver != "picard":
+            return f"`solver`={self.solver!r}"
+        return "`num_iterations` for each sequence" if torch.is_tensor(self.num_iterations) else None
+
+    def check_unused(self) -> None:
+        """Raise a `ValueError` for options that a model without fixed-point layers cannot honour."""
+        given = {
+            "num_iterations": torch.is_tensor(self.num_iterations) or self.num_iterations not in (0, None),
+            "num_no_grad_iterations": self.num_no_grad_iterations != 0,
+            "tolerance": self.tolerance is not None,
+            "solver": self.solver != "picard",
+            "fixed_point_state": self.fixed_point_state is not None,
+        }
+        names = [f"`{name}`" for name, is_given in given.items() if is_given]
+        if names:
+            raise ValueError(f"{', '.join(names)}: the model has no fixed-point layers to solve for. Leave it out.")
+
+
+def has_whole_numbers(x: torch.Tensor) -> bool:
+    """Whether a tensor is of whole numbers."""
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
 @torch.no_grad()
@@ -42,6 +125,33 @@ def relative_residual(
         change, size = change * real, size * real
     change, size = change.flatten(1).norm(dim=1), size.flatten(1).norm(dim=1)
     return torch.where(change == 0, 0.0, change / size).nan_to_num(nan=float("inf"), posinf=float("inf"))
+
+
+def solve(
+    step: Callable[..., torch.Tensor],
+    state: torch.Tensor,
+    options: SolverOptions,
+    attention_mask: torch.Tensor | None = None,
+) -> FixedPointSolution:
+    """Iterate from `state` as `options` say, which give `num_iterations`.
+
+    Args:
+        step (`Callable`): F on all sequences, (B, L, D) → (B, L, D), or with (A,) rows as the second argument on some,
+            (A, L, D) → (A, L, D).
+        state (`torch.Tensor`): (B, L, D) the start h⁰.
+        options ([`SolverOptions`]): How.
+        attention_mask (`torch.Tensor`, *optional*): (B, L), 0 at padding, which the residuals leave out.
+    """
+    count = options.num_iterations
+    if torch.is_tensor(count) and len(count) != len(state):
+        raise ValueError(f"`num_iterations` has {len(count)} numbers for {len(state)} sequences: give one for each.")
+    if count.min() < 1 if torch.is_tensor(count) else count < 1:
+        raise ValueError(f"`num_iterations`={count} must be at least 1.")
+    if options.adaptive is not None:
+        return solve_adaptively(step, state, count, options.tolerance, options.solver, attention_mask)
+    return solve_fixed_point(
+        step, state, count, options.num_no_grad_iterations, options.num_kept_iterations, attention_mask
+    )
 
 
 def solve_fixed_point(
@@ -117,7 +227,8 @@ def solve_adaptively(
     """
     batch_size = len(state)
     limits = torch.as_tensor(num_iterations, device=state.device).expand(batch_size)
-    residuals = torch.full((int(limits.max()), batch_size), float("nan"), device=state.device)
+    size = (int(limits.max()), batch_size)
+    residuals = torch.full(size, float("nan"), dtype=torch.float32, device=state.device)
     result, rows, points, images = state, torch.arange(batch_size, device=state.device), [state], []
     for iteration in range(len(residuals)):
         images.append(step(points[-1], rows))
@@ -161,3 +272,11 @@ def anderson(points: list[torch.Tensor], images: list[torch.Tensor]) -> torch.Te
 
 
 SOLVERS = {"picard": picard, "anderson": anderson}
+
+ALLOWED = {
+    "num_iterations": optional(whole(0, unit="iterations"), "takes the model's own number"),
+    "num_no_grad_iterations": whole(0, unit="iterations"),
+    "num_kept_iterations": optional(whole(0, unit="iterations"), "keeps all"),
+    "tolerance": optional(number(0, float("inf"), words="be at least 0"), "takes all iterations"),
+    "solver": one_of(SOLVERS),
+}

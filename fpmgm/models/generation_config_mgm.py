@@ -2,12 +2,12 @@
 """Every default of `generate`, saved as `generation_config.json` beside the weights."""
 
 from collections.abc import Iterable
-from numbers import Real
 from typing import Any
 
 from transformers import GenerationConfig
 
-from .budget import ALLOCATIONS, check_whole
+from .arguments import Allowed, check_names, checked, either, flag, list_of, number, one_of, optional, shown, whole
+from .budget import ALLOCATIONS, MOST_BLOCK_EVALUATIONS, MOST_STEPS
 from .fixed_point import SOLVERS
 from .guidance import GUIDANCE_SCHEDULES
 from .reuse import REUSES
@@ -17,11 +17,43 @@ FINALS = ("sample", "argmax", "none")
 GAMMAS = ("gamma_unchanged", "gamma_masked", "gamma_changed", "gamma_remasked")
 TUNABLE = ("num_steps", "allocation", "reuse", *GAMMAS, "tolerance", "solver")
 RETIRED = ("carry_over", "skip_idle_steps")  # in files of earlier versions, where they are off
+MOST_TUNED_PLANS = 1000
 MISPLACED = {
     "max_length": "use `length`: a masked model writes a sequence of fixed length",
     "max_new_tokens": "use `length`: a masked model writes a sequence of fixed length",
     "num_beams": "sequences are not written from left to right: there is nothing to beam",
     "do_sample": "use `temperature=0` for the most likely tokens",
+}
+
+SHARE = number(0, 1)
+ITERATIONS = whole(0, MOST_BLOCK_EVALUATIONS, "iterations at a step")
+EACH_STEP = list_of(ITERATIONS, 0, MOST_STEPS)
+ALLOWED = {
+    "budget": optional(whole(1, MOST_BLOCK_EVALUATIONS, "block evaluations"), "leaves the cost to `iterations`"),
+    "num_steps": optional(whole(1, MOST_STEPS, "denoising steps"), "derives them from the budget"),
+    "iterations": optional(either(ITERATIONS, EACH_STEP), "plans them from the budget"),
+    "allocation": either(one_of(ALLOCATIONS), EACH_STEP),
+    "reuse": one_of(REUSES),
+    "gamma_unchanged": SHARE,
+    "gamma_masked": list_of(SHARE, 2, 2),
+    "gamma_changed": SHARE,
+    "gamma_remasked": SHARE,
+    "tolerance": optional(number(0, float("inf"), words="be at least 0"), "takes every iteration"),
+    "solver": one_of(SOLVERS),
+    "tuned_plans": Allowed(
+        f"be a dict of at most {MOST_TUNED_PLANS:,} plans",
+        lambda value: isinstance(value, dict) and len(value) <= MOST_TUNED_PLANS,
+    ),
+    "temperature": number(0, float("inf"), words="be a number >= 0 (0: most likely token)"),
+    "top_k": optional(whole(1, unit="tokens"), "keeps all tokens"),
+    "top_p": optional(number(0, 1, "(]"), "keeps all tokens"),
+    "order": optional(Allowed("be a word", lambda value: isinstance(value, str)), "is the model's own"),
+    "guidance_scale": number(0, float("inf"), words="be a number >= 0 (1: no guidance)"),
+    "guidance_schedule": one_of(GUIDANCE_SCHEDULES),
+    "remask": optional(number(0, 1, "(]"), "keeps what is revealed"),
+    "final": one_of(FINALS),
+    "progress_bar": flag(),
+    "return_dict_in_generate": flag(),
 }
 
 
@@ -37,6 +69,7 @@ class MGMGenerationConfig(GenerationConfig):
             budget. `None`: planned from the budget.
         allocation (`str` or `list[int]`, defaults to `"decreasing"`): How a budget's iterations are shared over steps.
         reuse (`str`, defaults to `"3sr"`): Start of the solver from the previous step: `"none"`, `"full"`, `"3sr"`.
+            A model without fixed-point layers solves nothing, so that all are the same to it.
         gamma_unchanged (`float`, defaults to 1.0): Share reused at visible tokens that did not change (3sr).
         gamma_masked (`list[float]`, defaults to [0.75, 0.9]): Share reused at masked positions, when nothing and when
             everything is visible (3sr).
@@ -86,13 +119,12 @@ class MGMGenerationConfig(GenerationConfig):
         self.allocation: str | list[int] = kwargs.pop("allocation", "decreasing")
         self.reuse: str = kwargs.pop("reuse", "3sr")
         self.gamma_unchanged: float = kwargs.pop("gamma_unchanged", 1.0)
-        self.gamma_masked: list[float] = list(kwargs.pop("gamma_masked", (0.75, 0.9)))
+        self.gamma_masked: list[float] = kwargs.pop("gamma_masked", [0.75, 0.9])
         self.gamma_changed: float = kwargs.pop("gamma_changed", 0.2)
         self.gamma_remasked: float = kwargs.pop("gamma_remasked", 0.2)
         self.tolerance: float | None = kwargs.pop("tolerance", None)
         self.solver: str = kwargs.pop("solver", "picard")
-        tuned = kwargs.pop("tuned_plans", {})
-        self.tuned_plans: dict[str, dict] = {str(budget): plan for budget, plan in tuned.items()}
+        self.tuned_plans: dict[str, dict] = kwargs.pop("tuned_plans", {})
 
         self.temperature: float = kwargs.pop("temperature", 1.0)
         self.top_k: int | None = kwargs.pop("top_k", None)
@@ -114,16 +146,18 @@ class MGMGenerationConfig(GenerationConfig):
         for name in ("_commit_hash", "_from_model_config", "_original_object_hash"):  # set by the hub's loader
             setattr(self, name, kwargs.pop(name, None))
         kwargs = {name: value for name, value in kwargs.items() if value or name not in RETIRED}
-        if kwargs:
-            raise ValueError(unknown_arguments(kwargs, self))
+        check_names(kwargs, self.names(), type(self).__name__, MISPLACED)
         self.validate()
+
+    def names(self) -> list[str]:
+        """Names of the parameters."""
+        return [name for name in vars(self) if not name.startswith("_")]
 
     def validate(self, **unused: Any) -> None:
         """Raise a `ValueError` that names the first value that is not allowed."""
-        _check_computation(self)
-        _check_draw(self)
-        for budget, plan in self.tuned_plans.items():
-            _check_tuned_plan(budget, plan)
+        vars(self).update(checked(ALLOWED, vars(self)))
+        check_one_cost(self.budget, self.iterations)
+        self.tuned_plans = dict(_tuned_plan(budget, plan) for budget, plan in self.tuned_plans.items())
 
     def tuned(self, given: Iterable[str] = ()) -> tuple["MGMGenerationConfig", dict[str, Any] | None]:
         """A copy with the plan that was tuned for the budget, and that plan.
@@ -140,9 +174,7 @@ class MGMGenerationConfig(GenerationConfig):
         """A copy with `kwargs` set; a budget given here replaces saved iterations, and the other way round."""
         check_one_cost(kwargs.get("budget"), kwargs.get("iterations"))
         values = {name: value for name, value in self.to_dict().items() if not name.startswith("_")}
-        unknown = {name: value for name, value in kwargs.items() if name not in values}
-        if unknown:
-            raise ValueError(unknown_arguments(unknown, self))
+        check_names(kwargs, values, type(self).__name__, MISPLACED)
         if kwargs.get("budget") is not None:
             values["iterations"] = None
         if kwargs.get("iterations") is not None:
@@ -159,69 +191,28 @@ class MGMGenerationConfig(GenerationConfig):
         return cls()
 
 
-def _check_computation(config: MGMGenerationConfig) -> None:
-    for name, unit in (("budget", "block evaluations"), ("num_steps", "denoising steps")):
-        if getattr(config, name) is not None:
-            check_whole(name, getattr(config, name), minimum=1, unit=unit)
-    if not isinstance(config.allocation, (list, tuple)) and config.allocation not in ALLOCATIONS:
-        raise ValueError(f"`allocation`={config.allocation!r} must be one of {tuple(ALLOCATIONS)} or a list.")
-    for name, allowed in (("reuse", REUSES), ("solver", tuple(SOLVERS))):
-        if getattr(config, name) not in allowed:
-            raise ValueError(f"`{name}`={getattr(config, name)!r} must be one of {allowed}.")
-    for name in ("gamma_unchanged", "gamma_changed", "gamma_remasked"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"`{name}`={getattr(config, name)} must lie in [0, 1].")
-    if len(config.gamma_masked) != 2 or any(not 0 <= value <= 1 for value in config.gamma_masked):
-        raise ValueError(f"`gamma_masked`={config.gamma_masked} must be two values in [0, 1].")
-    if config.tolerance is not None and not config.tolerance >= 0:
-        raise ValueError(f"`tolerance`={config.tolerance} must be at least 0; `None` takes every iteration.")
-
-
-def _check_tuned_plan(budget: str, plan: dict[str, Any]) -> None:
-    if not budget.isdecimal() or int(budget) < 1 or not isinstance(plan, dict):
-        raise ValueError(f"`tuned_plans` has {budget!r}: {plan!r}, but must map budgets, such as '96', to dicts.")
-    unknown = sorted(set(plan) - set(TUNABLE))
+def _tuned_plan(budget: str | int, plan: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A budget, as text, and its plan, as the code wants it."""
+    budget = str(budget)
+    if not budget.isdecimal() or len(budget) > 9 or int(budget) < 1 or not isinstance(plan, dict):
+        raise ValueError(f"`tuned_plans` has {budget!r}: {shown(plan)}, but must map budgets, such as '96', to dicts.")
+    unknown = sorted(map(str, set(plan) - set(TUNABLE)))
     if unknown:
         raise ValueError(f"`tuned_plans`[{budget!r}] sets {unknown}, but may set {TUNABLE} only.")
     try:
-        MGMGenerationConfig(budget=int(budget), **plan)
+        plan = checked(ALLOWED, plan)
     except ValueError as error:
         raise ValueError(f"`tuned_plans`[{budget!r}]: {error}") from error
-
-
-def _check_draw(config: MGMGenerationConfig) -> None:
-    if config.final not in FINALS:
-        raise ValueError(f"`final`={config.final!r} must be one of {FINALS}.")
-    if not isinstance(config.temperature, Real) or not 0 <= config.temperature < float("inf"):
-        raise ValueError(f"`temperature`={config.temperature!r} must be a number >= 0 (0: most likely token).")
-    if config.top_k is not None:
-        check_whole("top_k", config.top_k, minimum=1, unit="tokens")
-    if config.top_p is not None and not 0 < config.top_p <= 1:
-        raise ValueError(f"`top_p`={config.top_p} must lie in (0, 1]; `None` keeps all tokens.")
-    if config.remask is not None and not 0 < config.remask <= 1:
-        raise ValueError(f"`remask`={config.remask} must lie in (0, 1]; `None` keeps what is revealed.")
-    if not isinstance(config.guidance_scale, Real) or not 0 <= config.guidance_scale < float("inf"):
-        raise ValueError(f"`guidance_scale`={config.guidance_scale!r} must be a number >= 0 (1: no guidance).")
-    if config.guidance_schedule not in GUIDANCE_SCHEDULES:
-        raise ValueError(
-            f"`guidance_schedule`={config.guidance_schedule!r} must be one of {tuple(GUIDANCE_SCHEDULES)}."
-        )
+    return budget, plan
 
 
 def check_one_cost(budget: int | None, iterations: int | list[int] | None) -> None:
     """Raise a `ValueError` if both a budget and iterations are given."""
     if budget is not None and iterations is not None:
         raise ValueError(
-            f"`budget`={budget} and `iterations`={iterations} exclude each other: give a budget, or `num_steps` with "
-            "`iterations`."
+            f"`budget`={shown(budget)} and `iterations`={shown(iterations)} exclude each other: give a budget, or "
+            "`num_steps` with `iterations`."
         )
-
-
-def unknown_arguments(names: dict[str, Any], config: MGMGenerationConfig) -> str:
-    """The message for arguments that `generate` does not have."""
-    hints = [f" (`{name}`: {MISPLACED[name]})" for name in names if name in MISPLACED]
-    known = sorted(name for name in vars(config) if not name.startswith("_"))
-    return f"unknown generation argument(s) {sorted(names)}{''.join(hints)}: known are {known}."
 
 
 __all__ = ["MGMGenerationConfig"]

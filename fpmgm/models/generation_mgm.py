@@ -5,21 +5,32 @@ Shapes: B batch, R rows that the denoiser runs (B, or 2B with guidance), L lengt
 T denoising steps, P positions revealed at a step.
 """
 
+import inspect
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from .budget import BudgetPlan, check_whole, explicit_plan, plan_budget
-from .generation_config_mgm import MGMGenerationConfig
+from .arguments import check_names, checked, shown
+from .budget import BudgetPlan, explicit_plan, plan_budget
+from .generation_config_mgm import MISPLACED, MGMGenerationConfig
+from .generation_inputs import (
+    ALLOWED,
+    check_generation_config,
+    check_ids,
+    read_mask,
+    read_seeds,
+    read_whole,
+)
 from .guidance import check_classes, class_rows, guidance_scales, guided_logits
 from .ledger import GenerationStep, Ledger, MGMGenerationOutput
+from .loading import saved_generation_config
 from .reuse import REUSE_STATES, Solution, reuse_states, reuse_weights, visible_fraction
 from .reveal import TEXT_ORDERS, RevealTask
-from .sampling import time_grid
+from .sampling import MOST_NUMBERS, time_grid
 from .transfer import to_device
 
 
@@ -44,6 +55,7 @@ class MGMGenerationMixin:
         batch_size: int | None = None,
         length: int | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
         class_labels: int | list[int] | torch.Tensor | None = None,
         seed: int | list[int] | None = None,
         generator: torch.Generator | None = None,
@@ -54,15 +66,16 @@ class MGMGenerationMixin:
         """Reveal masked positions over a few denoising steps.
 
         Args:
-            input_ids (`torch.LongTensor`, *optional*): (B, L) ids with the mask id wherever tokens are wanted; all
-                other positions are kept. `None`: everything is masked.
+            input_ids (`torch.LongTensor`, list or array, *optional*): (B, L) ids with the mask id wherever tokens are
+                wanted; all other positions are kept. `None`: everything is masked.
             generation_config ([`MGMGenerationConfig`], *optional*): Parameters. `None`: the model's own.
             batch_size (`int`, *optional*): Sequences to write. `None`: the rows of `input_ids`, the number of
                 `class_labels`, or 1. A single row of `input_ids` is repeated.
             length (`int`, *optional*): Length without `input_ids`. `None`: `max_position_embeddings`, an image's only
                 length.
-            attention_mask (`torch.Tensor`, *optional*): (B, L), 0 at padding, which is neither seen nor written. Of
-                text only.
+            attention_mask (`torch.Tensor`, list or array, *optional*): (B, L), 0 at padding, which is neither seen nor
+                written, and 1 elsewhere, of any type. Of text only. `None`: no padding.
+            token_type_ids (*optional*): Not read: tokenizers of BERT's kind send it. Of text only.
             class_labels (`int`, `list[int]` or `torch.LongTensor`, *optional*): Class of all sequences or of each,
                 (B,). Of images only. `None`: no class.
             seed (`int` or `list[int]`, *optional*): Row k draws from the stream (seed, k); with one seed per row, a
@@ -70,7 +83,7 @@ class MGMGenerationMixin:
             generator (`torch.Generator`, *optional*): Source of randomness instead of `seed`. `None`: PyTorch's
                 global generator.
             callback (`Callable`, *optional*): Called with a [`GenerationStep`] after each step that
-                runs (an idle one may be skipped).
+                runs (an idle one may be skipped). `None`: none.
             streamer (*optional*): Its `put(tokens)` gets the (B, L) tokens on the CPU after each step that runs,
                 `end()` the end ([`fpmgm.TextStreamer`] shows them in a terminal).
             kwargs: Any field of [`MGMGenerationConfig`] for this call: `budget`, `num_steps`, `iterations`,
@@ -80,34 +93,37 @@ class MGMGenerationMixin:
         Returns:
             `torch.LongTensor` of shape (B, L), or [`MGMGenerationOutput`] with `return_dict_in_generate=True`.
 
+        The model's mode is neither read nor changed: dropout never acts here.
+
         Raises:
             `ValueError`: names the argument, its value, what is allowed and what to do; also when the model's
                 weights give logits that are not numbers.
         """
-        config, tuned_plan = (generation_config or self.generation_config).updated(**kwargs).tuned(given=kwargs)
-        if tuned_plan is not None:
-            logger.info(f"`budget`={config.budget}: using the tuned plan {tuned_plan}.")
+        # 1. what is asked
+        given = {"batch_size": batch_size, "length": length, "generator": generator, "callback": callback}
+        given = checked(ALLOWED, {**given, "streamer": streamer})
+        batch_size, length = given["batch_size"], given["length"]
+        config, tuned_plan = self._configure(generation_config, kwargs)
         plan, order = self._plan(config), self._order(config)
+        # 2. the tokens to begin with
         classes = check_classes(class_labels, config.guidance_scale, getattr(self.config, "num_classes", None))
+        input_ids = None if input_ids is None else read_whole("input_ids", input_ids)
         if batch_size is None and classes is not None and classes.dim() and (input_ids is None or len(input_ids) == 1):
             batch_size = len(classes)
-        tokens, attention_mask = self._start(input_ids, batch_size, length, attention_mask)
-        check_randomness(seed, generator, len(tokens))
+        tokens, attention_mask = self._start(input_ids, batch_size, length, attention_mask, token_type_ids)
+        seed = read_seeds(seed, generator, len(tokens))
         if classes is not None:
             classes = class_rows(classes, len(tokens), config.guidance_scale, self.config.num_classes)
-        real = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        # 3. which positions when
+        real = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask
         wanted = (tokens == self.config.mask_token_id) & real
         rule = order(RevealTask(wanted, real, plan.num_steps, self.config.mask_token_id, config, seed, generator))
+        # 4. the steps
+        check_dropout(self)
         alike = bool(wanted.all()) and attention_mask is None
         tokens = to_device(tokens, self.device)
         attention_mask = None if attention_mask is None else to_device(attention_mask, self.device)
-        training = [module for module in self.modules() if module.training]
-        self.eval()
-        try:
-            out = self._denoise(tokens, attention_mask, classes, alike, rule, plan, config, callback, streamer)
-        finally:
-            for module in training:
-                module.training = True
+        out = self._denoise(tokens, attention_mask, classes, alike, rule, plan, config, callback, streamer)
         if config.return_dict_in_generate:
             out.tuned_plan = tuned_plan
         return out
@@ -167,7 +183,7 @@ class MGMGenerationMixin:
         """
         length, group = rows.shape[1], None
         if alike:
-            group = torch.zeros(len(rows), dtype=torch.long)  # (R,)
+            group = torch.zeros(len(rows), dtype=torch.long, device="cpu")  # (R,)
             if classes is not None:
                 classes, group = classes.unique(return_inverse=True)
             rows = rows[: int(group.max()) + 1]
@@ -175,8 +191,8 @@ class MGMGenerationMixin:
             positions, place = positions.unique(return_inverse=True)
         conditions = {"attention_mask": attention_mask, "class_labels": classes}
         conditions = {name: to_device(x, rows.device) for name, x in conditions.items() if x is not None}
-        timesteps = torch.full((len(rows),), time, device=rows.device)
-        output = self(rows, timesteps=timesteps, logits_positions=positions, **conditions, **options)
+        timesteps = torch.full((len(rows),), time, dtype=torch.float32, device=rows.device)
+        output = self(rows, timesteps=timesteps, logits_positions=positions, training=False, **conditions, **options)
         logits, state, residuals = output.logits, output.fixed_point_state, output.residuals
         if group is not None:
             group, place = (to_device(x, rows.device) for x in (group, place))
@@ -203,6 +219,22 @@ class MGMGenerationMixin:
             config.gamma_remasked,
         )
 
+    def _configure(self, generation_config, given: dict[str, Any]) -> tuple[MGMGenerationConfig, dict | None]:
+        """The parameters of a call, with the values `given` in it, and the tuned plan where one is used."""
+        config = self.generation_config if generation_config is None else generation_config
+        check_generation_config(config)
+        arguments = [name for name in inspect.signature(MGMGenerationMixin.generate).parameters if name != "kwargs"]
+        check_names(given, {*arguments[1:], *config.names()}, "generate", MISPLACED)
+        config, tuned_plan = config.updated(**given).tuned(given=given)
+        if config.iterations is not None and "allocation" in given:
+            raise ValueError(
+                f"`allocation`={shown(given['allocation'])} shares a budget over the steps, but `iterations` are set: "
+                "leave it out, or give a budget."
+            )
+        if tuned_plan is not None:
+            logger.info(f"`budget`={config.budget}: using the tuned plan {tuned_plan}.")
+        return config, tuned_plan
+
     def _plan(self, config: MGMGenerationConfig) -> BudgetPlan:
         if config.iterations is not None:
             return explicit_plan(self.config, config.iterations, config.num_steps)
@@ -222,32 +254,39 @@ class MGMGenerationMixin:
                 )
         return self.orders[order]
 
-    def _start(self, input_ids, batch_size, length, attention_mask) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The masked tokens to begin with and the attention mask, both (B, L) on the CPU."""
+    def _start(
+        self, input_ids, batch_size, length, attention_mask, token_type_ids
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The masked tokens to begin with and the attention mask, both (B, L) on the CPU. Token types are not read."""
         longest, mask_token_id = self.config.max_position_embeddings, self.config.mask_token_id
-        if batch_size is not None:
-            check_whole("batch_size", batch_size, minimum=1, unit="sequences")
-        input_ids = None if input_ids is None else torch.as_tensor(input_ids).long().cpu()
-        attention_mask = None if attention_mask is None else attention_mask.cpu()
+        shape = (batch_size or 1, longest if length is None else length)
+        shape = shape if input_ids is None else tuple(input_ids.shape)
+        if length is not None and shape and length != shape[-1]:
+            raise ValueError(f"`length`={length} must be the length {shape[-1]} of `input_ids`: leave it out.")
+        if len(shape) != 2 or not 1 <= shape[1] <= longest or shape[0] == 0:
+            raise ValueError(
+                f"`length`={shape[-1] if shape else None} (`input_ids` of shape {shape}) must be (batch, length) with "
+                f"length from 1 to `max_position_embeddings`={longest} and at least one row."
+            )
+        if attention_mask is not None:
+            attention_mask = read_mask("attention_mask", attention_mask)
+            if attention_mask.shape != shape:
+                raise ValueError(
+                    f"`attention_mask` of shape {tuple(attention_mask.shape)} must have the shape {shape} of "
+                    "`input_ids`."
+                )
+        if batch_size is not None and shape[0] not in (1, batch_size):
+            raise ValueError(f"`batch_size`={batch_size} must be the {shape[0]} rows of `input_ids`, or one row.")
+        rows = batch_size or shape[0]
+        if rows * shape[1] > MOST_NUMBERS:
+            raise ValueError(
+                f"`batch_size`={rows} at length {shape[1]} is more than {MOST_NUMBERS:,} tokens: give fewer."
+            )
         if input_ids is None:
-            length = check_whole("length", longest if length is None else length, minimum=1, unit="tokens")
-            input_ids = torch.full((batch_size or 1, length), mask_token_id)
-        elif length is not None and length != input_ids.shape[-1]:
-            raise ValueError(
-                f"`length`={length} must be the length {input_ids.shape[-1]} of `input_ids`: leave it out."
-            )
-        if input_ids.dim() != 2 or input_ids.shape[1] > longest or input_ids.numel() == 0:
-            raise ValueError(
-                f"`length`={input_ids.shape[-1]} (`input_ids` of shape {tuple(input_ids.shape)}) must be (batch, "
-                f"length) with length from 1 to `max_position_embeddings`={longest} and at least one row."
-            )
-        if len(input_ids) == 1 and batch_size is not None:
-            input_ids = input_ids.repeat(batch_size, 1)
-            attention_mask = attention_mask.repeat(batch_size, 1) if attention_mask is not None else None
-        elif batch_size is not None and batch_size != len(input_ids):
-            raise ValueError(
-                f"`batch_size`={batch_size} must be the {len(input_ids)} rows of `input_ids`, or one row."
-            )
+            input_ids = torch.full(shape, mask_token_id, device="cpu")
+        if shape[0] != rows:
+            input_ids = input_ids.repeat(rows, 1)
+            attention_mask = None if attention_mask is None else attention_mask.repeat(rows, 1)
         check_ids(input_ids, attention_mask, self.config)
         return input_ids, attention_mask
 
@@ -259,49 +298,23 @@ class MGMGenerationMixin:
         kwargs = {name: value for name, value in kwargs.items() if name in names}  # others configure the model
         kwargs.update(zip(names, args, strict=False))
         if generation_config is not None:
-            self.generation_config = self.generation_config.updated(**generation_config.to_dict())
+            check_generation_config(generation_config)
+            self.generation_config = generation_config.updated()
             return
-        try:
-            self.generation_config = self.generation_config_class.from_pretrained(
-                pretrained_model_name_or_path, _from_auto=from_auto_class, _from_pipeline=from_pipeline, **kwargs
-            )
-        except OSError:
-            logger.info("No generation_config.json: using the defaults of `generate`.")
-
-
-def check_ids(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config) -> None:
-    """Raise a `ValueError` for ids outside the vocabulary, a mask of another shape, or a row with nothing to write."""
-    low, high = input_ids.min().item(), input_ids.max().item()
-    if low < 0 or high >= config.vocab_size:
-        raise ValueError(
-            f"`input_ids` holds ids from {low} to {high}, but they must lie in [0, `vocab_size`={config.vocab_size}): "
-            "use the tokenizer that the model was trained with."
-        )
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"`attention_mask` of shape {tuple(attention_mask.shape)} must have the shape {tuple(input_ids.shape)} "
-            "of `input_ids`."
-        )
-    wanted = input_ids == config.mask_token_id
-    if attention_mask is not None:
-        wanted = wanted & attention_mask.bool()
-    complete = (~wanted.any(dim=1)).nonzero().flatten().tolist()
-    if complete:
-        raise ValueError(
-            f"`input_ids` has no mask in row(s) {complete}: put `mask_token_id`={config.mask_token_id} wherever "
-            "tokens are wanted."
+        self.generation_config = saved_generation_config(
+            self.generation_config_class, pretrained_model_name_or_path, from_auto_class, from_pipeline, kwargs
         )
 
 
-def check_randomness(seed: int | list[int] | None, generator: torch.Generator | None, batch_size: int) -> None:
-    """Raise a `ValueError` unless at most one source of randomness is given, with one seed per row."""
-    if seed is not None and generator is not None:
-        raise ValueError(f"`seed`={seed} and `generator` exclude each other: give one of them.")
-    if isinstance(seed, list) and len(seed) != batch_size:
-        raise ValueError(f"`seed` lists {len(seed)} seeds for {batch_size} sequences: give one per sequence.")
-    seeds = [] if seed is None else seed if isinstance(seed, list) else [seed]
-    if any(isinstance(s, bool) or not isinstance(s, Integral) for s in seeds):
-        raise ValueError(f"`seed`={seed!r} must be a whole number or a list of them.")
+def check_dropout(model: nn.Module) -> None:
+    """Raise a `ValueError` for dropouts that are not the model's own and would act: an adapter's in training mode."""
+    dropouts = ((name, x) for name, x in model.named_modules() if x.training and "Dropout" in type(x).__name__)
+    acting = [name for name, x in dropouts if getattr(x, "p", 1) > 0]
+    if acting:
+        raise ValueError(
+            f"`generate` changes no module's mode, and these dropouts would act: {shown(acting)}. Call `model.eval()` "
+            "before it, and `model.train()` after it if the model is in training."
+        )
 
 
 __all__ = ["GenerationStep", "MGMGenerationConfig", "MGMGenerationMixin", "MGMGenerationOutput"]

@@ -8,6 +8,9 @@ from collections.abc import Callable
 
 import torch
 
+from .arguments import shown
+from .generation_inputs import read_whole
+
 
 # Share of the guidance at x = i/(T − 1), from the first step at 0 to the last at 1.
 GUIDANCE_SCHEDULES: dict[str, Callable[[float], float]] = {"constant": lambda x: 1.0, "linear": lambda x: x}
@@ -45,20 +48,19 @@ def check_classes(
     if class_labels is None:
         return None
     if num_classes is None:
-        raise ValueError(f"`class_labels`={class_labels} cannot be given: this model has no classes.")
+        raise ValueError(f"`class_labels`={shown(class_labels)} cannot be given: this model has no classes.")
     try:
-        classes = torch.as_tensor(class_labels).cpu()
-    except (TypeError, ValueError) as error:
+        classes = read_whole("class_labels", class_labels)
+    except ValueError as error:
         raise ValueError(
-            f"`class_labels`={class_labels!r} must be a whole number or one for each sequence."
+            f"`class_labels`={shown(class_labels)} must be a whole number or one for each sequence."
         ) from error
-    wrong = classes.is_floating_point() or classes.dtype == torch.bool or classes.dim() > 1 or classes.numel() == 0
-    if wrong or classes.min() < 0 or classes.max() > num_classes:
+    if classes.dim() > 1 or classes.numel() == 0 or classes.min() < 0 or classes.max() > num_classes:
         raise ValueError(
-            f"`class_labels`={classes.tolist()} must be a whole number or one for each sequence, from 0 to "
+            f"`class_labels`={shown(classes.tolist())} must be a whole number or one for each sequence, from 0 to "
             f"{num_classes - 1}, or {num_classes} for no class."
         )
-    return classes.long()
+    return classes
 
 
 def class_rows(classes: torch.Tensor, batch_size: int, guidance_scale: float, num_classes: int) -> torch.Tensor:

@@ -113,8 +113,15 @@ def forbid(logits: torch.Tensor, token_id: int) -> torch.Tensor:
 
     Finite, so that differences of log-probabilities exist.
     """
+    check_mask_id(token_id, logits.shape[-1])
     logits[:, token_id] = max(-1e6, torch.finfo(logits.dtype).min)
     return logits
+
+
+def check_mask_id(token_id: int, vocab_size: int) -> None:
+    """Raise a `ValueError` for an id that the vocabulary does not have, whenever it got into the configuration."""
+    if not 0 <= token_id < vocab_size:
+        raise ValueError(f"`mask_token_id`={token_id} must lie in [0, `vocab_size`={vocab_size}).")
 
 
 def chunk_rows(vocab_size: int, device: torch.device) -> int:

@@ -28,7 +28,7 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
 
 def draw_kept(x: torch.Tensor, size: int, p: float) -> torch.Tensor:
     """What a dropout with probability `p` keeps of something like `x` (…, D) with `size` channels: (…, size), bool."""
-    return torch.rand(*x.shape[:-1], size, device=x.device) >= p
+    return torch.rand(*x.shape[:-1], size, dtype=torch.float32, device=x.device) >= p
 
 
 def linear_of(linear: nn.Module, activation: Callable, *inputs: torch.Tensor) -> torch.Tensor:

@@ -121,12 +121,15 @@ class Ledger:
                 "the model gives logits that are not finite, so no token can be drawn. If its weights are not finite "
                 "(`all(p.isfinite().all() for p in model.parameters())`), lower the learning rate they came from. If "
                 f"they are, its shared block is no contraction, and under `reuse`={self.config.reuse!r} its state "
-                "grows from step to step: use `reuse`='none', or train with `input_injection`='diagonal'."
+                "grows from step to step: use `reuse`='none', or train with `input_injection`='diagonal'. A large "
+                f"`guidance_scale` (here {self.config.guidance_scale:g}) can be too much for them, too."
             )
         if not self.config.return_dict_in_generate:
             return tokens
-        residuals = [torch.empty(0, self.rows) if r is None else r.cpu() for r in self.residuals]
-        table = torch.full((len(residuals), max(map(len, residuals)), self.rows), float("nan"))  # (T, N, R)
+        float32 = {"dtype": torch.float32, "device": "cpu"}
+        residuals = [torch.empty(0, self.rows, **float32) if r is None else r.cpu() for r in self.residuals]
+        size = (len(residuals), max(map(len, residuals)), self.rows)
+        table = torch.full(size, float("nan"), **float32)  # (T, N, R)
         for row, values in zip(table, residuals, strict=True):
             row[: len(values)] = values
         taken = (~table.isnan()).sum(dim=1)  # (T, R)

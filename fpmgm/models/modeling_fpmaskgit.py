@@ -17,7 +17,7 @@ from transformers.utils.generic import can_return_tuple
 from .block_fpmaskgit import FPMaskGITBlock, RMSNorm
 from .configuration_fpmaskgit import FPMaskGITConfig
 from .generation_mgm import MGMGenerationMixin
-from .modeling_mgm import DenoiserOptions, MGMOutput, MGMPreTrainedModel
+from .modeling_mgm import DenoiserOptions, MGMOutput, MGMPreTrainedModel, check_tensor
 from .reveal import IMAGE_ORDERS
 
 
@@ -92,13 +92,14 @@ class FPMaskGITModel(MGMGenerationMixin, MGMPreTrainedModel):
             options: Iterations, start, positions and losses: see [`DenoiserOptions`].
 
         Raises:
-            `ValueError`: a shape that is not that of images and their classes, fewer than one iteration.
+            `ValueError`: a shape that is not that of images and their classes, fewer than one iteration, an argument
+                that does not exist or has no effect in this call.
         """
         self._check_inputs(input_ids, class_labels, options)
         h = self.embed_tokens(input_ids) + self.position_embedding.weight  # (B, L, D)
         h = torch.cat([h, self.register_tokens.weight.expand(len(h), -1, -1)], dim=1)  # (B, L + R, D)
         masked = input_ids == self.config.mask_token_id
-        return self._denoise_once(h, self.conditioning(class_labels, h.device), None, masked, None, labels, **options)
+        return self._denoise_once(h, self.conditioning(class_labels, h.device), None, masked, None, labels, options)
 
     def conditioning(self, class_labels: torch.Tensor | None, device: torch.device) -> torch.Tensor:
         """(B, D), or (1, D) without classes: one constant vector for every sequence."""
@@ -106,13 +107,15 @@ class FPMaskGITModel(MGMGenerationMixin, MGMPreTrainedModel):
             class_labels = torch.full((1,), self.config.num_classes, device=device)
         return F.silu(self.class_embedding(class_labels))
 
-    def _start(self, input_ids, batch_size, length, attention_mask) -> tuple[torch.Tensor, None]:
+    def _start(self, input_ids, batch_size, length, attention_mask, token_type_ids) -> tuple[torch.Tensor, None]:
         """What `generate` begins with: whole images only."""
-        if attention_mask is not None:
-            raise ValueError(
-                "`attention_mask` cannot be given: images have no padding. To keep codes, give them in `input_ids`."
-            )
-        tokens, _ = super()._start(input_ids, batch_size, length, None)
+        for name, value in {"attention_mask": attention_mask, "token_type_ids": token_type_ids}.items():
+            if value is not None:
+                raise ValueError(
+                    f"`{name}` cannot be given: images have no padding, and are no text. To keep codes, give them in "
+                    "`input_ids`."
+                )
+        tokens, _ = super()._start(input_ids, batch_size, length, None, None)
         if tokens.shape[1] != self.config.max_position_embeddings:
             raise ValueError(
                 f"`length`={tokens.shape[1]} must be {self.config.max_position_embeddings}, the tokens of an image: "
@@ -124,16 +127,14 @@ class FPMaskGITModel(MGMGenerationMixin, MGMPreTrainedModel):
         if "attention_mask" in options:
             raise ValueError("`attention_mask` cannot be given: images have no padding and are all of one length.")
         length, side = self.config.max_position_embeddings, self.config.grid_size
+        check_tensor("input_ids", input_ids)
         if input_ids.dim() != 2 or input_ids.shape[1] != length:
             raise ValueError(
                 f"`input_ids` of shape {tuple(input_ids.shape)} must be (batch, {length}), {side} × {side} codes row "
                 "by row: flatten a (batch, rows, columns) grid with `.flatten(1)`."
             )
-        if class_labels is not None and class_labels.shape != input_ids.shape[:1]:
-            raise ValueError(
-                f"`class_labels` of shape {tuple(class_labels.shape)} must be ({len(input_ids)},): one class for each "
-                "sequence."
-            )
+        if class_labels is not None:
+            check_tensor("class_labels", class_labels, input_ids.shape[:1])
 
 
 FPMaskGITConfig.register_for_auto_class()

@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 from .block_fpmdlm import FPMDLMBlock, LayerNorm, TimestepEmbedding
 from .configuration_fpmdlm import FPMDLMConfig
 from .generation_mgm import MGMGenerationMixin
-from .modeling_mgm import DenoiserOptions, MGMOutput, MGMPreTrainedModel
+from .modeling_mgm import DenoiserOptions, MGMOutput, MGMPreTrainedModel, check_tensor
 from .noise import sigma
 from .reveal import TEXT_ORDERS
 from .rotary import rotary_embedding
@@ -75,6 +75,7 @@ class FPMDLMForMaskedDiffusion(MGMGenerationMixin, MGMPreTrainedModel):
         timesteps: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
         **options: Unpack[DenoiserOptions],
     ) -> MGMOutput:
         """One denoiser call.
@@ -85,20 +86,24 @@ class FPMDLMForMaskedDiffusion(MGMGenerationMixin, MGMPreTrainedModel):
                 `time_conditioning`.
             attention_mask (`torch.Tensor`, *optional*): (B, L), 0 at padding. `None`: no padding.
             labels (`torch.LongTensor`, *optional*): (B, L) tokens to predict, -100 where no loss. `None`: no loss.
+            token_type_ids (*optional*): Not read: tokenizers of BERT's kind send it.
             options: Iterations, start, positions and losses: see [`DenoiserOptions`].
 
         Raises:
-            `ValueError`: a shape beyond the model's length, missing `timesteps`, fewer than one iteration.
+            `ValueError`: a shape beyond the model's length, missing `timesteps`, fewer than one iteration, an argument
+                that does not exist or has no effect in this call.
         """
         self._check_inputs(input_ids, timesteps)
         h = self.embed_tokens(input_ids)  # (B, L, D)
         conditioning, rotary = self.conditioning(timesteps, h.device), self.rotary(h)
         masked = input_ids == self.config.mask_token_id
-        return self._denoise_once(h, conditioning, rotary, masked, attention_mask, labels, **options)
+        return self._denoise_once(h, conditioning, rotary, masked, attention_mask, labels, options)
 
     def conditioning(self, timesteps: torch.Tensor | None, device: torch.device) -> torch.Tensor:
         """(B, C), or (1, C) when time is not conditioned on: one constant vector for every sequence."""
-        noise = sigma(timesteps) if self.config.time_conditioning else torch.zeros(1, device=device)
+        noise = (
+            sigma(timesteps) if self.config.time_conditioning else torch.zeros(1, dtype=torch.float32, device=device)
+        )
         return self.time_embedding(noise)
 
     def rotary(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,15 +113,19 @@ class FPMDLMForMaskedDiffusion(MGMGenerationMixin, MGMPreTrainedModel):
 
     def _check_inputs(self, input_ids: torch.Tensor, timesteps: torch.Tensor | None) -> None:
         longest = self.config.max_position_embeddings
+        check_tensor("input_ids", input_ids)
         if input_ids.dim() != 2 or input_ids.shape[1] > longest:
             raise ValueError(
                 f"`input_ids` of shape {tuple(input_ids.shape)} must be (batch, length) with length at most "
                 f"`max_position_embeddings`={longest}: cut the text into pieces."
             )
-        if self.config.time_conditioning and timesteps is None:
+        if not self.config.time_conditioning:
+            return
+        if timesteps is None:
             raise ValueError(
                 "`timesteps`=None, but the model has `time_conditioning`: give a (batch,) time in (0, 1]."
             )
+        check_tensor("timesteps", timesteps, input_ids.shape[:1])
 
 
 FPMDLMConfig.register_for_auto_class()

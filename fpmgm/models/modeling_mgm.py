@@ -11,7 +11,7 @@ Shapes: B batch, L length, D hidden size, C conditioning size, V vocabulary, N i
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
 
 import torch
@@ -20,10 +20,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import ModelOutput
 
-from .fixed_point import SOLVERS, FixedPointSolution, solve_adaptively, solve_fixed_point
+from .arguments import check_names, shown
+from .fixed_point import FixedPointSolution, SolverOptions, solve
 from .head import HeadLoss, LMHead, LogitsLoss, head_loss
 from .injection import INJECTION_STARTS, INJECTIONS
 from .layers import IdentityLinear, Modulation, modulate, wide
+from .loading import check_complete
 from .noise import IGNORE_INDEX
 from .reuse import warm_start
 from .selection import Selection, select
@@ -88,6 +90,8 @@ class DenoiserOptions(TypedDict, total=False):
             `labels` those that have one: logits and hidden states are (P, ·), and the last explicit block has queries
             there only. On the CPU they cost no wait for the device. `None`: everywhere.
         output_logits (`bool`, *optional*): Whether to build logits. `None`: only where no loss is asked for.
+        training (`bool`, *optional*): Whether dropout acts, and activation checkpointing where it is on. `None`: in
+            training mode. The modules' own modes are neither read nor changed where it is given.
     """
 
     loss_weights: torch.Tensor | None
@@ -103,6 +107,18 @@ class DenoiserOptions(TypedDict, total=False):
     solver: str
     logits_positions: torch.LongTensor | None
     output_logits: bool | None
+    training: bool | None
+
+
+SOLVER_OPTIONS = {field.name for field in fields(SolverOptions)}
+
+
+def check_tensor(name: str, x: torch.Tensor, shape: torch.Size | None = None) -> None:
+    """Raise a `ValueError` for what is no tensor, or one of another shape. `None`: any shape will do."""
+    if not torch.is_tensor(x):
+        raise ValueError(f"`{name}`={shown(x)} must be a tensor.")
+    if shape is not None and x.shape != shape:
+        raise ValueError(f"`{name}` of shape {tuple(x.shape)} must be {tuple(shape)}.")
 
 
 class FixedPointStack(nn.Module):
@@ -119,18 +135,19 @@ class FixedPointStack(nn.Module):
         """What every iteration adds from u = G(h_pre)."""
         return self.injection.constant(self.input_proj(h_pre))
 
-    def forward(self, h, constant, modulations, rotary, attention_mask, keeps) -> torch.Tensor:
+    def forward(self, h, constant, modulations, rotary, attention_mask, keeps, training) -> torch.Tensor:
         h = self.injection(h, constant)  # (B, L, D)
         for layer, modulation, keep in zip(self.layers, modulations, keeps, strict=True):
-            h = layer(h, modulation, rotary, attention_mask, keep)
+            h = layer(h, modulation, rotary, attention_mask, keep, training=training)
         return h
 
 
 class MGMPreTrainedModel(PreTrainedModel):
     """The denoiser. A model's `forward` embeds its tokens and hands them to `_denoise_once`.
 
-    Its block takes `(h, modulation, rotary, attention_mask, keep, selection)`, has a `modulation` of the conditioning
-    vector, and draws with `dropout_masks(h)` what an evaluation in training keeps (`None` where it keeps everything).
+    Its block takes `(h, modulation, rotary, attention_mask, keep, selection, training)`, has a `modulation` of the
+    conditioning vector, and draws with `dropout_masks(h)` what an evaluation in training keeps (`None` where it keeps
+    everything). It drops out in `training`, an argument: its own mode may be another thread's.
     """
 
     base_model_prefix = "model"
@@ -153,6 +170,28 @@ class MGMPreTrainedModel(PreTrainedModel):
         self.final_modulation = Modulation(config.conditioning_size, config.hidden_size, 2)
         self.lm_head = LMHead(config.hidden_size, vocab_size, config.tie_word_embeddings)
 
+    def _read_options(self, options: DenoiserOptions, labels: torch.Tensor | None) -> tuple[SolverOptions, dict]:
+        """How to solve, and the other options of a call of `forward`.
+
+        Raises:
+            `ValueError`: for a name that is no option, and for one that this call cannot honour.
+        """
+        check_names(options, DenoiserOptions.__annotations__, f"{type(self).__name__}.forward")
+        solver = SolverOptions(**{name: value for name, value in options.items() if name in SOLVER_OPTIONS})
+        if self.fixed_point is None:
+            solver.check_unused()
+        elif solver.num_iterations is None:
+            solver = replace(solver, num_iterations=self.config.num_fixed_point_iterations)
+        others = {name: value for name, value in options.items() if name not in SOLVER_OPTIONS and value is not None}
+        for name in ("loss_weights", "num_items_in_batch"):
+            if labels is None and name in others:
+                raise ValueError(f"`{name}` is about the cross-entropy: give `labels` too, or leave it out.")
+        if "logits_loss" not in others and others.get("logits_loss_weight", 1.0) != 1.0:
+            raise ValueError("`logits_loss_weight` is about `logits_loss`: give it too, or leave the weight out.")
+        if labels is None and "logits_loss" in others and "logits_positions" not in others:
+            raise ValueError("`logits_loss` needs positions: give `labels` or `logits_positions` too.")
+        return solver, others
+
     def _denoise_once(
         self,
         h: torch.Tensor,
@@ -161,65 +200,47 @@ class MGMPreTrainedModel(PreTrainedModel):
         masked: torch.Tensor,
         attention_mask: torch.Tensor | None,
         labels: torch.LongTensor | None,
-        *,
-        loss_weights=None,
-        logits_loss=None,
-        logits_loss_weight=1.0,
-        num_items_in_batch=None,
-        num_iterations=None,
-        num_no_grad_iterations=0,
-        num_kept_iterations=None,
-        fixed_point_state=None,
-        reuse_weights=None,
-        tolerance=None,
-        solver="picard",
-        logits_positions=None,
-        output_logits=None,
+        options: DenoiserOptions,
     ) -> MGMOutput:
-        """P, G, F and H on embedded tokens `h` under `conditioning` (B or 1, C); see [`DenoiserOptions`].
+        """P, G, F and H on embedded tokens `h` under `conditioning` (B or 1, C), as the caller's `options` say.
 
         `masked` (B, L) says which tokens are unknown; `h` (B, L, D) may have more positions after these (registers),
         `rotary` is whatever the model's blocks want to know of positions.
         """
-        self._check_options(
-            num_iterations, num_no_grad_iterations, num_kept_iterations, solver, labels, logits_loss, logits_positions
-        )
-        length = masked.shape[1]
+        # 1. what is asked
+        solver, options = self._read_options(options, labels)
+        for name, x in (("attention_mask", attention_mask), ("labels", labels)):
+            if x is not None:
+                check_tensor(name, x, masked.shape)
+        attention_mask = None if attention_mask is None else attention_mask.bool()
+        training, length = options.get("training", self.training), masked.shape[1]
         bias = create_bidirectional_mask(config=self.config, inputs_embeds=h, attention_mask=attention_mask)
         selection = None
-        if logits_positions is not None:
-            selection = select(logits_positions, len(h), length, h.device)
+        if "logits_positions" in options:
+            selection = select(options["logits_positions"], len(h), length, h.device)
+
+        # 2. P, F and H
         pre, post = self.pre_layers, self.post_layers
         explicit = self.fixed_point is None and not len(post)
-
-        h = self._run(pre, h, conditioning, rotary, bias, selection if explicit else None)  # (B, L, D)
+        h = self._run(pre, h, conditioning, rotary, bias, training, selection if explicit else None)  # (B, L, D)
         solution = None
         if self.fixed_point is not None:
-            solution = self._solve(
-                h, conditioning, rotary, bias, attention_mask,
-                start=warm_start(h, fixed_point_state, reuse_weights),
-                num_iterations=self.config.num_fixed_point_iterations if num_iterations is None else num_iterations,
-                num_no_grad_iterations=num_no_grad_iterations,
-                num_kept_iterations=num_kept_iterations,
-                tolerance=tolerance,
-                solver=solver,
-            )  # fmt: skip
+            solution = self._solve(h, conditioning, rotary, bias, attention_mask, training, solver)
             h = solution.state
-        h = self._run(post, h, conditioning, rotary, bias, selection)  # (B, L, D) or (P, D)
+        h = self._run(post, h, conditioning, rotary, bias, training, selection)  # (B, L, D) or (P, D)
         if selection is not None and h.dim() == 3:  # no block after F
             h = selection.pick(h)
         if selection is None:
             h = h[:, :length]  # without what a model appends to the tokens
         normed = self._normed(h, conditioning, selection)
 
+        # 3. logits and loss
         loss = accuracy = added = logits = None
-        if output_logits or (output_logits is None and labels is None and logits_loss is None):
+        wants_loss = labels is not None or "logits_loss" in options
+        if options.get("output_logits", not wants_loss):
             logits = self.lm_head(normed)  # (B, L, V) or (P, V)
-        if labels is not None or logits_loss is not None:
-            loss, accuracy, added = self._loss(
-                normed, labels, masked, selection, attention_mask, loss_weights, logits_loss, logits_loss_weight,
-                num_items_in_batch,
-            )  # fmt: skip
+        if wants_loss:
+            loss, accuracy, added = self._loss(normed, labels, masked, selection, attention_mask, options)
         iterations = 0 if solution is None else len(solution.residuals)
         return MGMOutput(
             loss=loss,
@@ -233,46 +254,53 @@ class MGMPreTrainedModel(PreTrainedModel):
             block_evaluations=len(pre) + iterations * self.config.num_fixed_point_layers + len(post),
         )
 
-    def _run(self, layers, h, conditioning, rotary, bias, selection: Selection | None = None) -> torch.Tensor:
+    def _run(self, layers, h, conditioning, rotary, bias, training, selection: Selection | None) -> torch.Tensor:
         """Explicit blocks; the last one gives the selected positions only, (P, D), where there is a selection."""
         for i, layer in enumerate(layers):
             last = selection if i == len(layers) - 1 else None
             # Only a mask written out as a tensor has rows that can be left out; other kernels' masks do not.
             pruned = last if bias is None or (torch.is_tensor(bias) and bias.dim() == 4) else None
-            h = self._checkpointed(i, layer, h, layer.modulation(conditioning), rotary, bias, None, pruned)
+            modulation = layer.modulation(conditioning)
+            h = self._checkpointed(i, training, layer, h, modulation, rotary, bias, None, pruned, training)
             h = last.pick(h) if last is not None and pruned is None else h
         return h
 
     def _solve(
-        self, h_pre, conditioning, rotary, bias, attention_mask, start,
-        num_iterations, num_no_grad_iterations, num_kept_iterations, tolerance, solver,
-    ) -> FixedPointSolution:  # fmt: skip
+        self, h_pre, conditioning, rotary, bias, attention_mask, training: bool, options: SolverOptions
+    ) -> FixedPointSolution:
         """h* of h ↦ F(h; u): what no iteration changes (u, modulations, dropout masks) is computed once."""
         stack = self.fixed_point
+        if options.fixed_point_state is not None:
+            check_tensor("fixed_point_state", options.fixed_point_state, h_pre.shape)
+        if options.reuse_weights is not None:
+            check_tensor("reuse_weights", options.reuse_weights, h_pre.shape[:2])
         constant = stack.constant(h_pre)
         modulations = [layer.modulation(conditioning) for layer in stack.layers]
-        keeps = [layer.dropout_masks(h_pre) if self.training else None for layer in stack.layers]
-        turns, kept = itertools.count(), None if self.gradient_checkpointing else num_kept_iterations
+        keeps = [layer.dropout_masks(h_pre) if training else None for layer in stack.layers]
+        turns = itertools.count()
+        if self.gradient_checkpointing:  # runs every iteration again, or those that it was told to
+            options = replace(options, num_kept_iterations=None)
 
         def step(h: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
             if rows is None:
-                return self._checkpointed(next(turns), stack, h, constant, modulations, rotary, bias, keeps)
+                arguments = (h, constant, modulations, rotary, bias, keeps, training)
+                return self._checkpointed(next(turns), training, stack, *arguments)
             part = [tuple(v[rows] if len(v) > 1 else v for v in vectors) for vectors in modulations]
-            return stack(h, constant[rows], part, rotary, None if bias is None else bias[rows], keeps)
+            kept = [None if keep is None else tuple(mask[rows] for mask in keep) for keep in keeps]
+            return stack(h, constant[rows], part, rotary, None if bias is None else bias[rows], kept, training)
 
-        if tolerance is None and solver == "picard" and not torch.is_tensor(num_iterations):
-            return solve_fixed_point(step, start, num_iterations, num_no_grad_iterations, kept, attention_mask)
-        return solve_adaptively(step, start, num_iterations, tolerance, solver, attention_mask)
+        start = warm_start(h_pre, options.fixed_point_state, options.reuse_weights)
+        return solve(step, start, options, attention_mask)
 
     def _set_gradient_checkpointing(self, **kwargs) -> None:
         super()._set_gradient_checkpointing(**kwargs)
         self._checkpoint_every = kwargs.get("every_n_layers", 1)
 
-    def _checkpointed(self, place: int, module: Callable, *args):
+    def _checkpointed(self, place: int, training: bool, module: Callable, *args):
         """module(*args), run again in the backward pass where that is asked of this `place` in its stack, or of this
         iteration."""
         asked = self.gradient_checkpointing and place % self._checkpoint_every == 0
-        if asked and self.training and torch.is_grad_enabled():
+        if asked and training and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(module, *args)
         return module(*args)
 
@@ -284,7 +312,7 @@ class MGMPreTrainedModel(PreTrainedModel):
         return modulate(self.final_norm(h), shift, scale)
 
     def _loss(
-        self, normed, labels, masked, selection, attention_mask, loss_weights, logits_loss, logits_loss_weight, items
+        self, normed, labels, masked, selection, attention_mask, options: DenoiserOptions
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """The loss at the positions with a label, or, without labels, at the selected ones; the share of the masked
         ones guessed right; and what `logits_loss` gave."""
@@ -296,40 +324,22 @@ class MGMPreTrainedModel(PreTrainedModel):
         else:
             rows, columns = selection.rows, selection.columns
         # 2. the weight of each: its sequence's, shared out over the items
+        items, loss_weights = options.get("num_items_in_batch"), options.get("loss_weights")
         if items is None:
             items = masked.numel() if attention_mask is None else attention_mask.sum()
         weights = 1 if loss_weights is None else loss_weights[rows].to(wide(normed.dtype))
         weights = normed.new_ones(len(rows), dtype=wide(normed.dtype)) * weights / items  # (P,)
         # 3. logits and their loss, chunk by chunk
         labels = None if labels is None else labels[rows, columns]
-        loss = HeadLoss(self.config.mask_token_id, labels, weights, logits_loss, logits_loss_weight)
-        total, hits, further = head_loss(self.lm_head, normed, loss)
+        further = options.get("logits_loss")
+        loss = HeadLoss(self.config.mask_token_id, labels, weights, further, options.get("logits_loss_weight", 1.0))
+        total, hits, added = head_loss(self.lm_head, normed, loss)
         # 4. what is reported
         accuracy = None
         if labels is not None:
             masked = masked[rows, columns]
             accuracy = (hits & masked).float().sum() / masked.float().sum().clamp(min=1)
-        return total, accuracy, further if logits_loss is not None else None
-
-    def _check_options(
-        self,
-        num_iterations,
-        num_no_grad_iterations,
-        num_kept_iterations,
-        solver,
-        labels,
-        logits_loss,
-        logits_positions,
-    ) -> None:
-        least = 1 if self.fixed_point is not None else 0
-        if isinstance(num_iterations, int) and num_iterations < least:
-            raise ValueError(f"`num_iterations`={num_iterations} must be at least {least}.")
-        if num_no_grad_iterations < 0:
-            raise ValueError(f"`num_no_grad_iterations`={num_no_grad_iterations} must be at least 0.")
-        if num_kept_iterations is not None and num_kept_iterations < 0:
-            raise ValueError(f"`num_kept_iterations`={num_kept_iterations} must be at least 0, or None to keep all.")
-        if solver not in SOLVERS:
-            raise ValueError(f"`solver`={solver!r} must be one of {tuple(SOLVERS)}.")
+        return total, accuracy, None if further is None else added
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile, in place, the blocks whose shapes are the same at every step: all but the last explicit one.
@@ -351,6 +361,19 @@ class MGMPreTrainedModel(PreTrainedModel):
         """As `is_activation_checkpointing`: PEFT asks by this name, which transformers warns of."""
         return self.is_activation_checkpointing
 
+    @staticmethod
+    def _finalize_model_loading(model, load_config, loading_info):
+        """As in `PreTrainedModel`, but weights that a checkpoint lacks are an error, not random.
+
+        Raises:
+            `ValueError`: names them.
+        """
+        loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        if not load_config.ignore_mismatched_sizes:
+            advice = "Get the whole checkpoint. To start them anew on purpose, give `ignore_mismatched_sizes=True`."
+            check_complete(load_config.pretrained_model_name_or_path, loading_info.missing_keys, advice)
+        return loading_info
+
     def load_adapter(self, peft_model_id=None, *args, **kwargs):
         """As in transformers, of an adapter all of whose weights are found: else some would be random.
 
@@ -358,12 +381,10 @@ class MGMPreTrainedModel(PreTrainedModel):
             `ValueError`: names what is missing; transformers does not find DoRA's magnitudes.
         """
         loaded = super().load_adapter(peft_model_id, *args, **kwargs)
-        missing = sorted(loaded.missing_keys)
-        if missing:
-            raise ValueError(
-                f"the adapter {str(peft_model_id)!r} was loaded without {missing[0]} and {len(missing) - 1} more "
-                "weights: let PEFT load it, by `PeftModel.from_pretrained(model, adapter)` on the model it belongs to."
-            )
+        advice = (
+            "Get the whole adapter, or let PEFT load it: `PeftModel.from_pretrained(model, adapter)` on its model."
+        )
+        check_complete(peft_model_id, loaded.missing_keys, advice)
         return loaded
 
     def save_pretrained(self, save_directory, **kwargs) -> None:

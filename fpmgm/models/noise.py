@@ -91,7 +91,8 @@ def sequential_times(
 
 def mask_uniforms(length: int, *keys: tuple) -> torch.Tensor:
     """(B, L) uniforms, row k from the stream `keys[k]`: a position is masked where its uniform is under P(masked)."""
-    return torch.stack([torch.rand(length, generator=stream_generator(*key)) for key in keys])
+    streams = (stream_generator(*key) for key in keys)
+    return torch.stack([torch.rand(length, dtype=torch.float32, generator=s, device="cpu") for s in streams])
 
 
 def mask_tokens(

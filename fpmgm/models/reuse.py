@@ -60,10 +60,10 @@ def reuse_weights(
         return torch.ones_like(states, dtype=torch.float32)
     low, high = gamma_masked
     masked = (low + (high - low) * visible_fraction)[:, None]
-    unchanged = torch.where(states == 1, gamma_unchanged, masked)
-    return torch.where(
-        (states == 1) | (states == 2), unchanged, torch.where(states == 0, gamma_changed, gamma_remasked)
-    )
+    # Each beside a tensor, whose type the result has, and not PyTorch's default.
+    weights = torch.where(states == 1, gamma_unchanged, masked)
+    weights = torch.where(states == 0, gamma_changed, weights)
+    return torch.where(states == 3, gamma_remasked, weights)
 
 
 def visible_fraction(

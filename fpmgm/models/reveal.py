@@ -17,6 +17,8 @@ import torch
 
 from .generation_config_mgm import MGMGenerationConfig
 from .sampling import (
+    COARSE_TIE,
+    TIE,
     RevealSchedule,
     ancestral_schedule,
     arccos_counts,
@@ -114,7 +116,8 @@ class ConfidenceReveal:
         drawn, probabilities = draw_tokens(
             logits, uniforms, self.mask_token_id, config.temperature, config.top_k, config.top_p
         )
-        kept = most_confident(probabilities.cpu(), rows, self.counts[step])
+        tie = TIE if logits.dtype == torch.float64 else COARSE_TIE
+        kept = most_confident(probabilities.cpu(), rows, self.counts[step], tie)
         return _write(tokens, to_device(positions[kept], tokens.device), drawn[to_device(kept, drawn.device)])
 
 

@@ -17,6 +17,9 @@ from .noise import masked_probability, stream_generator
 
 
 SMALLEST_TIME = 1e-5  # the time grid ends here
+TIE = 2.0**-30  # probabilities whose logarithms differ by less are equal; rounding decides nothing
+COARSE_TIE = 2.0**-16  # the same for logits of less than double precision
+MOST_NUMBERS = 2**30  # random numbers of a call: 8 GiB
 CHUNK_ELEMENTS = 2**25  # logits drawn at once in float64: bounds the memory of a first step that reveals everything
 
 
@@ -48,15 +51,24 @@ def draw_uniforms(
         seed (`int` or `list[int]`, *optional*): Row k uses the stream (seed, k), or (seed[k], 0) for a list, so that
             a row does not depend on the others. `None`: one stream for the batch.
         generator (`torch.Generator`, *optional*): Source of that stream. `None`: PyTorch's global generator.
+
+    Raises:
+        `ValueError`: for more numbers than 2³⁰.
     """
+    if count * real.numel() > MOST_NUMBERS:
+        raise ValueError(
+            f"`num_steps` and `batch_size` ask for {count:,} random numbers at {real.numel():,} positions, more than "
+            f"{MOST_NUMBERS:,} at once: give fewer steps, or fewer sequences in each of several calls."
+        )
     if seed is None:
         device = "cpu" if generator is None else generator.device
         return torch.rand((count, *real.shape), dtype=torch.float64, generator=generator, device=device).cpu()
-    uniforms = torch.zeros(count, *real.shape, dtype=torch.float64)
+    uniforms = torch.zeros(count, *real.shape, dtype=torch.float64, device="cpu")
     keys = [(int(s), 0) for s in seed] if isinstance(seed, list) else [(int(seed), row) for row in range(len(real))]
     for row, key in enumerate(keys):
         stream = stream_generator("generate", *key)
-        uniforms[:, row, real[row]] = torch.rand(count, int(real[row].sum()), dtype=torch.float64, generator=stream)
+        size = (count, int(real[row].sum()))
+        uniforms[:, row, real[row]] = torch.rand(size, dtype=torch.float64, generator=stream, device="cpu")
     return uniforms
 
 
@@ -65,7 +77,7 @@ def draw_uniforms(
 
 def time_grid(num_steps: int) -> torch.Tensor:
     """T + 1 times from 1 to 1e-5 in equal steps, float64."""
-    return torch.linspace(1.0, SMALLEST_TIME, num_steps + 1, dtype=torch.float64)
+    return torch.linspace(1.0, SMALLEST_TIME, num_steps + 1, dtype=torch.float64, device="cpu")
 
 
 def ancestral_reveal_steps(uniforms: torch.Tensor, num_steps: int) -> torch.Tensor:
@@ -135,12 +147,13 @@ def halton_order(side: int) -> torch.Tensor:
     while len(cells) < side**2:
         row, column = (_halton_cells(count, base, side) for base in (2, 3))
         cells, count = dict.fromkeys((row * side + column).tolist()), 2 * count  # the first visits count
-    return torch.tensor(list(cells))
+    return torch.tensor(list(cells), device="cpu")
 
 
 def _halton_cells(count: int, base: int, side: int) -> torch.Tensor:
     """⌊side · x⌋ of the first `count` points x of the van der Corput sequence, in whole numbers."""
-    rest, mirrored, scale = torch.arange(1, count + 1), torch.zeros(count, dtype=torch.long), 1
+    rest = torch.arange(1, count + 1, device="cpu")
+    mirrored, scale = torch.zeros_like(rest), 1
     while rest.any():
         mirrored, rest, scale = mirrored * base + rest % base, rest // base, scale * base
     return mirrored * side // scale
@@ -153,7 +166,7 @@ def equal_counts(wanted: torch.Tensor, num_steps: int) -> torch.Tensor:
         `ValueError`: if a row has fewer positions to write than there are steps.
     """
     counts = _count_wanted(wanted, num_steps)
-    return counts // num_steps + (torch.arange(num_steps)[:, None] < counts % num_steps)
+    return counts // num_steps + (torch.arange(num_steps, device="cpu")[:, None] < counts % num_steps)
 
 
 def arccos_counts(wanted: torch.Tensor, num_steps: int) -> torch.Tensor:
@@ -164,7 +177,7 @@ def arccos_counts(wanted: torch.Tensor, num_steps: int) -> torch.Tensor:
         `ValueError`: if a row has fewer positions to write than there are steps.
     """
     counts = _count_wanted(wanted, num_steps)
-    steps = torch.arange(1, num_steps + 1)[:, None]
+    steps = torch.arange(1, num_steps + 1, device="cpu")[:, None]
     visible = 1 - torch.arccos(steps.double() / num_steps) / (math.pi / 2)  # (T, 1)
     # 1e-9: a whole number is whole whatever the rounding
     totals = torch.maximum((visible * counts + 1e-9).floor().long(), steps)  # (T, B)
@@ -182,10 +195,21 @@ def _count_wanted(wanted: torch.Tensor, num_steps: int) -> torch.Tensor:
     return counts
 
 
-def most_confident(probabilities: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Ascending indices into P of the `counts[b]` most probable draws of each row b; `probabilities`, `rows` (P,)."""
-    by_probability = probabilities.argsort(descending=True, stable=True)
-    order = by_probability[rows[by_probability].argsort(stable=True)]  # by row, then by falling probability
+def most_confident(
+    probabilities: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor, tie: float = TIE
+) -> torch.Tensor:
+    """Ascending indices into P of the `counts[b]` most probable draws of each row b; `probabilities`, `rows` (P,).
+
+    Neighbours in this order whose logarithms differ by at most `tie` are equal, and of equals the first positions
+    come first: positions that see the same have the same probability but for rounding, which depends on the batch.
+    """
+    confidence = probabilities.log()
+    order = confidence.argsort(descending=True, stable=True)
+    order = order[rows[order].argsort(stable=True)]  # by row, then by falling probability
+    row, falling = rows[order], confidence[order]
+    begins = torch.ones_like(order)  # a group of equals
+    begins[1:] = (row[1:] != row[:-1]) | (falling[:-1] - falling[1:] > tie)
+    order = torch.empty_like(order).index_copy(0, order, begins.cumsum(0)).argsort(stable=True)
     sizes = torch.bincount(rows, minlength=len(counts))
     rank = torch.arange(len(rows), device=rows.device) - (sizes.cumsum(0) - sizes)[rows[order]]
     return order[rank < counts.to(rows.device)[rows[order]]].sort().values
@@ -195,13 +219,18 @@ def most_confident(probabilities: torch.Tensor, rows: torch.Tensor, counts: torc
 
 
 def truncate(logits: torch.Tensor, top_k: int | None, top_p: float | None) -> torch.Tensor:
-    """−inf at tokens outside the `top_k` most likely, then outside the smallest set that holds `top_p`; (P, V)."""
+    """−inf at tokens outside the `top_k` most likely, then outside the smallest set that holds `top_p`; (P, V).
+
+    Logits within `TIE` of the last of the `top_k` are kept like it, and a set that misses `top_p` by as little holds
+    it.
+    """
     if top_k is not None and top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:] - TIE, float("-inf"))
     if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         probabilities = ordered.softmax(dim=-1)
-        outside = probabilities.cumsum(dim=-1) - probabilities >= top_p  # what is more likely already holds top_p
+        before = probabilities.cumsum(dim=-1) - probabilities
+        outside = before >= top_p * (1 - TIE)  # what is more likely already holds top_p
         logits = logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), float("-inf"))
     return logits
 
@@ -236,12 +265,11 @@ def draw_tokens(
 def _draw(logits, uniforms, mask_token_id, temperature, top_k, top_p) -> tuple[torch.Tensor, torch.Tensor]:
     logits = logits.to(torch.float64, copy=True)  # (P, V)
     logits[:, mask_token_id] = float("-inf")
-    if temperature > 0:
-        logits = truncate(logits / temperature if temperature != 1 else logits, top_k, top_p)
-    likeliest = logits.argmax(dim=-1, keepdim=True)  # (P, 1)
-    weights = logits.sub_(logits.gather(-1, likeliest)).exp_()
+    logits.sub_(logits.amax(dim=-1, keepdim=True))  # the largest is 0, so that no temperature is too small
     if temperature == 0:
-        return likeliest.squeeze(1), 1 / weights.sum(dim=-1)
+        likeliest = (logits >= -TIE).byte().argmax(dim=-1)  # the first of equals
+        return likeliest, 1 / logits.exp_().sum(dim=-1)
+    weights = truncate(logits / temperature if temperature != 1 else logits, top_k, top_p).exp_()
     cumulative = weights.cumsum(dim=-1)
     total = cumulative[:, -1:]
     # Strictly under the total, so that a token of probability 0 behind the last possible one is never reached.

@@ -34,8 +34,8 @@ def select(positions: torch.Tensor, batch_size: int, length: int, device: torch.
     counts = torch.bincount(rows, minlength=batch_size)
     by_row = rows.argsort(stable=True)
     slots = torch.empty_like(rows)  # place within its row
-    slots[by_row] = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows[by_row]]
-    queries = torch.zeros(batch_size, max(1, int(counts.max())), dtype=torch.long)
+    slots[by_row] = torch.arange(len(rows), device="cpu") - (counts.cumsum(0) - counts)[rows[by_row]]
+    queries = torch.zeros(batch_size, max(1, int(counts.max())), dtype=torch.long, device="cpu")
     queries[rows, slots] = columns
     slots = rows * queries.shape[1] + slots
     return Selection(*(to_device(x, device) for x in (rows, columns, queries, slots)))

@@ -136,6 +136,11 @@ def test_plans_written_out():
         ({"allocation": []}, "at least 1"),
         ({"allocation": [4, 0]}, "must be a whole number .*at least 1"),
         ({"allocation": [4, 1.5]}, "=1.5 must be a whole number"),
+        ({"allocation": [1] * 10**6}, r"must be the length 1000000 .* at most 100,000"),
+        ({"allocation": ("cosine",)}, "='cosine' must be a whole number"),
+        ({"budget": 10**30}, "`budget`=1000000000000000000000000000000 must be .* at most 1,000,000"),
+        ({"budget": float("nan")}, "`budget`=nan must be a whole number"),
+        ({"num_steps": 10**9}, "`num_steps`=1000000000 must be .* at most 100,000"),
     ],
     ids=str,
 )
@@ -147,3 +152,25 @@ def test_bad_arguments_are_named(arguments, message):
 def test_single_number_of_iterations_needs_the_steps():
     with pytest.raises(ValueError, match="`iterations`=4 needs `num_steps`"):
         explicit_plan(layers(1, 1, 1), 4)
+
+
+def test_iterations_that_a_model_cannot_take_or_that_never_end_are_refused():
+    with pytest.raises(ValueError, match="`iterations`=3 is for fixed-point layers, which the model lacks"):
+        explicit_plan(layers(2, 0, 0), [0, 3])
+    for iterations, steps in ((10**9, 1), (1000, 1000)):
+        with pytest.raises(ValueError, match="`iterations`"):
+            explicit_plan(layers(1, 1, 1), iterations, steps)
+
+
+def test_a_plan_prints_on_a_line():
+    assert (
+        repr(plan_budget(layers(1, 1, 1), 24, 4))
+        == "BudgetPlan(4 steps of 6, 5, 3, 2 iterations, 24 block evaluations)"
+    )
+    assert repr(plan_budget(layers(3, 0, 0), 96)) == "BudgetPlan(32 steps of 0×32 iterations, 96 block evaluations)"
+    assert len(repr(explicit_plan(layers(1, 1, 1), [1, 2] * 500))) < 150
+
+
+def test_the_largest_plans_are_made_at_once():
+    plan = plan_budget(layers(1, 1, 1), 10**6)
+    assert plan.num_steps == len(plan.iterations) == 10**5 and plan.block_evaluations == 10**6

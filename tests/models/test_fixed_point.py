@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from fpmgm.models.fixed_point import relative_residual, solve_adaptively, solve_fixed_point
+from fpmgm.models.fixed_point import SolverOptions, relative_residual, solve, solve_adaptively, solve_fixed_point
 
 
 def contraction(size: int = 5, factor: float = 0.4) -> torch.Tensor:
@@ -173,3 +173,65 @@ def test_anderson_solves_a_small_linear_system_that_picard_has_hardly_begun():
         for solver in ("picard", "anderson")
     }
     assert error["picard"] > 5 and error["anderson"] < 0.05
+
+
+# --- options --------------------------------------------------------------------------------------------------------
+
+PER_SEQUENCE = torch.tensor([2, 3])
+
+
+@pytest.mark.parametrize("adaptive", [{"tolerance": 0.1}, {"solver": "anderson"}, {"num_iterations": PER_SEQUENCE}])
+@pytest.mark.parametrize("about_gradients", [{"num_no_grad_iterations": 2}, {"num_kept_iterations": 0}])
+def test_what_needs_a_gradient_is_refused_where_there_is_none(adaptive, about_gradients):
+    name = next(iter(about_gradients))
+    with torch.no_grad():
+        SolverOptions(**adaptive)
+        SolverOptions(**about_gradients)
+        with pytest.raises(
+            ValueError, match=f"`{name}`=. is about a gradient, which `{next(iter(adaptive))}`.* none of"
+        ):
+            SolverOptions(**adaptive, **about_gradients)
+    with pytest.raises(ValueError, match=r"has no gradient: call the model under `torch.no_grad\(\)`"):
+        SolverOptions(**adaptive)
+    SolverOptions(**about_gradients)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_iterations": -1}, "`num_iterations`=-1 must be a whole number"),
+        ({"num_iterations": 2.0}, "`num_iterations`=2.0 must be a whole number"),
+        ({"num_iterations": torch.ones(2)}, r"`num_iterations` of shape \(2,\) and type torch.float32"),
+        ({"num_iterations": torch.ones(2, 2).long()}, r"`num_iterations` of shape \(2, 2\)"),
+        ({"num_no_grad_iterations": None}, "`num_no_grad_iterations`=None must be"),
+        ({"num_kept_iterations": -1}, "`num_kept_iterations`=-1 must be"),
+        ({"tolerance": float("nan")}, "`tolerance`=nan must be at least 0"),
+        ({"tolerance": "0.1"}, "`tolerance`='0.1' must be at least 0"),
+        ({"solver": "newton"}, "`solver`='newton' must be one of"),
+        ({"reuse_weights": torch.ones(2, 3)}, "`reuse_weights` weigh `fixed_point_state`, which is None"),
+    ],
+)
+@torch.no_grad()
+def test_options_that_are_none_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        SolverOptions(**options)
+
+
+@torch.no_grad()
+def test_options_choose_the_solver():
+    step, _ = rotation_steps([0.3, 0.8])
+    start = torch.randn(2, 2, 5, dtype=torch.float64)
+
+    def on_all(h, rows=None):
+        return step(h, torch.arange(2) if rows is None else rows)
+
+    plain = solve(on_all, start, SolverOptions(num_iterations=2, num_no_grad_iterations=3))
+    assert torch.equal(plain.state, solve_fixed_point(on_all, start, 5).state)
+    for options in ({"tolerance": 0.05}, {"solver": "anderson"}, {"num_iterations": PER_SEQUENCE}):
+        options = {"num_iterations": 4, **options}
+        assert torch.equal(
+            solve(on_all, start, SolverOptions(**options)).state, solve_adaptively(on_all, start, **options).state
+        )
+    for count in (0, torch.tensor([1, 0]), torch.tensor([1, 2, 3])):
+        with pytest.raises(ValueError, match="`num_iterations`"):
+            solve(on_all, start, SolverOptions(num_iterations=count))

@@ -2,6 +2,7 @@
 """`generate` against exact distributions, a naive sampler written out, counted blocks, and every bad input."""
 
 import itertools
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -308,6 +309,11 @@ def test_block_evaluations_are_the_blocks_that_ran(layers, arguments):
         **dict(zip(("num_pre_layers", "num_fixed_point_layers", "num_post_layers"), layers, strict=True))
     )
     calls = []
+    if layers[1] == 0:  # nothing to iterate
+        no_iterations = {"iterations": 0, "allocation": [0, 0, 0]}
+        arguments |= {
+            name: none for name, none in no_iterations.items() if isinstance(arguments.get(name), (int, list))
+        }
     for module in model.modules():
         if isinstance(module, FPMDLMBlock):
             module.register_forward_hook(lambda module, args, output: calls.append(module))
@@ -389,19 +395,70 @@ def test_output_fields_describe_the_run():
 # --- modes -----------------------------------------------------------------------------------------------------------
 
 
-def test_generate_switches_dropout_off_and_gives_the_mode_back():
-    model = tiny_model(dropout=0.5)
+def test_generate_runs_without_dropout_beside_a_training_that_goes_on():
+    model, modes, losses = tiny_model(dropout=0.5), [], []
     evaluated = model.generate(batch_size=2, seed=0, budget=24)
     assert not model.training
-    assert torch.equal(model.train().generate(batch_size=2, seed=0, budget=24), evaluated)
-    assert model.training and all(module.training for module in model.modules())
+    model.train()
+    model.post_layers.eval()  # a part that somebody froze
+    before = [module.training for module in model.modules()]
 
-    def fail(step):
-        raise RuntimeError("stop")
+    def train(step):
+        modes.append([module.training for module in model.modules()])
+        losses.append(model(prompts(), labels=prompts().clamp(max=MASK - 1)).loss.item())
 
-    with pytest.raises(RuntimeError, match="stop"):
-        model.generate(budget=24, callback=fail)
-    assert model.training
+    assert torch.equal(model.generate(batch_size=2, seed=0, budget=24, callback=train), evaluated)
+    assert modes == [before] * len(modes) and [module.training for module in model.modules()] == before
+    assert len(set(losses)) == len(losses) > 1  # dropout draws anew in each
+
+
+def test_dropout_that_is_not_the_models_own_is_refused():
+    model = tiny_model().train()
+    model.embed_tokens = nn.Sequential(model.embed_tokens, nn.Dropout(0.5))
+    with pytest.raises(ValueError, match=r"these dropouts would act: \['embed_tokens.1'\].*`model.eval\(\)`"):
+        model.generate(budget=12)
+    assert model.eval().generate(budget=12, seed=0).shape == (1, 8)
+
+
+@contextmanager
+def default(dtype=torch.float32, device=None):
+    """PyTorch's defaults, for a while."""
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize(
+    "defaults", [{"dtype": torch.float64}, {"dtype": torch.bfloat16}, {"device": "meta"}], ids=str
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tolerance": 0.05},
+        {"solver": "anderson", "reuse": "full"},
+        {"order": "confidence", "temperature": 0.7},
+        {"remask": 0.4, "final": "argmax"},
+        {"input_ids": prompts().tolist(), "attention_mask": [[1] * 8, [1] * 7 + [0], [1] * 8]},
+    ],
+    ids=str,
+)
+def test_pytorchs_defaults_change_nothing(options, defaults):
+    model, call = lively_model(), {"budget": 30, "return_dict_in_generate": True, **options}
+    expected = model.generate(**call, seed=1)
+    torch.manual_seed(2)
+    unseeded = model.generate(**call)
+    with default(**defaults):
+        found = model.generate(**call, seed=1)
+        torch.manual_seed(2)
+        again = model.generate(**call)
+    assert torch.equal(found.sequences, expected.sequences) and torch.equal(again.sequences, unseeded.sequences)
+    assert found.residuals.dtype == torch.float32
+    torch.testing.assert_close(found.residuals, expected.residuals, rtol=0, atol=0, equal_nan=True)
 
 
 def test_tokens_carry_no_graph_and_steps_may_outnumber_positions():

@@ -79,6 +79,18 @@ def test_temperature_zero_takes_the_likeliest_token_but_the_mask():
     assert logits[:50, 2].eq(10).all()  # the caller's logits are left alone
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-308, 1e-30, 1e300])
+@pytest.mark.parametrize("size", [1.0, 1e300])
+def test_no_temperature_and_no_size_of_the_logits_overflows(temperature, size):
+    logits = size * torch.randn(50, 6, dtype=torch.float64)
+    allowed = logits.clone()
+    allowed[:, 2] = float("-inf")
+    drawn, probabilities = draw_tokens(logits, grid(50), 2, temperature, top_k=5, top_p=0.99)
+    assert drawn.ne(2).all() and probabilities.gt(0).all() and probabilities.le(1).all()
+    if temperature < 1:
+        assert torch.equal(drawn, allowed.argmax(dim=1))
+
+
 def test_draw_does_not_depend_on_the_chunks(monkeypatch):
     logits, uniforms = torch.randn(23, 6), torch.rand(23, dtype=torch.float64)
     whole = draws(logits, uniforms, 5, top_p=0.8)
