@@ -76,7 +76,7 @@ def parse_arguments(types: tuple[type, ...], description: str, argv: list[str] |
 
 def model_arguments(config_class: type[PreTrainedConfig], exclude: tuple[str, ...] = ()) -> type:
     """A dataclass with the architecture's own fields, in its docstring's words, as the options of a recipe."""
-    own = [f for f in fields(config_class) if f.name in config_class.__annotations__ and f.name not in exclude]
+    own = [f for f in fields(config_class) if f.name in config_class.own_fields() and f.name not in exclude]
     words = _documented(config_class)
     columns = [
         (f.name, f.type, field(default=None if f.default is MISSING else f.default, metadata={"help": words[f.name]}))

@@ -154,13 +154,13 @@ def trajectories(
             )
             for start, batch in zip(starts, batches, strict=True)
         ]  # fmt: skip
-    num_classes = getattr(model.config, "num_classes", None)
+    num_classes = model.config.num_classes
     options = {name: getattr(args, name) for name in ("temperature", "top_p", "guidance_scale", "remask")}
 
     def sample(i: int) -> list:
         rows = slice(i * args.batch_size, (i + 1) * args.batch_size)
-        classes = None if num_classes is None else [seed % num_classes for seed in seeds[rows]]
-        length = args.length if num_classes is None else None
+        classes = [seed % num_classes for seed in seeds[rows]] if num_classes else None
+        length = None if num_classes else args.length
         written = sampled_trajectory(
             model, num_steps, args.iterations, classes, batch_size=len(seeds[rows]), length=length, seed=seeds[rows],
             **options,

@@ -13,7 +13,7 @@ but for `--hardware cpu`, which times a product and a copy. What is exact and wh
 import json
 import os
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -175,9 +175,7 @@ def load_config(name: str, vocab_size: int) -> PreTrainedConfig:
     if not is_yaml:
         return AutoConfig.from_pretrained(name)
     values = yaml.safe_load(Path(name).read_text(encoding="utf-8")) or {}
-    of_text, of_images = (
-        {f.name for f in fields(kind)} & set(kind.__annotations__) for kind in (FPMDLMConfig, FPMaskGITConfig)
-    )
+    of_text, of_images = (set(kind.own_fields()) for kind in (FPMDLMConfig, FPMaskGITConfig))
     is_image = bool(values.keys() & (of_images - of_text))
     described = {key: value for key, value in values.items() if key in (of_images if is_image else of_text)}
     if "num_pre_layers" not in described:

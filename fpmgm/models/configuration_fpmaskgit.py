@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of the fixed-point masked generative image model."""
 
-from transformers import PreTrainedConfig
-
 from .arguments import whole
-from .configuration_mgm import DERIVED, EPSILON, PROBABILITY, SHARED_FIELDS, SIZE, check_fields
+from .configuration_mgm import DERIVED, EPSILON, PROBABILITY, SHARED_FIELDS, SIZE, MGMConfig, check_fields
 
 
 FIELDS = {
@@ -25,7 +23,7 @@ FOLLOWING = {
 }
 
 
-class FPMaskGITConfig(PreTrainedConfig):
+class FPMaskGITConfig(MGMConfig):
     r"""
     Configuration of [`FPMaskGITModel`]: `num_pre_layers` explicit blocks P, `num_fixed_point_layers` shared blocks F
     iterated to a fixed point, `num_post_layers` explicit blocks H. The defaults are the paper's FP-MaskGIT;
@@ -80,13 +78,6 @@ class FPMaskGITConfig(PreTrainedConfig):
     """
 
     model_type = "fpmaskgit"
-    keys_to_ignore_at_inference = [
-        "last_hidden_state",
-        "fixed_point_state",
-        "residuals",
-        "block_evaluations",
-        "masked_accuracy",
-    ]
 
     codebook_size: int = 4096
     num_classes: int | None = None
@@ -95,33 +86,19 @@ class FPMaskGITConfig(PreTrainedConfig):
     num_attention_heads: int = 16
     intermediate_size: int = 2816
     num_register_tokens: int = 1
-    dropout: float = 0.1
     class_dropout: float = 0.1
     num_pre_layers: int = 4
-    num_fixed_point_layers: int = 1
     num_post_layers: int = 4
-    input_injection: str = "mlp"
-    injection_init: str = "contraction"
-    num_fixed_point_iterations: int = 6
-    no_grad_iterations: list[int] | None = None
-    grad_iterations: list[int] | None = None
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
-        self.no_grad_iterations = [0, 4] if self.no_grad_iterations is None else self.no_grad_iterations
-        self.grad_iterations = [3, 6] if self.grad_iterations is None else self.grad_iterations
         names = kwargs.get("num_labels") if self.id2label is None else len(self.id2label)
         if self.num_classes is None:
             self.num_classes = 10 if names is None else names
         check_fields(self, FIELDS, FOLLOWING, kwargs)
         _check_sizes(self, names)
         super().__post_init__(**{**kwargs, "num_labels": self.num_classes})
-
-    @property
-    def num_hidden_layers(self) -> int:
-        """Distinct blocks of the model."""
-        return self.num_pre_layers + self.num_fixed_point_layers + self.num_post_layers
 
     @property
     def vocab_size(self) -> int:

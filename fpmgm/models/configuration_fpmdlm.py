@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of the fixed-point masked diffusion language model."""
 
-from transformers import PreTrainedConfig
-
 from .arguments import flag, number, whole
-from .configuration_mgm import DERIVED, EPSILON, SHARED_FIELDS, SIZE, check_fields
+from .configuration_mgm import DERIVED, EPSILON, SHARED_FIELDS, SIZE, MGMConfig, check_fields
 
 
 FIELDS = {
@@ -19,7 +17,7 @@ FIELDS = {
 }
 
 
-class FPMDLMConfig(PreTrainedConfig):
+class FPMDLMConfig(MGMConfig):
     r"""
     Configuration of [`FPMDLMForMaskedDiffusion`]: `num_pre_layers` explicit blocks P, `num_fixed_point_layers` shared
     blocks F iterated to a fixed point, `num_post_layers` explicit blocks H. The defaults are the paper's FP-MDLM;
@@ -68,13 +66,6 @@ class FPMDLMConfig(PreTrainedConfig):
     """
 
     model_type = "fpmdlm"
-    keys_to_ignore_at_inference = [
-        "last_hidden_state",
-        "fixed_point_state",
-        "residuals",
-        "block_evaluations",
-        "masked_accuracy",
-    ]
 
     vocab_size: int = 50258
     mask_token_id: int = 50257
@@ -83,15 +74,6 @@ class FPMDLMConfig(PreTrainedConfig):
     intermediate_size: int = 3072
     conditioning_size: int = 128
     max_position_embeddings: int = 1024
-    dropout: float = 0.1
-    num_pre_layers: int = 1
-    num_fixed_point_layers: int = 1
-    num_post_layers: int = 1
-    input_injection: str = "mlp"
-    injection_init: str = "contraction"
-    num_fixed_point_iterations: int = 6
-    no_grad_iterations: list[int] | None = None
-    grad_iterations: list[int] | None = None
     time_conditioning: bool = False
     rope_theta: float = 10000.0
     layer_norm_eps: float = 1e-5
@@ -101,16 +83,9 @@ class FPMDLMConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        self.no_grad_iterations = [0, 4] if self.no_grad_iterations is None else self.no_grad_iterations
-        self.grad_iterations = [3, 6] if self.grad_iterations is None else self.grad_iterations
         check_fields(self, FIELDS, DERIVED, kwargs)
         _check_sizes(self)
         super().__post_init__(**kwargs)
-
-    @property
-    def num_hidden_layers(self) -> int:
-        """Distinct blocks of the model."""
-        return self.num_pre_layers + self.num_fixed_point_layers + self.num_post_layers
 
 
 def _check_sizes(config: FPMDLMConfig) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks that the configurations of all models share."""
+"""What the configurations of all kinds of models share: fields, and what is checked of them."""
 
 from dataclasses import fields
 from typing import Any
@@ -53,6 +53,44 @@ OF_TRANSFORMERS = {
 }
 
 
+class MGMConfig(PreTrainedConfig):
+    """The fields that every kind of model has; a kind adds its own, and its defaults.
+
+    `num_classes` and `num_register_tokens` are 0 where a kind has neither.
+    """
+
+    keys_to_ignore_at_inference = [
+        "last_hidden_state",
+        "fixed_point_state",
+        "residuals",
+        "block_evaluations",
+        "masked_accuracy",
+    ]
+    num_classes = 0
+    num_register_tokens = 0
+
+    dropout: float = 0.1
+    num_pre_layers: int = 1
+    num_fixed_point_layers: int = 1
+    num_post_layers: int = 1
+    input_injection: str = "mlp"
+    injection_init: str = "contraction"
+    num_fixed_point_iterations: int = 6
+    no_grad_iterations: list[int] | None = None
+    grad_iterations: list[int] | None = None
+
+    @classmethod
+    def own_fields(cls) -> list[str]:
+        """Names of the fields that describe the architecture, not transformers' own."""
+        own = {*MGMConfig.__annotations__, *cls.__annotations__}
+        return [field.name for field in fields(cls) if field.name in own]
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Distinct blocks of the model."""
+        return self.num_pre_layers + self.num_fixed_point_layers + self.num_post_layers
+
+
 def check_fields(config: PreTrainedConfig, allowed: dict, derived: dict[str, str], further: dict[str, Any]) -> None:
     """Hold a configuration against what its fields may be, and what they may be together.
 
@@ -65,6 +103,8 @@ def check_fields(config: PreTrainedConfig, allowed: dict, derived: dict[str, str
     Raises:
         `ValueError`: names the field.
     """
+    config.no_grad_iterations = [0, 4] if config.no_grad_iterations is None else config.no_grad_iterations
+    config.grad_iterations = [3, 6] if config.grad_iterations is None else config.grad_iterations
     for name, source in derived.items():
         if name in further:
             raise ValueError(f"`{name}`={shown(further[name])} cannot be set: it is {source}.")

@@ -106,7 +106,7 @@ class MGMGenerationMixin:
         config, tuned_plan = self._configure(generation_config, kwargs)
         plan, order = self._plan(config), self._order(config)
         # 2. the tokens to begin with
-        classes = check_classes(class_labels, config.guidance_scale, getattr(self.config, "num_classes", None))
+        classes = check_classes(class_labels, config.guidance_scale, self.config.num_classes)
         input_ids = None if input_ids is None else read_whole("input_ids", input_ids)
         if batch_size is None and classes is not None and classes.dim() and (input_ids is None or len(input_ids) == 1):
             batch_size = len(classes)
@@ -203,7 +203,7 @@ class MGMGenerationMixin:
 
     def _reuse_weights(self, solution, rows, attention_mask, config, ledger) -> torch.Tensor:
         """γ of the next start, (R, L), registers behind; the shares of the tokens' reuse states go to the ledger."""
-        mask, registers = self.config.mask_token_id, getattr(self.config, "num_register_tokens", 0)
+        mask, registers = self.config.mask_token_id, self.config.num_register_tokens
         # A register is like a position that is masked still.
         ids = (F.pad(ids, (0, registers), value=mask) for ids in (solution.input_ids, rows))
         states = reuse_states(*ids, mask)

@@ -33,12 +33,12 @@ def guided_logits(logits: torch.Tensor, scale: float) -> torch.Tensor:
 
 
 def check_classes(
-    class_labels: int | list[int] | torch.Tensor | None, guidance_scale: float, num_classes: int | None
+    class_labels: int | list[int] | torch.Tensor | None, guidance_scale: float, num_classes: int
 ) -> torch.Tensor | None:
     """The classes as int64 on the CPU, () or (B,), or `None`.
 
     Raises:
-        `ValueError`: for classes that a model with `num_classes` (`None`: without classes) does not have, and for
+        `ValueError`: for classes that a model with `num_classes` (0: without classes) does not have, and for
             guidance without classes.
     """
     if guidance_scale != 1 and class_labels is None:
@@ -47,7 +47,7 @@ def check_classes(
         )
     if class_labels is None:
         return None
-    if num_classes is None:
+    if num_classes == 0:
         raise ValueError(f"`class_labels`={shown(class_labels)} cannot be given: this model has no classes.")
     try:
         classes = read_whole("class_labels", class_labels)
