@@ -105,10 +105,8 @@ class ConsistencyTrainer(MGMTrainer):
             divergence = self._divergence_from(model, target, weights) if args.consistency_loss == "logit_kl" else None
         # 3. the student
         weight = warmed_up(args.consistency_weight, self.state.global_step, args.consistency_warmup_steps)
-        student = model(
-            **noisy.supervised(), **noise.iterations, num_items_in_batch=noise.num_items,
-            logits_loss=divergence, logits_loss_weight=weight,
-        )  # fmt: skip
+        further = {} if divergence is None else {"logits_loss": divergence, "logits_loss_weight": weight}
+        student = model(**noisy.supervised(), **noise.iterations, **further, num_items_in_batch=noise.num_items)
         # 4. the distance of their hidden states; that of their logits is in the loss already
         loss, distance = student.loss, student.logits_loss
         if divergence is None:
