@@ -32,7 +32,7 @@ test-distributed: $(EXTRAS)/.installed  ## two processes under DDP, ZeRO-1, 2, 3
 	$(EXTRAS)/bin/python -m pytest -m 'not slow' tests/trainers/test_distributed.py
 
 test-extras: $(EXTRAS)/.installed  ## what needs optional packages; Liger's kernel is interpreted, without a GPU
-	TRITON_INTERPRET=1 $(EXTRAS)/bin/python -m pytest tests/models/test_head.py tests/evaluation/test_images.py
+	TRITON_INTERPRET=1 $(EXTRAS)/bin/python -m pytest tests/models/test_head.py tests/evaluation/test_image_metrics.py
 
 check: $(BIN)/.installed
 	$(BIN)/ruff check .

@@ -34,9 +34,10 @@ from fpmgm.analysis.measured import peak_in_subprocess
 from fpmgm.command_line import parse_arguments
 from fpmgm.evaluation import provenance
 from fpmgm.evaluation.report import table, write_report
+from fpmgm.models.draw import draw_uniforms
 from fpmgm.models.noise import masked_probability
 from fpmgm.models.reuse import reuse_states, reuse_weights, visible_fraction
-from fpmgm.models.sampling import draw_uniforms, time_grid
+from fpmgm.models.reveal import time_grid
 
 
 ARCHITECTURES = {

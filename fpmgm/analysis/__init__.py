@@ -9,11 +9,11 @@ if not is_matplotlib_available():
 
 from .denoising import plot_denoising
 from .divergence import lagged_divergence, overall, plot_lagged_divergence
-from .frontier import plot_frontier
+from .frontier_pictures import plot_frontier
 from .similarity import plot_similarity, running_layers
 from .solver import SolverMeasurements, joined, measure_solver
 from .solver_pictures import plot_movement, plot_residuals, plot_start_distances
-from .sweeps import plot_allocations, plot_checkpoints, plot_gammas, plot_latency, plot_plans
+from .sweep_pictures import plot_allocations, plot_checkpoints, plot_gammas, plot_latency, plot_plans
 from .trajectory import Trajectory, masked_trajectory, sampled_trajectory
 
 

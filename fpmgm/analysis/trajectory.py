@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from ..models.budget import check_whole
-from ..models.reveal import RevealTask
-from ..models.sampling import time_grid
+from ..models.reveal import RevealTask, time_grid
 from ..models.text_input import token_rows
 
 

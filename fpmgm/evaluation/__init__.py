@@ -5,12 +5,12 @@
 """
 
 from ..models.image_tokenizer import to_uint8
-from .budgets import budget_table, evaluate_budgets
+from .budget_report import budget_table, evaluate_budgets
 from .comparison import clearly_below, compare_values, plus_minus, pool_settings
 from .distances import energy_distance
 from .extractors import EfficientNetLiteExtractor, InceptionExtractor
 from .frontier import common_entropies, perplexity_at_entropy, standard_error_at_entropy, undominated
-from .images import (
+from .image_metrics import (
     FeatureExtractor,
     ImageStatistics,
     evaluate_images,

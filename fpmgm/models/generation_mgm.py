@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from .arguments import check_names, checked, shown
 from .budget import BudgetPlan, explicit_plan, plan_budget
+from .draw import MOST_NUMBERS
 from .generation_config_mgm import MISPLACED, MGMGenerationConfig
 from .generation_inputs import (
     ALLOWED,
@@ -29,8 +30,7 @@ from .guidance import check_classes, class_rows, guidance_scales, guided_logits
 from .ledger import GenerationStep, Ledger, MGMGenerationOutput
 from .loading import saved_generation_config
 from .reuse import REUSE_STATES, Solution, reuse_states, reuse_weights, visible_fraction
-from .reveal import TEXT_ORDERS, RevealTask
-from .sampling import MOST_NUMBERS, time_grid
+from .reveal import TEXT_ORDERS, RevealTask, time_grid
 from .transfer import to_device
 
 

@@ -2,7 +2,10 @@
 """How the positions of a sequence are revealed over the steps of `generate`: in ancestral order, with or without
 masking tokens again, by confidence, in the order of a Halton sequence or in a random one.
 
-Both rules offer `candidates`, the positions whose logits a step needs, and `write`, which turns logits into tokens.
+In all orders but that of confidence the reveal steps do not depend on the logits, so they are known beforehand, on the
+host: a step computes its head at the positions that it reveals and nowhere else (exact, not an approximation), and
+never asks the device how many there are. Both rules offer `candidates`, the positions whose logits a step needs, and
+`write`, which turns logits into tokens.
 
 Shapes: B batch, L length, V vocabulary, P candidate positions of a step, T steps.
 """
@@ -15,22 +18,170 @@ from typing import NamedTuple
 
 import torch
 
+from .draw import COARSE_TIE, TIE, draw_tokens, draw_uniforms
 from .generation_config_mgm import MGMGenerationConfig
-from .sampling import (
-    COARSE_TIE,
-    TIE,
-    RevealSchedule,
-    ancestral_schedule,
-    arccos_counts,
-    draw_tokens,
-    draw_uniforms,
-    equal_counts,
-    halton_order,
-    most_confident,
-    ranked_schedule,
-    remasking_schedule,
-)
+from .noise import masked_probability
 from .transfer import to_device
+
+
+SMALLEST_TIME = 1e-5  # the time grid ends here
+
+
+class RevealSchedule(NamedTuple):
+    """T lists of ascending indices into B·L, on the CPU: what each step reveals, and what it masks again after that.
+
+    `left_over` (P,) are the positions that the last step reveals only because nothing comes after it.
+    """
+
+    reveals: list[torch.Tensor]
+    remasks: list[torch.Tensor]
+    left_over: torch.Tensor
+
+
+# --- which positions when -----------------------------------------------------------------------------------------
+
+
+def time_grid(num_steps: int) -> torch.Tensor:
+    """T + 1 times from 1 to 1e-5 in equal steps, float64."""
+    return torch.linspace(1.0, SMALLEST_TIME, num_steps + 1, dtype=torch.float64, device="cpu")
+
+
+def ancestral_reveal_steps(uniforms: torch.Tensor, num_steps: int) -> torch.Tensor:
+    """The step at which each position is revealed by the ancestral sampler, (B, L) in 0..T; T: not revealed.
+
+    A position masked at t stays masked at s < t with probability P_s/P_t, so it is masked after step i with
+    probability P(t_{i+1})/P(1): one uniform decides its step.
+    """
+    remaining = masked_probability(time_grid(num_steps)[1:]) / masked_probability(time_grid(num_steps)[0])
+    return torch.searchsorted(-remaining, -uniforms.contiguous())  # the first i with uniform >= P(t_{i+1})/P(1)
+
+
+def ancestral_schedule(uniforms: torch.Tensor, wanted: torch.Tensor, num_steps: int) -> RevealSchedule:
+    """Reveal each position of `wanted` (B, L) at the step that its uniform (B, L) decides, the rest at the last."""
+    steps = ancestral_reveal_steps(uniforms, num_steps).masked_fill(~wanted, num_steps + 1).flatten()
+    order = steps.argsort(stable=True)
+    *reveals, left_over, _ = order.split(torch.bincount(steps, minlength=num_steps + 2).tolist())
+    reveals[-1] = torch.cat([reveals[-1], left_over]).sort().values
+    return RevealSchedule(reveals, [order[:0]] * num_steps, left_over)
+
+
+def remasking_schedule(uniforms: torch.Tensor, wanted: torch.Tensor, num_steps: int, cap: float) -> RevealSchedule:
+    """The ancestral order, but from t to s a visible token is masked again with probability σ (ReMDM).
+
+    σ = min(cap, (1 − α_s)/α_t) and a masked position is revealed with probability (α_s − (1 − σ)α_t)/(1 − α_t), where
+    α is the probability of being visible: the marginals at every step are those of the ancestral sampler.
+
+    Args:
+        uniforms (`torch.Tensor`): (T, B, L).
+        wanted (`torch.Tensor`): (B, L) bool, what `generate` may write.
+        cap (`float`): Largest σ, in (0, 1].
+    """
+    visible_probability = 1 - masked_probability(time_grid(num_steps))
+    masked, reveals, remasks = wanted.clone(), [], []
+    for step in range(num_steps):
+        now, after = visible_probability[step], visible_probability[step + 1]
+        sigma = torch.clamp((1 - after) / now, max=cap)
+        revealed = masked & (uniforms[step] < (after - (1 - sigma) * now) / (1 - now))
+        remasked = wanted & ~masked & (uniforms[step] < sigma)
+        if step == num_steps - 1:
+            left_over, revealed, remasked = masked & ~revealed, masked, torch.zeros_like(masked)
+        masked = (masked & ~revealed) | remasked
+        reveals.append(revealed.flatten().nonzero().squeeze(1))
+        remasks.append(remasked.flatten().nonzero().squeeze(1))
+    return RevealSchedule(reveals, remasks, left_over.flatten().nonzero().squeeze(1))
+
+
+def ranked_schedule(priority: torch.Tensor, wanted: torch.Tensor, counts: torch.Tensor) -> RevealSchedule:
+    """Reveal the positions of `wanted` (B, L) by rising `priority` (B, L), `counts` (T, B) at each step."""
+    num_steps = len(counts)
+    ranks = priority.double().masked_fill(~wanted, float("inf")).argsort(dim=1, stable=True).argsort(dim=1)
+    steps = torch.searchsorted(counts.T.cumsum(dim=1), ranks, right=True)  # (B, L): the first whose total passes it
+    steps = steps.masked_fill(~wanted, num_steps).flatten()
+    *reveals, _ = steps.argsort(stable=True).split(torch.bincount(steps, minlength=num_steps + 1).tolist())
+    nothing = steps[:0]
+    return RevealSchedule(reveals, [nothing] * num_steps, nothing)
+
+
+def halton_order(side: int) -> torch.Tensor:
+    """(side²,) cells of a square, row by row, in the order in which the two-dimensional Halton sequence (bases 2 for
+    rows and 3 for columns, from its first point on) visits them: spread evenly at every moment.
+
+    >>> halton_order(2).tolist()
+    [2, 1, 0, 3]
+    """
+    count, cells = 4 * side**2, {}
+    while len(cells) < side**2:
+        row, column = (_halton_cells(count, base, side) for base in (2, 3))
+        cells, count = dict.fromkeys((row * side + column).tolist()), 2 * count  # the first visits count
+    return torch.tensor(list(cells), device="cpu")
+
+
+def _halton_cells(count: int, base: int, side: int) -> torch.Tensor:
+    """⌊side · x⌋ of the first `count` points x of the van der Corput sequence, in whole numbers."""
+    rest = torch.arange(1, count + 1, device="cpu")
+    mirrored, scale = torch.zeros_like(rest), 1
+    while rest.any():
+        mirrored, rest, scale = mirrored * base + rest % base, rest // base, scale * base
+    return mirrored * side // scale
+
+
+def equal_counts(wanted: torch.Tensor, num_steps: int) -> torch.Tensor:
+    """(T, B) tokens that each step reveals in each row of `wanted` (B, L): equal shares, larger ones first.
+
+    Raises:
+        `ValueError`: if a row has fewer positions to write than there are steps.
+    """
+    counts = _count_wanted(wanted, num_steps)
+    return counts // num_steps + (torch.arange(num_steps, device="cpu")[:, None] < counts % num_steps)
+
+
+def arccos_counts(wanted: torch.Tensor, num_steps: int) -> torch.Tensor:
+    """(T, B) tokens that each step reveals in each row of `wanted` (B, L): n(1 − arccos(i/T)/(π/2)) of n are visible
+    after step i = 1, …, T, rounded down but at least i (Halton-MaskGIT's: few at first, many at last).
+
+    Raises:
+        `ValueError`: if a row has fewer positions to write than there are steps.
+    """
+    counts = _count_wanted(wanted, num_steps)
+    steps = torch.arange(1, num_steps + 1, device="cpu")[:, None]
+    visible = 1 - torch.arccos(steps.double() / num_steps) / (math.pi / 2)  # (T, 1)
+    # 1e-9: a whole number is whole whatever the rounding
+    totals = torch.maximum((visible * counts + 1e-9).floor().long(), steps)  # (T, B)
+    return totals.diff(dim=0, prepend=torch.zeros_like(totals[:1]))
+
+
+def _count_wanted(wanted: torch.Tensor, num_steps: int) -> torch.Tensor:
+    """(B,) positions to write in each row, at least one for each step."""
+    counts = wanted.sum(dim=1)
+    if int(counts.min()) < num_steps:
+        raise ValueError(
+            f"`num_steps`={num_steps} exceeds the {int(counts.min())} masked positions of a row, but in this `order` "
+            "each step reveals at least one: give fewer steps or a smaller budget."
+        )
+    return counts
+
+
+def most_confident(
+    probabilities: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor, tie: float = TIE
+) -> torch.Tensor:
+    """Ascending indices into P of the `counts[b]` most probable draws of each row b; `probabilities`, `rows` (P,).
+
+    Neighbours in this order whose logarithms differ by at most `tie` are equal, and of equals the first positions
+    come first: positions that see the same have the same probability but for rounding, which depends on the batch.
+    """
+    confidence = probabilities.log()
+    order = confidence.argsort(descending=True, stable=True)
+    order = order[rows[order].argsort(stable=True)]  # by row, then by falling probability
+    row, falling = rows[order], confidence[order]
+    begins = torch.ones_like(order)  # a group of equals
+    begins[1:] = (row[1:] != row[:-1]) | (falling[:-1] - falling[1:] > tie)
+    order = torch.empty_like(order).index_copy(0, order, begins.cumsum(0)).argsort(stable=True)
+    sizes = torch.bincount(rows, minlength=len(counts))
+    rank = torch.arange(len(rows), device=rows.device) - (sizes.cumsum(0) - sizes)[rows[order]]
+    return order[rank < counts.to(rows.device)[rows[order]]].sort().values
+
+
+# --- the orders ----------------------------------------------------------------------------------------------------
 
 
 class RevealTask(NamedTuple):

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import ModelOutput
 
-from ..models.sampling import draw_tokens
+from ..models.draw import draw_tokens
 from ..models.transfer import to_device
 from .batch import Noise, maskable
 from .checkpoints import reading

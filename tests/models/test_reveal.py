@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from fpmgm.models.sampling import draw_uniforms, equal_counts, most_confident, remasking_schedule
+from fpmgm.models.draw import draw_uniforms
+from fpmgm.models.reveal import equal_counts, most_confident, remasking_schedule
 from tests.models.helpers import lively_model
 from tests.testing_utils import tiny_model
 

@@ -18,7 +18,7 @@ from PIL import Image as PILImage
 
 from fpmgm.data import images as module
 from fpmgm.data import load_codes, load_images, make_image_processor, prepare_codes
-from fpmgm.data.images import read_image
+from fpmgm.data.prepare_codes import read_image
 
 
 class MeanTokenizer:

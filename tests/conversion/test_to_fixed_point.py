@@ -106,7 +106,7 @@ def composed(teacher, numbers: list[int], tokens: torch.Tensor, t: torch.Tensor)
 @pytest.mark.parametrize("injection", ["mlp", "linear"])
 @pytest.mark.parametrize("iterations", [1, 4])
 def test_the_student_iterates_the_chosen_layers(injection, iterations, monkeypatch):
-    monkeypatch.setattr("fpmgm.conversion.fixed_point.INJECTION_NOISE", 0)
+    monkeypatch.setattr("fpmgm.conversion.to_fixed_point.INJECTION_NOISE", 0)
     teacher, t = teacher_model(3, time_conditioning=True), torch.tensor([0.1, 0.5, 1.0])
     layer_map = {"pre": [1, 2], "fixed_point": [6, 4], "post": [7]}
     student = convert_to_fixed_point(teacher, layer_map, input_injection=injection)
@@ -129,7 +129,7 @@ def test_an_identity_map_of_few_layers_is_the_teacher_itself():
 def test_noise_lies_on_the_weights_of_u_alone_and_lets_the_pre_stack_learn(monkeypatch):
     teacher, layer_map = teacher_model(hidden_size=64), {"pre": [1], "fixed_point": [6], "post": [7]}
     noisy, again = (convert_to_fixed_point(teacher, layer_map, input_injection="mlp") for _ in range(2))
-    monkeypatch.setattr("fpmgm.conversion.fixed_point.INJECTION_NOISE", 0)
+    monkeypatch.setattr("fpmgm.conversion.to_fixed_point.INJECTION_NOISE", 0)
     silent = convert_to_fixed_point(teacher, layer_map, input_injection="mlp")
     changed = {name for name, p in noisy.named_parameters() if not torch.equal(p, silent.get_parameter(name))}
     name = "fixed_point.injection.input_proj.weight"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The way of pictures on a small scale: tokenizer, codes, MaskGIT and FP-MaskGIT, consistency, samples under budgets.
 
-    python benchmarks/images.py --image_dir cifar10 --eval_split test --weights efficientnet-lite0-57934424.pth
+    python benchmarks/image_models.py --image_dir cifar10 --eval_split test --weights efficientnet-lite0-57934424.pth
 
 Every model is made by a recipe with its small YAML and the overrides below. Samples are judged by a *proxy* Fréchet
 distance (EfficientNet-Lite0, no FID) to held-out pictures; as many other held-out pictures and their reconstructions
@@ -25,7 +25,7 @@ from transformers.utils import logging
 from fpmgm.command_line import LocalPath, parse_arguments
 from fpmgm.conversion import load_image_tokenizer
 from fpmgm.data import load_codes, load_images, make_image_processor
-from fpmgm.data.images import centre_crop, read_image
+from fpmgm.data.prepare_codes import centre_crop, read_image
 from fpmgm.evaluation import (
     EfficientNetLiteExtractor,
     evaluate_images,

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fpmgm.models import sampling
+from fpmgm.models.draw import draw_tokens, draw_uniforms, truncate
 from fpmgm.models.noise import stream_generator
-from fpmgm.models.sampling import ancestral_reveal_steps, draw_tokens, draw_uniforms, time_grid, truncate
+from fpmgm.models.reveal import ancestral_reveal_steps, time_grid
 
 
 GRID = 20_000
