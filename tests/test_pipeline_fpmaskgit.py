@@ -325,8 +325,12 @@ def rewritten(path, **changes):
             r"vq/config\.json' .*1,000,000,000 layers",
         ),
         (
-            lambda f: rewritten(f / "model/config.json", grid_size=10**5),
+            lambda f: rewritten(f / "model/config.json", grid_size=50),
             r"model` do not fit .*wrong shape: position_emb",
+        ),
+        (
+            lambda f: rewritten(f / "model/config.json", grid_size=10**5),
+            r"model/config\.json' cannot be read .*`grid_size`=100000 must be",
         ),
         (lambda f: rewritten(f / "vq/config.json", codebook_size=10**12), r"vq` do not fit .*wrong shape: codebook"),
         (lambda f: rewritten(f / "vq/config.json", model_type="bert"), "vq' holds `model_type`='bert'"),

@@ -39,13 +39,15 @@ def checked(table: Mapping[str, Allowed], values: Mapping[str, Any]) -> dict[str
     return {name: table[name].check(name, value) if name in table else value for name, value in values.items()}
 
 
-def check_names(given: Iterable[str], known: Collection[str], owner: str, hints: Mapping[str, str] | None = None):
-    """Raise a `ValueError` for names that `owner` does not have, with the nearest ones and all there are.
+def check_names(
+    given: Iterable[str], known: Collection[str], what: str, hints: Mapping[str, str] | None = None
+) -> None:
+    """Raise a `ValueError` for names that do not exist, with the nearest ones and all there are.
 
     Args:
         given (`Iterable[str]`): Names that were given.
         known (`Collection[str]`): Names there are.
-        owner (`str`): Whose they are, such as `"generate"`.
+        what (`str`): What they name, such as `"generation argument(s)"`.
         hints (`Mapping[str, str]`, *optional*): What to do instead, for names of other libraries. `None`: none.
     """
     unknown = sorted(set(given) - set(known))
@@ -58,7 +60,7 @@ def check_names(given: Iterable[str], known: Collection[str], owner: str, hints:
             advice.append(f" (`{name}`: {hints[name]})")
         elif near:
             advice.append(f" (`{name}`: did you mean `{near}`?)")
-    raise ValueError(f"unknown argument(s) {unknown} of `{owner}`{''.join(advice)}: known are {sorted(known)}.")
+    raise ValueError(f"unknown {what} {unknown}{''.join(advice)}: known are {sorted(known)}.")
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

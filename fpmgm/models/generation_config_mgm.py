@@ -146,7 +146,7 @@ class MGMGenerationConfig(GenerationConfig):
         for name in ("_commit_hash", "_from_model_config", "_original_object_hash"):  # set by the hub's loader
             setattr(self, name, kwargs.pop(name, None))
         kwargs = {name: value for name, value in kwargs.items() if value or name not in RETIRED}
-        check_names(kwargs, self.names(), type(self).__name__, MISPLACED)
+        check_names(kwargs, self.names(), "generation argument(s)", MISPLACED)
         self.validate()
 
     def names(self) -> list[str]:
@@ -174,7 +174,7 @@ class MGMGenerationConfig(GenerationConfig):
         """A copy with `kwargs` set; a budget given here replaces saved iterations, and the other way round."""
         check_one_cost(kwargs.get("budget"), kwargs.get("iterations"))
         values = {name: value for name, value in self.to_dict().items() if not name.startswith("_")}
-        check_names(kwargs, values, type(self).__name__, MISPLACED)
+        check_names(kwargs, values, "generation argument(s)", MISPLACED)
         if kwargs.get("budget") is not None:
             values["iterations"] = None
         if kwargs.get("iterations") is not None:

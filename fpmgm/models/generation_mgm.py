@@ -224,7 +224,7 @@ class MGMGenerationMixin:
         config = self.generation_config if generation_config is None else generation_config
         check_generation_config(config)
         arguments = [name for name in inspect.signature(MGMGenerationMixin.generate).parameters if name != "kwargs"]
-        check_names(given, {*arguments[1:], *config.names()}, "generate", MISPLACED)
+        check_names(given, {*arguments[1:], *config.names()}, "generation argument(s)", MISPLACED)
         config, tuned_plan = config.updated(**given).tuned(given=given)
         if config.iterations is not None and "allocation" in given:
             raise ValueError(

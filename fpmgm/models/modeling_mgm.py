@@ -176,7 +176,7 @@ class MGMPreTrainedModel(PreTrainedModel):
         Raises:
             `ValueError`: for a name that is no option, and for one that this call cannot honour.
         """
-        check_names(options, DenoiserOptions.__annotations__, f"{type(self).__name__}.forward")
+        check_names(options, DenoiserOptions.__annotations__, f"argument(s) of `{type(self).__name__}.forward`")
         solver = SolverOptions(**{name: value for name, value in options.items() if name in SOLVER_OPTIONS})
         if self.fixed_point is None:
             solver.check_unused()
@@ -186,8 +186,6 @@ class MGMPreTrainedModel(PreTrainedModel):
         for name in ("loss_weights", "num_items_in_batch"):
             if labels is None and name in others:
                 raise ValueError(f"`{name}` is about the cross-entropy: give `labels` too, or leave it out.")
-        if "logits_loss" not in others and others.get("logits_loss_weight", 1.0) != 1.0:
-            raise ValueError("`logits_loss_weight` is about `logits_loss`: give it too, or leave the weight out.")
         if labels is None and "logits_loss" in others and "logits_positions" not in others:
             raise ValueError("`logits_loss` needs positions: give `labels` or `logits_positions` too.")
         return solver, others
@@ -381,9 +379,7 @@ class MGMPreTrainedModel(PreTrainedModel):
             `ValueError`: names what is missing; transformers does not find DoRA's magnitudes.
         """
         loaded = super().load_adapter(peft_model_id, *args, **kwargs)
-        advice = (
-            "Get the whole adapter, or let PEFT load it: `PeftModel.from_pretrained(model, adapter)` on its model."
-        )
+        advice = "Get the whole adapter, or let PEFT load it: `PeftModel.from_pretrained(its_model, adapter)`."
         check_complete(peft_model_id, loaded.missing_keys, advice)
         return loaded
 

@@ -128,16 +128,15 @@ def test_every_argument_of_forward_changes_the_result(make, name):
 @pytest.mark.parametrize(
     ("make", "call", "message"),
     [
-        (text_model, {"foo": 1}, r"unknown argument\(s\) \['foo'\] of `FPMDLMForMaskedDiffusion.forward`"),
+        (text_model, {"foo": 1}, r"unknown argument\(s\) of `FPMDLMForMaskedDiffusion.forward` \['foo'\]"),
         (text_model, {"class_labels": torch.zeros(2)}, "of `FPMDLMForMaskedDiffusion.forward`"),
         (text_model, {"num_iteration": 3}, "did you mean `num_iterations`"),
-        (image_model, {"foo": 1}, r"unknown argument\(s\) \['foo'\] of `FPMaskGITModel.forward`"),
+        (image_model, {"foo": 1}, r"unknown argument\(s\) of `FPMaskGITModel.forward` \['foo'\]"),
         (image_model, {"token_type_ids": CODES}, "of `FPMaskGITModel.forward`"),
         (image_model, {"attention_mask": CODES}, "`attention_mask` cannot be given"),
         (text_model, {"loss_weights": torch.ones(2)}, "`loss_weights` is about the cross-entropy"),
         (text_model, {"num_items_in_batch": 3}, "`num_items_in_batch` is about the cross-entropy"),
         (text_model, {"logits_loss": square}, "`logits_loss` needs positions"),
-        (text_model, {"labels": LABELS, "logits_loss_weight": 0.0}, "`logits_loss_weight` is about `logits_loss`"),
         (text_model, {"reuse_weights": torch.ones(2, 8)}, "`reuse_weights` weigh `fixed_point_state`"),
         (text_model, {"input_ids": IDS.tolist()}, "`input_ids`=.* must be a tensor"),
         (text_model, {"attention_mask": torch.ones(2, 7)}, r"`attention_mask` of shape \(2, 7\) must be \(2, 8\)"),

@@ -94,7 +94,7 @@ def test_masks_of_other_types(kind):
         ({"batch_size": 10**9}, r"`batch_size`=1000000000 must be .* at most 1,048,576"),
         ({"batch_size": 2**20, "num_steps": 10**4, "iterations": 1, "remask": 0.1}, "random numbers at"),
         ({"bugdet": 24}, r"\(`bugdet`: did you mean `budget`\?\).*'batch_size'.*'length'.*'seed'.*'streamer'"),
-        ({"max_tokens": 24}, r"unknown argument\(s\) \['max_tokens'\] of `generate`"),
+        ({"max_tokens": 24}, r"unknown generation argument\(s\) \['max_tokens'\]: known are"),
         ({"lenght": 8}, "did you mean `length`"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",

@@ -454,7 +454,8 @@ def test_from_pretrained_takes_configuration_fields(tmp_path):
 def test_weights_that_a_checkpoint_lacks_start_as_in_a_fresh_model(tmp_path, injection):
     tiny_model(num_fixed_point_layers=0).save_pretrained(tmp_path)
     config = tiny_config(input_injection=injection)
-    model, fresh = FPMDLMForMaskedDiffusion.from_pretrained(tmp_path, config=config), FPMDLMForMaskedDiffusion(config)
+    model = FPMDLMForMaskedDiffusion.from_pretrained(tmp_path, config=config, ignore_mismatched_sizes=True)
+    fresh = FPMDLMForMaskedDiffusion(config)
     for part in ("input_proj", "injection", "layers.0.modulation", "layers.0.norm1"):
         expected = fresh.fixed_point.get_submodule(part).state_dict()
         for name, value in model.fixed_point.get_submodule(part).state_dict().items():

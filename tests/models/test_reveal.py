@@ -85,8 +85,8 @@ def test_confidence_order_equals_a_plain_loop():
             draws = []
             for i in (expected[row] == MASK).nonzero().flatten().tolist():
                 token = int((p[row, i].cumsum(0) <= uniforms[step, row, i]).sum())
-                draws.append((p[row, i, token].item(), i, token))
-            for _, i, token in sorted(draws, key=lambda draw: (-round(draw[0], 9), draw[1]))[: counts[row]]:
+                draws.append((-round(p[row, i, token].log().item(), 9), i, token))  # of equals the first
+            for _, i, token in sorted(draws)[: counts[row]]:
                 expected[row, i] = token
     assert torch.equal(found, expected)
 
