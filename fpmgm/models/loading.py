@@ -2,6 +2,7 @@
 """What a checkpoint's files must hold beside what transformers asks of them."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from transformers.utils import cached_file, logging
 
@@ -19,7 +20,13 @@ def check_complete(source: str | None, missing: Iterable[str], advice: str) -> N
         raise ValueError(f"{source!r} lacks {len(names)} of the weights: {some}. {advice}")
 
 
-def saved_generation_config(config_class, path, from_auto_class, from_pipeline, options: dict) -> MGMGenerationConfig:
+def saved_generation_config(
+    config_class: type[MGMGenerationConfig],
+    path: str,
+    from_auto_class: bool | None,
+    from_pipeline: str | None,
+    options: dict[str, Any],
+) -> MGMGenerationConfig:
     """What `generation_config.json` beside the weights says; the defaults where there is no such file.
 
     Raises:

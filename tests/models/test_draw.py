@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fpmgm.models import sampling
+from fpmgm.models import draw
 from fpmgm.models.draw import draw_tokens, draw_uniforms, truncate
 from fpmgm.models.noise import stream_generator
 from fpmgm.models.reveal import ancestral_reveal_steps, time_grid
@@ -96,7 +96,7 @@ def test_draw_does_not_depend_on_the_chunks(monkeypatch):
     logits, uniforms = torch.randn(23, 6), torch.rand(23, dtype=torch.float64)
     whole = draws(logits, uniforms, 5, top_p=0.8)
     for elements in (1, 13, 24):
-        monkeypatch.setattr(sampling, "CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(draw, "CHUNK_ELEMENTS", elements)
         assert torch.equal(draws(logits, uniforms, 5, top_p=0.8), whole)
     nothing = draws(logits[:0], uniforms[:0], 5)
     assert nothing.shape == (0,) and nothing.dtype == torch.long
