@@ -7,6 +7,8 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import Trainer
 
+from fpmgm.evaluation import plus_minus
+
 
 CONFIGS = Path(__file__).parent / "configs"
 AFTER_TRAINING = {  # whether the model has fixed-point layers → recipe, and its YAML
@@ -39,11 +41,19 @@ def say_what_is_trained(trainer: Trainer, checkpoint: str | None) -> None:
 
 
 def say_what_came_of_it(trainer: Trainer, metrics: dict[str, float], data: list[str]) -> None:
-    """Where the model is, how good it is, and the next commands, which take `data`, options of the recipes."""
+    """Where the model is, how good it is (and was before), and the next commands, which take `data`, options of the
+    recipes."""
     folder, config = trainer.args.output_dir, trainer.accelerator.unwrap_model(trainer.model).config
+    shown = {
+        key: plus_minus(metrics[f"{key}_perplexity"], metrics[f"{key}_perplexity_stderr"])
+        for key in ("before", "eval")
+        if f"{key}_perplexity_stderr" in metrics
+    }
     result = f"validation loss {metrics['eval_loss']:.4f}"
-    if "eval_perplexity_stderr" in metrics:
-        result = f"validation perplexity {metrics['eval_perplexity']:.2f} ± {metrics['eval_perplexity_stderr']:.2f}"
+    if "before" in shown:
+        result = f"validation perplexity before {shown['before']}, after {shown['eval']}"
+    elif shown:
+        result = f"validation perplexity {shown['eval']}"
     say(f"exported to {folder}: {result}")
     commands = [] if config.model_type == "fpmaskgit" else [["recipes/sample.py", "--model", folder]]
     for recipe, name in AFTER_TRAINING[config.num_fixed_point_layers > 0].items():

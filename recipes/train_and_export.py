@@ -142,9 +142,11 @@ def check_adapter(lora: LoraArguments, start: OptionalStartArguments) -> None:
         raise ValueError("`use_peft` adapts a trained model: give `model_name_or_path`.")
 
 
-def train_and_export(trainer: Trainer, checkpoint: str | None, data: list[str]) -> dict[str, float]:
+def train_and_export(
+    trainer: Trainer, checkpoint: str | None, data: list[str], before: dict[str, float] | None = None
+) -> dict[str, float]:
     """Train from `checkpoint`, if there is one; evaluate, export, push with `--push_to_hub`; say so, and with `data`,
-    the options that name the rows, what comes next.
+    the options that name the rows, what comes next. `before`: metrics of the model that training started from.
 
     Returns:
         `dict[str, float]` of the exported weights' metrics.
@@ -156,7 +158,7 @@ def train_and_export(trainer: Trainer, checkpoint: str | None, data: list[str]) 
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)
     trainer.save_model()
-    say_what_came_of_it(trainer, metrics, data)
+    say_what_came_of_it(trainer, (before or {}) | metrics, data)
     return metrics
 
 
@@ -164,14 +166,7 @@ def train_with_before_and_after(trainer: Trainer, checkpoint: str | None, data: 
     """[`train_and_export`], with validation perplexity before and after printed and saved beside the model."""
     before = trainer.evaluate(metric_key_prefix="before")
     trainer.save_metrics("before", before)
-    metrics = train_and_export(trainer, checkpoint, data)
-    if trainer.is_world_process_zero():
-        results = (
-            f"{name} {results[f'{key}_perplexity']:.2f} ± {results[f'{key}_perplexity_stderr']:.2f}"
-            for name, key, results in (("before", "before", before), ("after", "eval", metrics))
-        )
-        print(f"validation perplexity: {', '.join(results)}")
-    return before | metrics
+    return before | train_and_export(trainer, checkpoint, data, before)
 
 
 def post_train(

@@ -29,7 +29,7 @@ logger = logging.get_logger(__name__)
 
 MOST_JSON = 1 << 30  # bytes: a longer file is none that training wrote
 MOST_LISTED = 1 << 24
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows has no quota
 PLENTY = 100 << 20  # bytes free at which a disk is not taken to be full
 STAGING_FOLDER = "_saving"  # pushes to the hub leave out what begins with an underscore
 FILE_LIST = "checkpoint_files.json"

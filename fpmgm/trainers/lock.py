@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 try:
     import fcntl
-except ImportError:  # Windows
+except ImportError:  # Windows, where nothing is locked
     fcntl = None
 
 logger = logging.get_logger(__name__)
@@ -41,7 +41,7 @@ def hold_folder(folder: str | Path, take: bool = True) -> Iterator[None]:
         `ValueError`: if another process holds it, saying which.
     """
     path = Path(folder).resolve() / LOCK_FILE
-    if not take or path in _held:
+    if not take or fcntl is None or path in _held:
         yield
         return
     descriptor = _take(path)
@@ -67,7 +67,7 @@ def _take(path: Path) -> int:
                 f"`output_dir`={str(path.parent)!r} is in use by another run: {holder or 'an unnamed process'}. Wait "
                 "for its end, stop it, or give another `output_dir`."
             ) from None
-        except (OSError, AttributeError) as error:  # no locks on this file system, or none on this system at all
+        except OSError as error:  # no locks on this file system
             logger.warning(
                 f"{path.parent} cannot be locked ({error}): take care that no other run writes there, or use a local "
                 "`output_dir` to silence this warning."
