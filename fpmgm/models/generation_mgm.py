@@ -302,7 +302,7 @@ class MGMGenerationMixin:
             self.generation_config = generation_config.updated()
             return
         self.generation_config = saved_generation_config(
-            self.generation_config_class, pretrained_model_name_or_path, from_auto_class, from_pipeline, kwargs
+            self.generation_config_class, pretrained_model_name_or_path, **kwargs
         )
 
 

@@ -2,6 +2,7 @@
 """What a checkpoint's files must hold beside what transformers asks of them."""
 
 from collections.abc import Iterable
+from os import PathLike
 from typing import Any
 
 from transformers.utils import cached_file, logging
@@ -21,13 +22,14 @@ def check_complete(source: str | None, missing: Iterable[str], advice: str) -> N
 
 
 def saved_generation_config(
-    config_class: type[MGMGenerationConfig],
-    path: str,
-    from_auto_class: bool | None,
-    from_pipeline: str | None,
-    options: dict[str, Any],
+    config_class: type[MGMGenerationConfig], path: str | PathLike, **options: Any
 ) -> MGMGenerationConfig:
     """What `generation_config.json` beside the weights says; the defaults where there is no such file.
+
+    Args:
+        config_class (`type`): Its class.
+        path (`str` or `PathLike`): Folder or repository.
+        options: Of the download, such as `revision`.
 
     Raises:
         `ValueError`: names the file, for one that cannot be read or holds what is not allowed.
@@ -43,7 +45,7 @@ def saved_generation_config(
         logger.info("No generation_config.json: using the defaults of `generate`.")
         return config_class()
     try:
-        return config_class.from_pretrained(path, _from_auto=from_auto_class, _from_pipeline=from_pipeline, **options)
+        return config_class.from_pretrained(path, **options)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file} cannot be read as the parameters of `generate`: {error} Get the file again, or delete it to take "

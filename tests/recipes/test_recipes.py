@@ -278,7 +278,7 @@ def test_recipes_go_on_from_a_model_folder_and_export_another(
     assert f"after {metrics['eval_perplexity']:.2f}" in capsys.readouterr().out
     assert json.loads((tmp_path / "before_results.json").read_text())["before_loss"] == metrics["before_loss"]
     model = AutoModel.from_pretrained(tmp_path)
-    assert model.generate(num_steps=2, iterations=[1, 1], seed=0).shape == torch.Size([1, 16])
+    assert model.generate(num_steps=2, seed=0).shape == torch.Size([1, 16])
     stacks = {1: (1, 1, 1), 2: (1, 2, 1)}.get(model.config.num_fixed_point_layers, (4, 0, 0))
     assert (model.config.num_pre_layers, model.config.num_fixed_point_layers, model.config.num_post_layers) == stacks
     assert (tmp_path / "cka.png").is_file() == (config == "convert_small" and "--layer_map" not in options)
