@@ -62,7 +62,7 @@ RUNS = {
 }  # fmt: skip
 BLOCKS_PER_STEP = 8  # of every model: 8 layers, or 1/1/1 with 6 iterations on average
 BATCH = 50  # pictures at once
-SHOWN = 20  # pictures in a row of the sheet
+SHOWN = 10  # pictures in a row of the sheet
 
 
 @dataclass
