@@ -29,7 +29,7 @@ MODELS = {
 JUNK = [
     "no", "3", "", b"x", 2.5, -1, 0, 1, -0.0, 1e-310, 1e300, float("nan"), float("inf"), 10**9, 10**30, 10**5000, True,
     False, None, [], [3], [1, 2], ["3"], [[1]], (1, 2), {}, {"a": 1}, 3j, object(), Fraction(1, 3), np.float32(0.5),
-    np.int64(3), np.ones((2, 2)), np.array(["a"]), torch.tensor(3), torch.ones(2), torch.zeros(1, 0), int, slice(3),
+    np.int64(3), np.ones((2, 2)), np.array(["a"]), torch.tensor(3), torch.ones(2), torch.zeros(1, 0), slice(3),
 ]  # fmt: skip
 PLAN = {"3": {"num_steps": 2}, "24": {"num_steps": 3, "reuse": "full"}}
 GOOD = {
