@@ -25,7 +25,7 @@ from transformers.utils import logging
 from fpmgm.command_line import LocalPath, parse_arguments
 from fpmgm.conversion import load_image_tokenizer
 from fpmgm.data import load_codes, load_images, make_image_processor
-from fpmgm.data.prepare_codes import centre_crop, read_image
+from fpmgm.data.image_codes import centre_crop, read_image
 from fpmgm.evaluation import (
     EfficientNetLiteExtractor,
     evaluate_images,

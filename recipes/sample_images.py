@@ -25,7 +25,7 @@ from fpmgm.conversion import load_image_tokenizer
 from fpmgm.conversion.checkpoint import read_json
 from fpmgm.data import make_image_processor
 from fpmgm.data.codes import PREPARATION, codebook_hash
-from fpmgm.data.prepare_codes import read_image
+from fpmgm.data.image_codes import read_image
 from fpmgm.models.image_processing import RESAMPLES
 
 

@@ -20,7 +20,7 @@ from transformers import JanusVQVAEConfig, set_seed
 
 from fpmgm.command_line import parse_arguments
 from fpmgm.data import make_image_processor
-from fpmgm.data.prepare_codes import centre_crop, read_image
+from fpmgm.data.image_codes import centre_crop, read_image
 from fpmgm.evaluation import to_uint8
 from fpmgm.models.modeling_vqgan import VQGANModel
 from fpmgm.trainers import ImageTokenizerConfig, ImageTokenizerTrainer

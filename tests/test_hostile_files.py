@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from fpmgm import FPMaskGITPipeline, load_halton_maskgit, load_mdlm
 from fpmgm.conversion import load_image_tokenizer
 from fpmgm.data import load_codes
-from fpmgm.data.prepare_codes import read_image
+from fpmgm.data.image_codes import read_image
 from fpmgm.evaluation import ImageStatistics, image_statistics
 
 from .conversion.test_image_tokenizers import xqgan_state

@@ -9,7 +9,7 @@ if not is_datasets_available():
 
 from ..models.image_processing import make_image_processor
 from .codes import load_codes
-from .prepare_codes import load_images, prepare_codes
+from .image_codes import load_images, prepare_codes
 from .text import load_text, pack
 from .tokenizer import add_mask_token, train_tokenizer
 

@@ -76,7 +76,7 @@ class KnownDistribution(MGMGenerationMixin, nn.Module):
         super().__init__()
         self.config = SimpleNamespace(
             vocab_size=len(logits), mask_token_id=mask_token_id, max_position_embeddings=length,
-            num_pre_layers=1, num_fixed_point_layers=0, num_post_layers=0,
+            num_pre_layers=1, num_fixed_point_layers=0, num_post_layers=0, num_classes=0, num_register_tokens=0,
         )  # fmt: skip
         self.generation_config = MGMGenerationConfig()
         self.logits, self.calls = torch.tensor(logits), []

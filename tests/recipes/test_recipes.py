@@ -320,7 +320,7 @@ def test_a_pipeline_draws_a_grid_and_an_animation_and_into_a_picture(tmp_path, c
         with Image.open(folder / name) as image:
             assert image.tobytes() == drawn.tobytes()
     with Image.open(folder / "grid.png") as grid, Image.open(folder / "reveal.gif") as reveal:
-        assert grid.size == reveal.size == (26, 26) and reveal.n_frames == 5
+        assert grid.size == reveal.size == (242, 242) and reveal.n_frames == 5  # of 2 × 2 pictures, enlarged
 
     Image.new("RGB", (24, 12), "red").save(tmp_path / "image.png")
     Image.linear_gradient("L").resize((24, 12)).save(tmp_path / "mask.png")  # white below

@@ -16,9 +16,9 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_from_disk
 from PIL import Image as PILImage
 
-from fpmgm.data import images as module
+from fpmgm.data import image_codes as module
 from fpmgm.data import load_codes, load_images, make_image_processor, prepare_codes
-from fpmgm.data.prepare_codes import read_image
+from fpmgm.data.image_codes import read_image
 
 
 class MeanTokenizer:
