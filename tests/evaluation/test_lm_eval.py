@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fpmgm.data import train_tokenizer
-from fpmgm.evaluation.lm_eval import MGMLM, PROTOCOLS, loading, make_table
+from fpmgm.evaluation.lm_eval import MGMLM, PROTOCOLS, loading, make_table, scoring
 from fpmgm.evaluation.lm_eval.__main__ import main
 from fpmgm.models.noise import stream_generator
 
@@ -576,3 +576,11 @@ def test_the_command_line_alone_and_in_two_processes(folder, tmp_path):
         for task, row in expected.items():
             metric = next(key for key in row if key.endswith(",none"))
             assert saved["results"][task][metric] == pytest.approx(row[metric], rel=1e-6)
+
+
+def test_of_positions_that_rounding_alone_tells_apart_the_first_is_the_most_confident():
+    logits = torch.tensor([[0.0, 2.0], [0.0, 2.0 + 1e-6], [0.0, 1.0]], dtype=torch.float32)
+    masked = torch.tensor([[False, True, True, True]])
+    for order in ([0, 1, 2], [1, 0, 2]):
+        chosen = scoring.most_confident(logits[order], torch.ones(3, dtype=torch.long), masked)
+        assert chosen.tolist() == [[False, True, False, False]]

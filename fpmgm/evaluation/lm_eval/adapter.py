@@ -132,7 +132,7 @@ class MGMLM(TemplateLM):
         check_tokenizer(self.tokenizer, self.model.config, self.protocol.joint)
         self.max_length = check_max_length(max_length, self.model.config)
         self.iterations = check_iterations(iterations, self.model.config)
-        self.denoiser = Denoiser(self.model, self.model.config.mask_token_id, self.iterations)
+        self.denoiser = Denoiser(self.model, self.iterations)
         generation = {"budget": budget, "num_steps": num_steps, "reuse": reuse}
         self.generation = {name: value for name, value in generation.items() if value is not None}
         check_plan(self.model, self.generation)  # a wrong value is an error now, not hours later

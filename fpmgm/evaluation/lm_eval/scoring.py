@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from ...models.draw import COARSE_TIE
+
 
 POSITIONS_AT_ONCE = 256  # of the float64 softmax: bounds its memory at about V · 6 KiB
 
@@ -44,11 +46,15 @@ class Batch(NamedTuple):
 
 
 class Denoiser(NamedTuple):
-    """What is asked for logits: a model, its mask id, and the iterations of its solver (`None`: the model's own)."""
+    """What is asked for logits: a model, and the iterations of its solver (`None`: the model's own)."""
 
     model: Callable
-    mask_token_id: int
     iterations: int | None
+
+    @property
+    def mask_token_id(self) -> int:
+        """The model's, whatever it is now."""
+        return self.model.config.mask_token_id
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """(P, V) at the masked positions, row by row; −∞ at the mask id."""
@@ -152,7 +158,9 @@ def greedy_matches(denoiser: Denoiser, batch: Batch, at_once: bool) -> torch.Ten
 
 
 def most_confident(logits: torch.Tensor, likely: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """(R, L) bool: in each row, the masked position whose most likely token has the highest probability."""
+    """(R, L) bool: in each row, the masked position whose most likely token has the highest probability; the first of
+    those that rounding alone tells apart."""
     confidence = -negative_log_probabilities(logits, likely)  # (P,)
     table = confidence.new_full(masked.shape, float("-inf")).masked_scatter(masked, confidence)
-    return torch.zeros_like(masked).scatter(1, table.argmax(dim=1, keepdim=True), True)
+    near = table >= table.amax(dim=1, keepdim=True) - COARSE_TIE
+    return near & (near.cumsum(dim=1) == 1)
