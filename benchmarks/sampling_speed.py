@@ -138,7 +138,7 @@ def floor(model, batch_size, length, plan, reuse, after_step=None) -> None:
             stack = model.fixed_point
             constant, modulations = stack.constant(h), [layer.modulation(conditioning) for layer in stack.layers]
             for _ in range(plan.iterations[step]):
-                h = stack(h, constant, modulations, rotary, None, [None] * len(stack.layers))
+                h = stack(h, constant, modulations, rotary, None, [None] * len(stack.layers), training=False)
         for layer in model.post_layers:
             h = layer(h, layer.modulation(conditioning), rotary)
         if after_step is not None:
