@@ -22,7 +22,6 @@ from ..models.budget import check_whole
 from ..models.noise import (
     antithetic_times,
     loss_weight,
-    mask_tokens,
     mask_uniforms,
     masked_probability,
     stream_generator,
@@ -208,7 +207,7 @@ def negative_elbo(
     if len(positions) == 0:
         return totals
     device, targets = model.device, clean.flatten()[positions].to(model.device)  # (P,)
-    noisy, labels = mask_tokens(clean, masked, model.config.mask_token_id)
+    noisy = clean.masked_fill(masked, model.config.mask_token_id)
     losses = torch.zeros(len(positions), dtype=torch.float64)
 
     def collect(logits: torch.Tensor, chunk: slice) -> torch.Tensor:  # the logits are never all there at once
@@ -217,7 +216,6 @@ def negative_elbo(
 
     model(
         noisy.to(device),
-        labels=labels.to(device),
         timesteps=times.to(device),
         attention_mask=None if bool(real.all()) else real.long().to(device),
         num_iterations=num_iterations,
