@@ -100,13 +100,20 @@ def train(kind: str, folder: Path, steps: int) -> None:
         raise
 
 
+def is_writing(folder: Path) -> bool:
+    """Whether a checkpoint is being written in `folder`."""
+    try:
+        return any((folder / "_saving").glob("checkpoint-*/*"))
+    except FileNotFoundError:  # it was put in its place while its files were listed
+        return False
+
+
 def kill_in_time(pid: int, folder: Path, writing: bool, draw: random.Random) -> None:
     """Kill after one more checkpoint: while the next is written, or at some other time."""
     target = faults.newest(folder) + 2
     while faults.is_running(pid) and faults.newest(folder) < target:
         time.sleep(0.001)
-    staging = folder / "_saving"
-    while writing and faults.is_running(pid) and not any(staging.glob("checkpoint-*/*")):
+    while writing and faults.is_running(pid) and not is_writing(folder):
         time.sleep(0.0005)
     time.sleep(draw.uniform(0, 0.01 if writing else 0.1))
     os.kill(pid, signal.SIGKILL)
@@ -123,7 +130,7 @@ def killed(kind: str, number: int, folder: Path) -> dict:
         if faults.finish(pid) == 0:
             break
         kills += 1
-        torn += any((folder / "killed/_saving").glob("checkpoint-*/*"))
+        torn += is_writing(folder / "killed")
     pairs = [[contents(folder / name / f"checkpoint-{step}") for name in ("killed", "straight")]
              for step in (steps - 2, steps)]  # fmt: skip
     found = [text for pair in pairs for text in differences(*pair)]
