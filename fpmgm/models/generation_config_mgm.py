@@ -48,6 +48,9 @@ ALLOWED = {
     "top_k": optional(whole(1, unit="tokens"), "keeps all tokens"),
     "top_p": optional(number(0, 1, "(]"), "keeps all tokens"),
     "order": optional(Allowed("be a word", lambda value: isinstance(value, str)), "is the model's own"),
+    "entropy_bound": number(0, float("inf"), words="be a number of nats >= 0"),
+    "confidence_threshold": SHARE,
+    "margin_threshold": SHARE,
     "guidance_scale": number(0, float("inf"), words="be a number >= 0 (1: no guidance)"),
     "guidance_schedule": one_of(GUIDANCE_SCHEDULES),
     "remask": optional(number(0, 1, "(]"), "keeps what is revealed"),
@@ -89,16 +92,28 @@ class MGMGenerationConfig(GenerationConfig):
         top_p (`float`, *optional*): Draw among the most likely tokens that hold this probability. `None`: all.
         order (`str`, *optional*): Which positions are revealed when. Text: `"ancestral"`, images: `"halton"` (spread
             over the image by a Halton sequence) or `"random"`, both: `"confidence"`, where each step keeps the most
-            probable of its draws. `None`: `"ancestral"` for text, `"halton"` for images.
+            probable of its draws, and three that decide from the predictions how many a step reveals: `"entropy"`,
+            `"threshold"`, `"margin"`. These end when all is revealed: the planned steps are the most that they take,
+            and what is left at the last of them is drawn there. `None`: `"ancestral"` for text, `"halton"` for
+            images.
+        entropy_bound (`float`, defaults to 0.1): The entropy order reveals the most certain positions of which the
+            entropies, but for the largest, add up to at most this, in nats (EB-Sampler; its γ, as recommended for
+            DiffusionGemma). 0: one uncertain position at a step.
+        confidence_threshold (`float`, defaults to 0.9): The threshold order reveals the positions whose most likely
+            token has at least this probability, and at least the most certain one (Fast-dLLM and its default).
+        margin_threshold (`float`, defaults to 0.8): The margin order reveals the positions whose two most likely
+            tokens differ by at least this, and at least the most certain one. What passes 0.9 in the threshold order
+            passes 0.8 here.
         guidance_scale (`float`, defaults to 1.0): w of classifier-free guidance, at least 0: the logits are
             unconditional + w · (conditional − unconditional). 1: off, the denoiser runs once per step. Otherwise its
             batch is doubled, which the budget does not count.
         guidance_schedule (`str`, defaults to `"constant"`): `"constant"`, or `"linear"`, from 1 at the first step to
-            `guidance_scale` at the last.
+            `guidance_scale` at the last (where the steps are not known beforehand, with the share revealed).
         remask (`float`, *optional*): Mask a visible token again with at most this probability per step, in (0, 1]
             (ReMDM's capped schedule; ancestral order only). `None`: what is revealed stays.
-        final (`str`, defaults to `"sample"`): What happens to positions still masked after the last step: `"sample"`
-            draws them at that step, `"argmax"` takes their most likely tokens, `"none"` leaves the mask id.
+        final (`str`, defaults to `"sample"`): What happens to positions that the last step would leave masked (in the
+            ancestral and the adaptive orders): `"sample"` draws them at that step, `"argmax"` takes their most likely
+            tokens, `"none"` leaves the mask id.
 
         > Parameters that control the output
 
@@ -130,6 +145,9 @@ class MGMGenerationConfig(GenerationConfig):
         self.top_k: int | None = kwargs.pop("top_k", None)
         self.top_p: float | None = kwargs.pop("top_p", None)
         self.order: str | None = kwargs.pop("order", None)
+        self.entropy_bound: float = kwargs.pop("entropy_bound", 0.1)
+        self.confidence_threshold: float = kwargs.pop("confidence_threshold", 0.9)
+        self.margin_threshold: float = kwargs.pop("margin_threshold", 0.8)
         self.guidance_scale: float = kwargs.pop("guidance_scale", 1.0)
         self.guidance_schedule: str = kwargs.pop("guidance_schedule", "constant")
         self.remask: float | None = kwargs.pop("remask", None)

@@ -6,7 +6,7 @@ T denoising steps, P positions revealed at a step.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -30,7 +30,8 @@ from .guidance import check_classes, class_rows, guidance_scales, guided_logits
 from .ledger import GenerationStep, Ledger, MGMGenerationOutput
 from .loading import saved_generation_config
 from .reuse import REUSE_STATES, Solution, reuse_states, reuse_weights, visible_fraction
-from .reveal import TEXT_ORDERS, RevealTask, time_grid
+from .reveal import ADAPTIVE_ORDERS, TEXT_ORDERS, RevealTask
+from .runs import Runs, rows_to_run
 from .transfer import to_device
 
 
@@ -87,8 +88,8 @@ class MGMGenerationMixin:
             streamer (*optional*): Its `put(tokens)` gets the (B, L) tokens on the CPU after each step that runs,
                 `end()` the end ([`fpmgm.TextStreamer`] shows them in a terminal).
             kwargs: Any field of [`MGMGenerationConfig`] for this call: `budget`, `num_steps`, `iterations`,
-                `allocation`, `reuse`, `tolerance`, `temperature`, `top_k`, `top_p`, `order`, `guidance_scale`,
-                `guidance_schedule`, `remask`, `final`, …
+                `allocation`, `reuse`, `tolerance`, `temperature`, `top_k`, `top_p`, `order`, `entropy_bound`,
+                `confidence_threshold`, `margin_threshold`, `guidance_scale`, `guidance_schedule`, `remask`, `final`, …
 
         Returns:
             `torch.LongTensor` of shape (B, L), or [`MGMGenerationOutput`] with `return_dict_in_generate=True`.
@@ -104,7 +105,7 @@ class MGMGenerationMixin:
         given = checked(ALLOWED, {**given, "streamer": streamer})
         batch_size, length = given["batch_size"], given["length"]
         config, tuned_plan = self._configure(generation_config, kwargs)
-        plan, order = self._plan(config), self._order(config)
+        plan, order = self._plan(config), self._order(config, kwargs)
         # 2. the tokens to begin with
         classes = check_classes(class_labels, config.guidance_scale, self.config.num_classes)
         input_ids = None if input_ids is None else read_whole("input_ids", input_ids)
@@ -131,27 +132,29 @@ class MGMGenerationMixin:
     def _denoise(self, tokens, attention_mask, classes, alike, rule, plan, config, callback, streamer):
         """The loop over steps: start of the solver, denoiser, draw at the revealed positions.
 
-        Which positions a step needs is known on the CPU, so that no step waits for the device.
+        Which positions a step needs is known on the CPU. A step waits for the device only where the rule has to ask.
         """
-        batch_size, times = len(tokens), time_grid(plan.num_steps)
+        batch_size, length = tokens.shape
         copies = 1 if classes is None else len(classes) // batch_size  # 2: guidance, the second without classes
-        scales = guidance_scales(config.guidance_scale, config.guidance_schedule, plan.num_steps)
         reusing = config.reuse != "none" and self.config.num_fixed_point_layers > 0
-        ledger, solution = Ledger(plan, self.config, config, batch_size, copies * batch_size), None
+        ledger, solution = Ledger(plan, self.config, config, tokens, copies * batch_size), None
         for step in logging.tqdm(range(plan.num_steps), desc="denoising", disable=not config.progress_bar):
             # 1. the positions whose logits the step needs; where there are none, and nothing is reused, it is idle
             positions = rule.candidates(step, tokens)
+            if rule.ends_early and len(positions) == 0:
+                break
             if len(positions) == 0 and not reusing:
                 tokens, _ = rule.write(step, tokens, positions, None)
                 ledger.skip()
                 continue
             # 2. the denoiser, started from the previous solution
-            rows, time, weights = tokens.repeat(copies, 1), times[step].item(), None  # (R, L)
+            rows, moment, weights = tokens.repeat(copies, 1), rule.moment(step, tokens), None  # (R, L)
+            asked = torch.cat([positions + copy * tokens.numel() for copy in range(copies)])
+            runs = rows_to_run(asked // length if rule.ends_early else None, len(rows), classes, alike)
             if solution is not None:
-                weights = self._reuse_weights(solution, rows, attention_mask, config, ledger)
+                weights = self._reuse_weights(solution, rows, attention_mask, config, ledger, runs)
             logits, state, residuals = self._evaluate(
-                rows, attention_mask, classes, time, alike,
-                positions=torch.cat([positions + copy * tokens.numel() for copy in range(copies)]),
+                rows, attention_mask, classes, moment.times.repeat(copies), runs, asked,
                 num_iterations=ledger.iterations(step),
                 fixed_point_state=None if solution is None else solution.state,
                 reuse_weights=weights,
@@ -160,15 +163,19 @@ class MGMGenerationMixin:
             )  # fmt: skip
             alike = False  # from the first revealed token on
             # 3. the draw
-            logits = guided_logits(logits, scales[step]) if copies == 2 else logits
+            if copies == 2:
+                places = moment.places[to_device(positions // length, self.device)]
+                scales = guidance_scales(config.guidance_scale, config.guidance_schedule, places)
+                logits = guided_logits(logits, scales)
             tokens, revealed = rule.write(step, tokens, positions, logits)
             # 4. what the next step and the caller see
             if reusing:
                 solution = Solution(rows, state)
-            ledger.add(residuals, logits)
+            ledger.add(residuals, logits, runs)
             if callback is not None:
                 state = None if state is None else state[:batch_size]
                 residuals = None if residuals is None else residuals[:, :batch_size]
+                time = moment.times.mean().item()
                 callback(GenerationStep(step, plan.num_steps, time, tokens, revealed, state, residuals))
             if streamer is not None:
                 streamer.put(tokens.cpu())
@@ -176,38 +183,33 @@ class MGMGenerationMixin:
             streamer.end()
         return ledger.close(tokens)
 
-    def _evaluate(self, rows, attention_mask, classes, time, alike, positions, **options):
+    def _evaluate(self, rows, attention_mask, classes, times, runs: Runs | None, positions, **options):
         """The denoiser on `rows` (R, L): logits (P, V) at `positions`, indices into R·L, state and residuals.
 
-        Where all rows are `alike`, one of each class is run for all of it.
+        Where there are `runs`, some of the rows are run for all of it. `None`: each is run.
         """
-        length, group = rows.shape[1], None
-        if alike:
-            group = torch.zeros(len(rows), dtype=torch.long, device="cpu")  # (R,)
-            if classes is not None:
-                classes, group = classes.unique(return_inverse=True)
-            rows = rows[: int(group.max()) + 1]
-            positions = group[positions // length] * length + positions % length
-            positions, place = positions.unique(return_inverse=True)
-        conditions = {"attention_mask": attention_mask, "class_labels": classes}
-        conditions = {name: to_device(x, rows.device) for name, x in conditions.items() if x is not None}
-        timesteps = torch.full((len(rows),), time, dtype=torch.float32, device=rows.device)
-        output = self(rows, timesteps=timesteps, logits_positions=positions, training=False, **conditions, **options)
-        logits, state, residuals = output.logits, output.fixed_point_state, output.residuals
-        if group is not None:
-            group, place = (to_device(x, rows.device) for x in (group, place))
-            logits = logits[place]
-            state = None if state is None else state[group]
-            residuals = None if residuals is None else residuals[:, group]
-        return logits, state, residuals
+        given = {"attention_mask": attention_mask, "class_labels": classes, "timesteps": times.float(), **options}
+        given = {name: to_device(x, rows.device) if torch.is_tensor(x) else x for name, x in given.items()}
+        given = {name: x for name, x in given.items() if x is not None}
+        if runs is None:
+            output = self(rows, logits_positions=positions, training=False, **given)
+            return output.logits, output.fixed_point_state, output.residuals
+        positions, place = runs.positions(positions, rows.shape[1])
+        ran, stands, idle = (to_device(x, rows.device) for x in runs)
+        given = {name: x[ran] if torch.is_tensor(x) else x for name, x in given.items()}
+        output = self(rows[ran], logits_positions=positions, training=False, **given)
+        state, residuals = output.fixed_point_state, output.residuals
+        state = None if state is None else state[stands]
+        residuals = None if residuals is None else residuals[:, stands].masked_fill(idle, float("nan"))
+        return output.logits[to_device(place, rows.device)], state, residuals
 
-    def _reuse_weights(self, solution, rows, attention_mask, config, ledger) -> torch.Tensor:
+    def _reuse_weights(self, solution, rows, attention_mask, config, ledger, runs) -> torch.Tensor:
         """γ of the next start, (R, L), registers behind; the shares of the tokens' reuse states go to the ledger."""
         mask, registers = self.config.mask_token_id, self.config.num_register_tokens
         # A register is like a position that is masked still.
         ids = (F.pad(ids, (0, registers), value=mask) for ids in (solution.input_ids, rows))
         states = reuse_states(*ids, mask)
-        of_tokens = states[:, : rows.shape[1]]
+        of_tokens = (states if runs is None else states[to_device(runs.ran, rows.device)])[:, : rows.shape[1]]
         ledger.reused.append(torch.stack([(of_tokens == i).float().mean() for i in range(len(REUSE_STATES))]))
         return reuse_weights(
             states,
@@ -242,16 +244,11 @@ class MGMGenerationMixin:
             raise ValueError("`budget`=None and `iterations`=None: give a budget, or `num_steps` with `iterations`.")
         return plan_budget(self.config, config.budget, config.num_steps, config.allocation)
 
-    def _order(self, config: MGMGenerationConfig) -> Callable:
+    def _order(self, config: MGMGenerationConfig, given: dict[str, Any]) -> Callable:
         order = next(iter(self.orders)) if config.order is None else config.order
         if order not in self.orders:
             raise ValueError(f"`order`={order!r} must be one of {tuple(self.orders)} for this model.")
-        for name, neutral in (("remask", None), ("final", "sample")):
-            if order != "ancestral" and getattr(config, name) != neutral:
-                raise ValueError(
-                    f"`{name}`={getattr(config, name)!r} needs `order`='ancestral', not {order!r}, which writes each "
-                    "token once and leaves none out."
-                )
+        check_order_options(order, config, given)
         return self.orders[order]
 
     def _start(
@@ -304,6 +301,30 @@ class MGMGenerationMixin:
         self.generation_config = saved_generation_config(
             self.generation_config_class, pretrained_model_name_or_path, **kwargs
         )
+
+
+# What is there for one order alone.
+BOUNDS = {"entropy_bound": "entropy", "confidence_threshold": "threshold", "margin_threshold": "margin"}
+
+
+def check_order_options(order: str, config: MGMGenerationConfig, given: Iterable[str]) -> None:
+    """Raise a `ValueError` for what an order cannot honour, and for another's bound among what the caller has `given`.
+
+    What an adaptive order does at its last step is `final`'s to say. None masks a token again: ReMDM's shares are made
+    for the steps of the ancestral order.
+    """
+    if config.remask is not None and order != "ancestral":
+        raise ValueError(
+            f"`remask`={config.remask!r} needs `order`='ancestral', not {order!r}, which writes each token once."
+        )
+    if config.final != "sample" and order != "ancestral" and order not in ADAPTIVE_ORDERS:
+        raise ValueError(
+            f"`final`={config.final!r} needs `order`='ancestral' or one of {tuple(ADAPTIVE_ORDERS)}, not {order!r}, "
+            "which leaves no token out."
+        )
+    for name, whose in BOUNDS.items():
+        if name in given and order != whose:
+            raise ValueError(f"`{name}`={shown(getattr(config, name))} needs `order`={whose!r}, not {order!r}.")
 
 
 def check_dropout(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Classifier-free guidance: the denoiser runs each sequence with and without its class, in one batch.
 
-Shapes: B batch, P positions, V vocabulary, T steps.
+Shapes: B batch, P positions, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -12,24 +12,27 @@ from .arguments import shown
 from .generation_inputs import read_whole
 
 
-# Share of the guidance at x = i/(T − 1), from the first step at 0 to the last at 1.
-GUIDANCE_SCHEDULES: dict[str, Callable[[float], float]] = {"constant": lambda x: 1.0, "linear": lambda x: x}
+# Share of the guidance at x, from 0 at the first step to 1 at the last.
+GUIDANCE_SCHEDULES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "constant": torch.ones_like,
+    "linear": lambda x: x,
+}
 
 
-def guidance_scales(scale: float, schedule: str, num_steps: int) -> list[float]:
-    """The scale of each step: 1 + (scale − 1) · share.
+def guidance_scales(scale: float, schedule: str, places: torch.Tensor) -> torch.Tensor:
+    """The scale at each place on the way from 0 to 1: 1 + (scale − 1) · share.
 
-    >>> guidance_scales(3.0, "linear", 3)
+    >>> guidance_scales(3.0, "linear", torch.tensor([0.0, 0.5, 1.0])).tolist()
     [1.0, 2.0, 3.0]
     """
-    places = [i / (num_steps - 1) for i in range(num_steps)] if num_steps > 1 else [1.0]
-    return [1 + (scale - 1) * GUIDANCE_SCHEDULES[schedule](x) for x in places]
+    return 1 + (scale - 1) * GUIDANCE_SCHEDULES[schedule](places)
 
 
-def guided_logits(logits: torch.Tensor, scale: float) -> torch.Tensor:
-    """unconditional + scale · (conditional − unconditional) in float64: (2P, V), conditional first, → (P, V)."""
+def guided_logits(logits: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """unconditional + scale · (conditional − unconditional) in float64, `scales` (P,): (2P, V), conditional first,
+    → (P, V)."""
     conditional, unconditional = logits.double().chunk(2)
-    return unconditional + scale * (conditional - unconditional)
+    return unconditional + scales[:, None] * (conditional - unconditional)
 
 
 def check_classes(

@@ -5,6 +5,7 @@ Shapes: B batch, R rows that the denoiser runs (B, or 2B with guidance), L lengt
 N iterations.
 """
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from transformers.utils import ModelOutput
 from .budget import BudgetPlan
 from .generation_config_mgm import MGMGenerationConfig
 from .reuse import REUSE_STATES
+from .runs import Runs
 
 
 @dataclass
@@ -25,8 +27,10 @@ class MGMGenerationOutput(ModelOutput):
         block_evaluations_per_sequence (`torch.LongTensor`): (B,).
         guidance_evaluations (`int`): Further block evaluations of the most costly sequence without its class, for
             guidance; 0 without guidance. The budget does not count them.
-        num_steps (`int`): Denoising steps T.
-        iterations (`list[int]`): Fixed-point iterations planned for each step.
+        num_steps (`int`): Denoising steps T taken: fewer than planned where an order was certain earlier.
+        tokens_per_step (`float`): Tokens written, over the steps that ran to write them, all sequences together.
+        tokens_per_second (`float`): Tokens written by the batch, over the time of its steps.
+        iterations (`list[int]`): Fixed-point iterations planned for each step taken.
         iterations_taken (`torch.LongTensor`): (T, B) iterations run.
         residuals (`torch.Tensor`): (T, max N, B) relative residual of each iteration; NaN where none was taken.
         reused (`list[dict[str, float]]`): Per step, the share of positions in each reuse state ("changed",
@@ -40,6 +44,8 @@ class MGMGenerationOutput(ModelOutput):
     block_evaluations_per_sequence: torch.LongTensor | None = None
     guidance_evaluations: int | None = None
     num_steps: int | None = None
+    tokens_per_step: float | None = None
+    tokens_per_second: float | None = None
     iterations: list | None = None
     iterations_taken: torch.LongTensor | None = None
     residuals: torch.Tensor | None = None
@@ -53,8 +59,9 @@ class GenerationStep:
 
     Args:
         step (`int`): 0 for the first.
-        num_steps (`int`): Denoising steps T.
-        time (`float`): Diffusion time t at which the denoiser ran; models without time do not see it.
+        num_steps (`int`): Denoising steps T planned; an adaptive order may need fewer.
+        time (`float`): Diffusion time t at which the denoiser ran, the mean of the sequences where an adaptive order
+            has them at different ones; models without time do not see it.
         sequences (`torch.LongTensor`): (B, L) tokens after the step, the mask id where still unknown.
         revealed (`torch.BoolTensor`): (B, L) positions revealed by this step.
         fixed_point_state (`torch.Tensor`): (B, L, D) h*, where L counts registers too, or `None` without fixed-point
@@ -78,16 +85,18 @@ class Ledger:
         plan ([`BudgetPlan`]): Planned iterations.
         model_config: Configuration with the layer counts.
         config ([`MGMGenerationConfig`]): Of the call.
-        batch_size (`int`): Sequences B.
+        tokens (`torch.Tensor`): (B, L) to begin with.
         rows (`int`): Rows R: beyond the first B, the same sequences without their class.
     """
 
-    def __init__(self, plan: BudgetPlan, model_config, config: MGMGenerationConfig, batch_size: int, rows: int):
-        self.plan, self.config, self.batch_size, self.rows = plan, config, batch_size, rows
+    def __init__(self, plan: BudgetPlan, model_config, config: MGMGenerationConfig, tokens: torch.Tensor, rows: int):
+        self.plan, self.config, self.batch_size, self.rows = plan, config, len(tokens), rows
+        self.mask_token_id = model_config.mask_token_id
+        self.masked, self.began = tokens == self.mask_token_id, time.perf_counter()
         self.explicit = model_config.num_pre_layers + model_config.num_post_layers
         self.shared = model_config.num_fixed_point_layers
         self.residuals: list[torch.Tensor | None] = []  # per step (N, R), None where no iteration was taken
-        self.ran: list[bool] = []
+        self.idle: list[torch.Tensor] = []  # per step (R,), rows that did not run
         self.reused: list[torch.Tensor | None] = []
         self.finite: torch.Tensor | None = None
 
@@ -97,15 +106,16 @@ class Ledger:
 
     def skip(self) -> None:
         """Book a step that did not run."""
-        self.ran.append(False)
+        self.idle.append(torch.ones(self.rows, dtype=torch.bool, device="cpu"))
         self.residuals.append(None)
         self.reused.append(None)
 
-    def add(self, residuals: torch.Tensor | None, logits: torch.Tensor) -> None:
-        """Book a step: its residuals (N, R), NaN where a row had stopped, and whether its logits are numbers."""
-        self.ran.append(True)
+    def add(self, residuals: torch.Tensor | None, logits: torch.Tensor, runs: Runs | None) -> None:
+        """Book a step: its residuals (N, R), NaN where a row had stopped, whether its logits are numbers, and which
+        rows needed it."""
+        self.idle.append(torch.zeros(self.rows, dtype=torch.bool, device="cpu") if runs is None else runs.idle)
         self.residuals.append(residuals)
-        if len(self.reused) < len(self.ran):
+        if len(self.reused) < len(self.idle):
             self.reused.append(None)
         finite = logits.isfinite().all()
         self.finite = finite if self.finite is None else self.finite & finite
@@ -126,6 +136,7 @@ class Ledger:
             )
         if not self.config.return_dict_in_generate:
             return tokens
+        seconds = time.perf_counter() - self.began
         float32 = {"dtype": torch.float32, "device": "cpu"}
         residuals = [torch.empty(0, self.rows, **float32) if r is None else r.cpu() for r in self.residuals]
         size = (len(residuals), max(map(len, residuals)), self.rows)
@@ -133,15 +144,19 @@ class Ledger:
         for row, values in zip(table, residuals, strict=True):
             row[: len(values)] = values
         taken = (~table.isnan()).sum(dim=1)  # (T, R)
-        cost = sum(self.ran) * self.explicit + taken.sum(dim=0) * self.shared  # (R,)
+        steps = (~torch.stack(self.idle)).sum(dim=0)  # (R,) that ran
+        cost = steps * self.explicit + taken.sum(dim=0) * self.shared  # (R,)
         own = slice(self.batch_size)
+        written = int((self.masked & (tokens != self.mask_token_id)).sum())
         return MGMGenerationOutput(
             sequences=tokens,
             block_evaluations=int(cost[own].max()),
             block_evaluations_per_sequence=cost[own],
             guidance_evaluations=int(cost[self.batch_size :].max()) if self.rows > self.batch_size else 0,
-            num_steps=self.plan.num_steps,
-            iterations=self.plan.iterations,
+            num_steps=len(self.idle),
+            tokens_per_step=written / max(1, int(steps[own].sum())),
+            tokens_per_second=written / seconds,
+            iterations=self.plan.iterations[: len(self.idle)],
             iterations_taken=taken[:, own],
             residuals=table[:, :, own],
             reused=[{} if r is None else dict(zip(REUSE_STATES, r.tolist(), strict=True)) for r in self.reused],

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the positions of a sequence are revealed over the steps of `generate`: in ancestral order, with or without
-masking tokens again, by confidence, in the order of a Halton sequence or in a random one.
+masking tokens again, in the order of a Halton sequence or in a random one, by confidence, or as many at each step as
+the model is certain of.
 
-In all orders but that of confidence the reveal steps do not depend on the logits, so they are known beforehand, on the
-host: a step computes its head at the positions that it reveals and nowhere else (exact, not an approximation), and
-never asks the device how many there are. Both rules offer `candidates`, the positions whose logits a step needs, and
-`write`, which turns logits into tokens.
+In the first three the reveal steps do not depend on the logits, so they are known beforehand, on the host: a step
+computes its head at the positions that it reveals and nowhere else (exact, not an approximation), and never asks the
+device how many there are. Every rule offers `candidates`, the positions whose logits a step needs, `moment`, at what
+time that is, and `write`, which turns logits into tokens; one that `ends_early` has no candidates in a row that is
+finished.
 
 Shapes: B batch, L length, V vocabulary, P candidate positions of a step, T steps.
 """
@@ -14,10 +16,19 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
+from .certainty import (
+    certain_enough,
+    certainty,
+    margin,
+    most_confident,
+    negative_entropy,
+    top_probability,
+    within_entropy,
+)
 from .draw import COARSE_TIE, TIE, draw_tokens, draw_uniforms
 from .generation_config_mgm import MGMGenerationConfig
 from .noise import masked_probability
@@ -161,26 +172,6 @@ def _count_wanted(wanted: torch.Tensor, num_steps: int) -> torch.Tensor:
     return counts
 
 
-def most_confident(
-    probabilities: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor, tie: float = TIE
-) -> torch.Tensor:
-    """Ascending indices into P of the `counts[b]` most probable draws of each row b; `probabilities`, `rows` (P,).
-
-    Neighbours in this order whose logarithms differ by at most `tie` are equal, and of equals the first positions
-    come first: positions that see the same have the same probability but for rounding, which depends on the batch.
-    """
-    confidence = probabilities.log()
-    order = confidence.argsort(descending=True, stable=True)
-    order = order[rows[order].argsort(stable=True)]  # by row, then by falling probability
-    row, falling = rows[order], confidence[order]
-    begins = torch.ones_like(order)  # a group of equals
-    begins[1:] = (row[1:] != row[:-1]) | (falling[:-1] - falling[1:] > tie)
-    order = torch.empty_like(order).index_copy(0, order, begins.cumsum(0)).argsort(stable=True)
-    sizes = torch.bincount(rows, minlength=len(counts))
-    rank = torch.arange(len(rows), device=rows.device) - (sizes.cumsum(0) - sizes)[rows[order]]
-    return order[rank < counts.to(rows.device)[rows[order]]].sort().values
-
-
 # --- the orders ----------------------------------------------------------------------------------------------------
 
 
@@ -201,6 +192,27 @@ class RevealTask(NamedTuple):
         return draw_uniforms(count, self.real, self.seed, self.generator)
 
 
+class Moment(NamedTuple):
+    """When the denoiser runs, for each row: its diffusion `times`, and how far the way is gone, `places` from 0 at the
+    first step to 1, both (B,) float64 on the device."""
+
+    times: torch.Tensor
+    places: torch.Tensor
+
+
+def planned_moment(step: int, num_steps: int, tokens: torch.Tensor) -> Moment:
+    """That of the time grid, the same for all rows of `tokens` (B, L)."""
+    place = step / (num_steps - 1) if num_steps > 1 else 1.0
+    options = {"dtype": torch.float64, "device": tokens.device}
+    return Moment(*(torch.full((len(tokens),), x, **options) for x in (time_grid(num_steps)[step].item(), place)))
+
+
+def moment_of_masks(tokens: torch.Tensor, wanted: torch.Tensor, mask_token_id: int) -> Moment:
+    """That of the share of `wanted` (B, L) which is masked still in `tokens` (B, L), as a model saw it in training."""
+    masked = ((tokens == mask_token_id) & wanted).sum(dim=1, dtype=torch.float64) / wanted.sum(dim=1)
+    return Moment(masked.clamp(min=SMALLEST_TIME), 1 - masked)
+
+
 @dataclass(frozen=True)
 class ScheduledReveal:
     """Reveals, and masks again, the positions that `schedule` names: known before the first step.
@@ -208,10 +220,15 @@ class ScheduledReveal:
     `uniforms` (1 or T, B·L) draw the tokens, one for each position or one for each position and step.
     """
 
+    ends_early: ClassVar[bool] = False
     schedule: RevealSchedule
     uniforms: torch.Tensor
     mask_token_id: int
     config: MGMGenerationConfig
+
+    def moment(self, step: int, tokens: torch.Tensor) -> Moment:
+        """That of the time grid."""
+        return planned_moment(step, len(self.schedule.reveals), tokens)
 
     def candidates(self, step: int, tokens: torch.Tensor) -> torch.Tensor:
         """(P,) ascending indices into B·L, on the CPU."""
@@ -247,16 +264,20 @@ class ScheduledReveal:
 class ConfidenceReveal:
     """Draws every masked token at each step and keeps the `counts` (T, B) most probable draws of each row."""
 
+    ends_early: ClassVar[bool] = False
     counts: torch.Tensor
     uniforms: torch.Tensor
     wanted: torch.Tensor
     mask_token_id: int
     config: MGMGenerationConfig
 
+    def moment(self, step: int, tokens: torch.Tensor) -> Moment:
+        """That of the time grid."""
+        return planned_moment(step, len(self.counts), tokens)
+
     def candidates(self, step: int, tokens: torch.Tensor) -> torch.Tensor:
         """(P,) ascending indices into B·L, on the CPU; which positions are left is known on the device."""
-        masked = (tokens == self.mask_token_id).cpu() & self.wanted
-        return masked.flatten().nonzero().squeeze(1)
+        return _masked(tokens, self.wanted, self.mask_token_id)
 
     def write(
         self, step: int, tokens: torch.Tensor, positions: torch.Tensor, logits: torch.Tensor
@@ -267,9 +288,50 @@ class ConfidenceReveal:
         drawn, probabilities = draw_tokens(
             logits, uniforms, self.mask_token_id, config.temperature, config.top_k, config.top_p
         )
-        tie = TIE if logits.dtype == torch.float64 else COARSE_TIE
-        kept = most_confident(probabilities.cpu(), rows, self.counts[step], tie)
+        kept = most_confident(probabilities.cpu(), rows, self.counts[step], _tie(logits))
         return _write(tokens, to_device(positions[kept], tokens.device), drawn[to_device(kept, drawn.device)])
+
+
+@dataclass(frozen=True)
+class AdaptiveReveal:
+    """Reveals at each step the positions that `choose` finds certain enough together by their `measure`, at least one
+    in each row, and at the last of `num_steps` all that are left. `uniforms` (B·L,) draw the tokens."""
+
+    ends_early: ClassVar[bool] = True
+    measure: Callable[[torch.Tensor], torch.Tensor]
+    choose: Callable[..., torch.Tensor]
+    bound: float
+    num_steps: int
+    uniforms: torch.Tensor
+    wanted: torch.Tensor
+    mask_token_id: int
+    config: MGMGenerationConfig
+
+    def moment(self, step: int, tokens: torch.Tensor) -> Moment:
+        """That of the masks that are left: how many depends on the row."""
+        return moment_of_masks(tokens, to_device(self.wanted, tokens.device), self.mask_token_id)
+
+    def candidates(self, step: int, tokens: torch.Tensor) -> torch.Tensor:
+        """(P,) ascending indices into B·L, on the CPU; which positions are left is known on the device."""
+        return _masked(tokens, self.wanted, self.mask_token_id)
+
+    def write(
+        self, step: int, tokens: torch.Tensor, positions: torch.Tensor, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens after the step, (B, L), and what it revealed, (B, L) bool."""
+        config, device = self.config, tokens.device
+        certainties = certainty(logits, self.mask_token_id, self.measure).cpu()
+        kept = self.choose(certainties, positions // tokens.shape[1], self.bound, _tie(logits))
+        sure = torch.zeros(len(positions), dtype=torch.bool, device="cpu").index_fill(0, kept, True)
+        if step == self.num_steps - 1 and config.final != "none":
+            kept = torch.arange(len(positions), device="cpu")
+        chosen, logits = positions[kept], logits[to_device(kept, device)]
+        uniforms = to_device(self.uniforms[chosen], device)
+        drawn, _ = draw_tokens(logits, uniforms, self.mask_token_id, config.temperature, config.top_k, config.top_p)
+        if config.final == "argmax" and len(kept) > int(sure.sum()):
+            likeliest, _ = draw_tokens(logits, uniforms, self.mask_token_id, temperature=0)
+            drawn = torch.where(to_device(sure, device), drawn, likeliest)
+        return _write(tokens, to_device(chosen, device), drawn)
 
 
 def ancestral(task: RevealTask) -> ScheduledReveal:
@@ -292,6 +354,28 @@ def confidence(
     return ConfidenceReveal(counts, uniforms.flatten(1), task.wanted, task.mask_token_id, task.config)
 
 
+def entropy(task: RevealTask) -> AdaptiveReveal:
+    """The most certain positions whose tokens depend on each other by no more than `entropy_bound` nats."""
+    return _adaptive(task, negative_entropy, within_entropy, task.config.entropy_bound)
+
+
+def threshold(task: RevealTask) -> AdaptiveReveal:
+    """All positions whose most likely token has at least the probability `confidence_threshold`."""
+    return _adaptive(task, top_probability, certain_enough, task.config.confidence_threshold)
+
+
+def two_likeliest(task: RevealTask) -> AdaptiveReveal:
+    """All positions whose two most likely tokens differ by at least `margin_threshold` in probability."""
+    return _adaptive(task, margin, certain_enough, task.config.margin_threshold)
+
+
+def _adaptive(task: RevealTask, measure: Callable, choose: Callable, bound: float) -> AdaptiveReveal:
+    uniforms = task.uniforms(1).flatten()
+    return AdaptiveReveal(
+        measure, choose, bound, task.num_steps, uniforms, task.wanted, task.mask_token_id, task.config
+    )
+
+
 def halton(task: RevealTask) -> ScheduledReveal:
     """The order of a Halton sequence on the square of tokens, the same for all sequences."""
     side = math.isqrt(task.wanted.shape[1])
@@ -311,9 +395,24 @@ def _ranked(task: RevealTask, priority: torch.Tensor, draws: torch.Tensor) -> Sc
     return ScheduledReveal(schedule, draws.flatten(1), task.mask_token_id, task.config)
 
 
+ADAPTIVE_ORDERS = {"entropy": entropy, "threshold": threshold, "margin": two_likeliest}
 # The default first.
-TEXT_ORDERS = {"ancestral": ancestral, "confidence": confidence}
-IMAGE_ORDERS = {"halton": halton, "random": random, "confidence": partial(confidence, count=arccos_counts)}
+TEXT_ORDERS = {"ancestral": ancestral, "confidence": confidence, **ADAPTIVE_ORDERS}
+IMAGE_ORDERS = {
+    "halton": halton,
+    "random": random,
+    "confidence": partial(confidence, count=arccos_counts),
+    **ADAPTIVE_ORDERS,
+}
+
+
+def _masked(tokens: torch.Tensor, wanted: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+    """Where `wanted` (B, L), on the CPU, is masked in `tokens` (B, L): (P,) ascending indices into B·L, on the CPU."""
+    return ((tokens == mask_token_id).cpu() & wanted).flatten().nonzero().squeeze(1)
+
+
+def _tie(logits: torch.Tensor) -> float:
+    return TIE if logits.dtype == torch.float64 else COARSE_TIE
 
 
 def _write(tokens: torch.Tensor, positions: torch.Tensor, drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -54,7 +54,10 @@ GOOD = {
     "temperature": [0, 1e-310, 1e-308, 0.5, 1, 2.5, 1e300, Fraction(1, 2)],
     "top_k": [1, 2, 100, 10**30],
     "top_p": [1e-9, 0.5, 1],
-    "order": ["ancestral", "confidence", "halton", "random"],
+    "order": ["ancestral", "confidence", "halton", "random", "entropy", "threshold", "margin"],
+    "entropy_bound": [0, 0.5, 1e300],
+    "confidence_threshold": [0, 0.5, 1],
+    "margin_threshold": [0, 0.5, 1],
     "guidance_scale": [0, 1, 2.5, 1e3, 1e300],
     "guidance_schedule": ["constant", "linear"],
     "remask": [0.1, 1],
@@ -93,7 +96,13 @@ FOREIGN = {
     "explicit": {"class_labels", "guidance_scale", "iterations", "tolerance", "solver"},
     "image": {"token_type_ids", "length", "remask", "final"},
 }
-EXCLUSIVE = {"seed": {"generator"}, "iterations": {"budget", "allocation", "num_steps"}, "order": {"remask", "final"}}
+BOUNDS = {"entropy_bound": "entropy", "confidence_threshold": "threshold", "margin_threshold": "margin"}
+EXCLUSIVE = {
+    "seed": {"generator"},
+    "iterations": {"budget", "allocation", "num_steps"},
+    "order": {"remask", "final"},
+    **{name: {"remask", *BOUNDS} - {name} for name in BOUNDS},
+}
 
 
 def random_call(kind: str, rng: random.Random) -> dict:
@@ -109,6 +118,7 @@ def random_call(kind: str, rng: random.Random) -> dict:
         if isinstance(call.get("seed"), (list, tuple)):
             call["seed"] = 1
         call = {name: value for name, value in call.items() if name not in unwanted}
+        call |= next(({"order": order} for name, order in BOUNDS.items() if name in call), {})
         call |= {"num_steps": 2} if "iterations" not in call and "allocation" not in call else {}
     if rng.random() < 0.3:
         name = rng.choice([*sorted(GOOD), "input_ids", "attention_mask", "return_dict_in_generate"])

@@ -121,12 +121,20 @@ EFFECTIVE_VALUES = {
     "tuned_plans": {"24": {"num_steps": 3, "reuse": "none"}},
     "remask": 0.5,
     "order": "confidence",
+    "entropy_bound": 2.0,
+    "confidence_threshold": 0.2,
+    "margin_threshold": 0.01,
     "temperature": 0.5,
     "top_k": 2,
     "top_p": 0.5,
 }
 # What a parameter needs beside it to have anything to act on.
-NEEDED = {"gamma_remasked": {"remask": 0.5}}
+NEEDED = {
+    "gamma_remasked": {"remask": 0.5},
+    "entropy_bound": {"order": "entropy"},
+    "confidence_threshold": {"order": "threshold"},
+    "margin_threshold": {"order": "margin"},
+}
 # Tested by name above or (guidance) with images, or (progress_bar, token ids) without influence on the tokens.
 OTHER_FIELDS = {"final", "guidance_scale", "guidance_schedule", "progress_bar", "return_dict_in_generate"} | {
     f"{kind}_token_id" for kind in ("bos", "eos", "pad")

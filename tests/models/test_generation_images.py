@@ -310,7 +310,7 @@ def test_callback_sees_the_rows_with_their_class():
         ({"guidance_scale": -1.0, "class_labels": 1}, "`guidance_scale`=-1.0 must be"),
         ({"guidance_scale": "high", "class_labels": 1}, "`guidance_scale`='high' must be"),
         ({"guidance_schedule": "cosine"}, "`guidance_schedule`='cosine' must be one of"),
-        ({"order": "ancestral"}, r"`order`='ancestral' must be one of \('halton', 'random', 'confidence'\)"),
+        ({"order": "ancestral"}, r"`order`='ancestral' must be one of \('halton', 'random', 'confidence', 'entropy',"),
         ({"remask": 0.1}, "`remask`=0.1 needs `order`='ancestral', not 'halton'"),
         ({"final": "none"}, "`final`='none' needs `order`='ancestral'"),
         ({"num_steps": 10, "iterations": 1}, "`num_steps`=10 exceeds the 9 masked positions"),
@@ -333,7 +333,7 @@ def test_bad_arguments_are_named(arguments, message):
     [
         ({"class_labels": 0}, "`class_labels`=0 cannot be given"),
         ({"guidance_scale": 2.0}, "`guidance_scale`=2.0 needs `class_labels`"),
-        ({"order": "halton"}, r"`order`='halton' must be one of \('ancestral', 'confidence'\)"),
+        ({"order": "halton"}, r"`order`='halton' must be one of \('ancestral', 'confidence', 'entropy',"),
         ({"order": "random"}, "`order`='random' must be one of"),
     ],
     ids=str,

@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 
+from fpmgm.models.certainty import most_confident
 from fpmgm.models.draw import draw_uniforms
-from fpmgm.models.reveal import equal_counts, most_confident, remasking_schedule
+from fpmgm.models.reveal import equal_counts, remasking_schedule
 from tests.models.helpers import lively_model
 from tests.testing_utils import tiny_model
 

@@ -11,8 +11,8 @@ import math
 import pytest
 import torch
 
+from fpmgm.models.certainty import most_confident
 from fpmgm.models.draw import COARSE_TIE, TIE, draw_tokens, truncate
-from fpmgm.models.reveal import most_confident
 from tests.models.helpers import lively_model
 from tests.models.reference_mdlm import reference_forward
 
