@@ -38,9 +38,7 @@ class _Handler(BaseHTTPRequestHandler):
         files = self.server.repositories
         if path == "/api/repos/create":
             request = json.loads(body)
-            name = (
-                request["name"] if not request.get("organization") else f"{request['organization']}/{request['name']}"
-            )
+            name = f"{request.get('organization') or 'tester'}/{request['name']}"
             files.setdefault(name, {})
             self.server.requests.setdefault(name, request)
             self._json({"url": f"{self.server.url}/{name}", "id": name})

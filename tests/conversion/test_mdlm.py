@@ -28,7 +28,7 @@ MODULES = [
     ("time_embedding.mlp.", "sigma_map.mlp."),
     *[
         pair
-        for i in range(2)
+        for i in range(12)
         for pair in [
             (f"pre_layers.{i}.norm1.", f"blocks.{i}.norm1."),
             (f"pre_layers.{i}.attention.qkv_proj.", f"blocks.{i}.attn_qkv."),
