@@ -37,7 +37,7 @@ from fpmgm.evaluation.report import table, write_report
 from fpmgm.models.draw import draw_uniforms
 from fpmgm.models.noise import masked_probability
 from fpmgm.models.reuse import reuse_states, reuse_weights, visible_fraction
-from fpmgm.models.reveal import time_grid
+from fpmgm.models.schedules import time_grid
 
 
 ARCHITECTURES = {

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ..models.budget import check_whole
-from ..models.reveal import RevealTask, time_grid
+from ..models.reveal import RevealTask
+from ..models.schedules import time_grid
 from ..models.text_input import token_rows
 
 
@@ -23,6 +24,7 @@ NOTHING_REUSED = {
     "gamma_changed": 0.0,
     "gamma_remasked": 0.0,
 }
+WHOLE_TEXTS = {"block_length": None, "stop_at_eos": False}  # of one length, whatever the checkpoint's defaults
 
 
 class Trajectory(NamedTuple):
@@ -57,7 +59,7 @@ def sampled_trajectory(
         iterations=iterations if shared else 0,
         class_labels=class_labels,
         callback=lambda step: after.update({step.step: step.sequences.cpu()}),
-        **{**NOTHING_REUSED, **options},
+        **{**NOTHING_REUSED, **WHOLE_TEXTS, **options},
     ).cpu()  # (B, L)
     states = [torch.full_like(written, model.config.mask_token_id)]
     for step in range(num_steps):
@@ -114,7 +116,7 @@ def masked_trajectory(
     name, order = next(iter(model.orders.items()))
     if remask is not None and name != "ancestral":
         raise ValueError(f"`remask`={remask} needs a model of the order 'ancestral', not {name!r}: leave it out.")
-    config = model.generation_config.updated(remask=remask, final="sample", order=None)
+    config = model.generation_config.updated(remask=remask, final="sample", order=None, **WHOLE_TEXTS)
     schedule = order(RevealTask(wanted, wanted, num_steps, mask_token_id, config, seed, None)).schedule
     masked, states = wanted.flatten(), []
     for reveals, remasks in zip(schedule.reveals, schedule.remasks, strict=True):

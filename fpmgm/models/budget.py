@@ -3,6 +3,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from .arguments import check_whole, shown
@@ -43,7 +44,11 @@ class BudgetPlan:
 
 
 def plan_budget(
-    config, budget: int, num_steps: int | None = None, allocation: str | list[int] = "decreasing"
+    config,
+    budget: int,
+    num_steps: int | None = None,
+    allocation: str | list[int] = "decreasing",
+    starts: Callable[[int], list[int]] | None = None,
 ) -> BudgetPlan:
     """Spend `budget` block evaluations on denoising steps, as completely as whole iterations allow.
 
@@ -56,6 +61,8 @@ def plan_budget(
             model without fixed-point layers, all that the budget pays).
         allocation (`str` or `list[int]`, defaults to `"decreasing"`): How iterations are shared over the steps:
             `"fixed"`, `"decreasing"`, `"increasing"`, `"cosine"`, `"front_loaded"`, or the iterations themselves.
+        starts (`Callable`, *optional*): For a number of steps, those at which a block of text begins; each block has
+            the allocation for itself. `None`: one block.
 
     Returns:
         [`BudgetPlan`]: `num_steps`, `iterations` and `block_evaluations` (at most `budget`).
@@ -103,7 +110,7 @@ def plan_budget(
     if shared == 0:
         return explicit_plan(config, [0] * num_steps)
     total = (budget - num_steps * explicit) // shared
-    return explicit_plan(config, allocate(total, num_steps, allocation))
+    return explicit_plan(config, allocate(total, num_steps, allocation, starts and starts(num_steps)))
 
 
 def explicit_plan(config, iterations: int | list[int], num_steps: int | None = None) -> BudgetPlan:
@@ -145,13 +152,19 @@ def explicit_plan(config, iterations: int | list[int], num_steps: int | None = N
     return BudgetPlan(len(iterations), iterations, cost)
 
 
-def allocate(total: int, num_steps: int, allocation: str) -> list[int]:
+def allocate(total: int, num_steps: int, allocation: str, starts: list[int] | None = None) -> list[int]:
     """Share `total` iterations over the steps: one each, and the largest-remainder share of the rest.
+
+    With `starts`, the steps at which blocks of text begin, each block is like a run of its own. `None`: one block.
 
     >>> allocate(12, 4, "decreasing")
     [4, 3, 3, 2]
+    >>> allocate(12, 4, "decreasing", starts=[0, 2])
+    [4, 2, 4, 2]
     """
-    weights = [ALLOCATIONS[allocation](i / max(num_steps - 1, 1)) for i in range(num_steps)]
+    weights = []
+    for first, after in itertools.pairwise([*(starts or [0]), num_steps]):
+        weights += [ALLOCATIONS[allocation](i / max(after - first - 1, 1)) for i in range(after - first)]
     whole_weight = sum(weights)
     quotas = [(total - num_steps) * weight / whole_weight for weight in weights]
     shares = [math.floor(quota + 1e-9) for quota in quotas]  # 1e-9: a whole quota is whole whatever the rounding

@@ -19,13 +19,14 @@ TUNABLE = ("num_steps", "allocation", "reuse", *GAMMAS, "tolerance", "solver")
 RETIRED = ("carry_over", "skip_idle_steps")  # in files of earlier versions, where they are off
 MOST_TUNED_PLANS = 1000
 MISPLACED = {
-    "max_length": "use `length`: a masked model writes a sequence of fixed length",
-    "max_new_tokens": "use `length`: a masked model writes a sequence of fixed length",
+    "max_length": "use `length`, or `max_new_tokens` behind a prompt",
+    "max_new_tokens": "it is an argument of `generate`: give it in the call",
     "num_beams": "sequences are not written from left to right: there is nothing to beam",
     "do_sample": "use `temperature=0` for the most likely tokens",
 }
 
 SHARE = number(0, 1)
+TOKEN = whole(0)
 ITERATIONS = whole(0, MOST_BLOCK_EVALUATIONS, "iterations at a step")
 EACH_STEP = list_of(ITERATIONS, 0, MOST_STEPS)
 ALLOWED = {
@@ -55,6 +56,11 @@ ALLOWED = {
     "guidance_schedule": one_of(GUIDANCE_SCHEDULES),
     "remask": optional(number(0, 1, "(]"), "keeps what is revealed"),
     "final": one_of(FINALS),
+    "block_length": optional(whole(1, unit="tokens"), "makes no blocks"),
+    "stop_at_eos": flag(),
+    "bos_token_id": optional(TOKEN, "is not set"),
+    "eos_token_id": optional(either(TOKEN, list_of(TOKEN, 1, 64)), "is not set"),
+    "pad_token_id": optional(TOKEN, "is not set"),
     "progress_bar": flag(),
     "return_dict_in_generate": flag(),
 }
@@ -117,9 +123,16 @@ class MGMGenerationConfig(GenerationConfig):
 
         > Parameters that control the output
 
+        block_length (`int`, *optional*): Write text block by block, each of so many masked positions in their order:
+            a block begins when the one before it is written. The steps, and the iterations of an allocation, are
+            shared over the blocks by their sizes. `None`: no blocks.
+        stop_at_eos (`bool`, defaults to `False`): End a text at the first `eos_token_id` that is written in it:
+            nothing is written behind it any more, the sequence is finished when all before it is written, and what
+            is behind it in the result is `pad_token_id`.
         progress_bar (`bool`, defaults to `False`): Whether to show the denoising steps.
         return_dict_in_generate (`bool`, defaults to `False`): Return [`MGMGenerationOutput`] instead of tokens.
-        bos_token_id, eos_token_id, pad_token_id (`int`, *optional*): For tools that read them; `generate` does not.
+        bos_token_id, eos_token_id, pad_token_id (`int`, *optional*): `eos_token_id` (or a list of them) is read for
+            `stop_at_eos`, `pad_token_id` too (`None`: the first end of text). `None`: the model configuration's.
 
     Raises:
         `ValueError`: on an unknown name or a value that is not allowed.
@@ -153,6 +166,8 @@ class MGMGenerationConfig(GenerationConfig):
         self.remask: float | None = kwargs.pop("remask", None)
         self.final: str = kwargs.pop("final", "sample")
 
+        self.block_length: int | None = kwargs.pop("block_length", None)
+        self.stop_at_eos: bool = kwargs.pop("stop_at_eos", False)
         self.progress_bar: bool = kwargs.pop("progress_bar", False)
         self.return_dict_in_generate: bool = kwargs.pop("return_dict_in_generate", False)
 

@@ -7,6 +7,7 @@ Shapes: B batch, L length.
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from transformers import GenerationConfig
 
 from .arguments import Allowed, is_whole, optional, shown, whole
@@ -18,6 +19,7 @@ from .head import check_mask_id
 ALLOWED = {
     "batch_size": optional(whole(1, 2**20, "sequences"), "takes what `input_ids` and `class_labels` say"),
     "length": optional(whole(1, unit="tokens"), "is the longest"),
+    "max_new_tokens": optional(whole(1, unit="tokens"), "leaves the masks to `input_ids`"),
     "generator": optional(
         Allowed("be a torch.Generator", lambda value: isinstance(value, torch.Generator)), "is PyTorch's own"
     ),
@@ -71,6 +73,45 @@ def read_seeds(seed: Any, generator: torch.Generator | None, batch_size: int) ->
     if seed is not None and not all(map(is_whole, seed if several else [seed])):
         raise ValueError(f"`seed`={shown(seed)} must be a whole number or a list of them.")
     return [int(s) for s in seed] if several else seed
+
+
+def continued(
+    input_ids: torch.Tensor | None, attention_mask: Any, max_new_tokens: int, config
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Prompts, (B, L), with masks behind the last real token of each, and their mask (`None`: there is no padding).
+
+    Padding stays on its side: `p p · ·` becomes `p p M M · ·`, and `· · p p` becomes `· · p p M M`.
+
+    Raises:
+        `ValueError`: without prompts, and if the longest and its masks are more than the model's longest text.
+    """
+    if input_ids is None:
+        raise ValueError(
+            f"`max_new_tokens`={max_new_tokens} are put behind a prompt: give `input_ids`, or `length` for a text "
+            "from nothing."
+        )
+    if input_ids.dim() != 2 or len(input_ids) == 0:
+        raise ValueError(f"`input_ids` of shape {tuple(input_ids.shape)} must be (batch, length): rows of token ids.")
+    length, longest = input_ids.shape[1], config.max_position_embeddings
+    if length + max_new_tokens > longest:
+        raise ValueError(
+            f"`max_new_tokens`={max_new_tokens} behind a prompt of {length} tokens are more than the model's longest "
+            f"text, `max_position_embeddings`={longest}: give at most {max(0, longest - length)}, or a shorter prompt."
+        )
+    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask
+    real = read_mask("attention_mask", real)
+    if real.shape != input_ids.shape:
+        raise ValueError(
+            f"`attention_mask` of shape {tuple(real.shape)} must have the shape {tuple(input_ids.shape)} of "
+            "`input_ids`."
+        )
+    column = torch.arange(length + max_new_tokens, device="cpu")
+    end = (real * (column[:length] + 1)).amax(dim=1, keepdim=True) if length else real.new_zeros(len(real), 1).long()
+    new = (column >= end) & (column < end + max_new_tokens)  # (B, L + new)
+    source = torch.where(column < end, column, column - max_new_tokens).clamp(min=0)
+    given, real = (F.pad(x, (0, max_new_tokens)).gather(1, source) for x in (input_ids, real))
+    real = real | new
+    return given.masked_fill(new, config.mask_token_id), None if real.all() else real
 
 
 def check_ids(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config) -> None:

@@ -6,7 +6,8 @@ T denoising steps, P positions revealed at a step.
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +16,16 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from .arguments import check_names, checked, shown
+from .blocks import block_starts
 from .budget import BudgetPlan, explicit_plan, plan_budget
 from .draw import MOST_NUMBERS
+from .end_of_text import StopAtEnd, known_ends, read_ends, warn_of_ended_prompts
 from .generation_config_mgm import MISPLACED, MGMGenerationConfig
 from .generation_inputs import (
     ALLOWED,
     check_generation_config,
     check_ids,
+    continued,
     read_mask,
     read_seeds,
     read_whole,
@@ -30,7 +34,7 @@ from .guidance import check_classes, class_rows, guidance_scales, guided_logits
 from .ledger import GenerationStep, Ledger, MGMGenerationOutput
 from .loading import saved_generation_config
 from .reuse import REUSE_STATES, Solution, reuse_states, reuse_weights, visible_fraction
-from .reveal import ADAPTIVE_ORDERS, TEXT_ORDERS, RevealTask
+from .reveal import TEXT_ORDERS, RevealTask, check_order
 from .runs import Runs, rows_to_run
 from .transfer import to_device
 
@@ -55,6 +59,7 @@ class MGMGenerationMixin:
         *,
         batch_size: int | None = None,
         length: int | None = None,
+        max_new_tokens: int | None = None,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         class_labels: int | list[int] | torch.Tensor | None = None,
@@ -74,6 +79,8 @@ class MGMGenerationMixin:
                 `class_labels`, or 1. A single row of `input_ids` is repeated.
             length (`int`, *optional*): Length without `input_ids`. `None`: `max_position_embeddings`, an image's only
                 length.
+            max_new_tokens (`int`, *optional*): Masks to put behind each row of `input_ids`, a prompt: behind its last
+                token that is no padding, on whichever side that is. Of text only. `None`: `input_ids` have the masks.
             attention_mask (`torch.Tensor`, list or array, *optional*): (B, L), 0 at padding, which is neither seen nor
                 written, and 1 elsewhere, of any type. Of text only. `None`: no padding.
             token_type_ids (*optional*): Not read: tokenizers of BERT's kind send it. Of text only.
@@ -89,10 +96,12 @@ class MGMGenerationMixin:
                 `end()` the end ([`fpmgm.TextStreamer`] shows them in a terminal).
             kwargs: Any field of [`MGMGenerationConfig`] for this call: `budget`, `num_steps`, `iterations`,
                 `allocation`, `reuse`, `tolerance`, `temperature`, `top_k`, `top_p`, `order`, `entropy_bound`,
-                `confidence_threshold`, `margin_threshold`, `guidance_scale`, `guidance_schedule`, `remask`, `final`, …
+                `confidence_threshold`, `margin_threshold`, `guidance_scale`, `guidance_schedule`, `remask`, `final`,
+                `block_length`, `stop_at_eos`, …
 
         Returns:
-            `torch.LongTensor` of shape (B, L), or [`MGMGenerationOutput`] with `return_dict_in_generate=True`.
+            `torch.LongTensor` of shape (B, L), longer by `max_new_tokens` and cut under `stop_at_eos`; or
+                [`MGMGenerationOutput`] with `return_dict_in_generate=True`.
 
         The model's mode is neither read nor changed: dropout never acts here.
 
@@ -101,60 +110,74 @@ class MGMGenerationMixin:
                 weights give logits that are not numbers.
         """
         # 1. what is asked
-        given = {"batch_size": batch_size, "length": length, "generator": generator, "callback": callback}
-        given = checked(ALLOWED, {**given, "streamer": streamer})
-        batch_size, length = given["batch_size"], given["length"]
+        given = {"batch_size": batch_size, "length": length, "max_new_tokens": max_new_tokens, "generator": generator}
+        given = checked(ALLOWED, {**given, "callback": callback, "streamer": streamer})
+        batch_size, length, max_new_tokens = (given[name] for name in ("batch_size", "length", "max_new_tokens"))
         config, tuned_plan = self._configure(generation_config, kwargs)
-        plan, order = self._plan(config), self._order(config, kwargs)
+        order, mask = self._order(config, kwargs), self.config.mask_token_id
         # 2. the tokens to begin with
         classes = check_classes(class_labels, config.guidance_scale, self.config.num_classes)
         input_ids = None if input_ids is None else read_whole("input_ids", input_ids)
         if batch_size is None and classes is not None and classes.dim() and (input_ids is None or len(input_ids) == 1):
             batch_size = len(classes)
-        tokens, attention_mask = self._start(input_ids, batch_size, length, attention_mask, token_type_ids)
+        given = (batch_size, length, attention_mask, token_type_ids, max_new_tokens)
+        tokens, attention_mask = self._start(input_ids, *given)
         seed = read_seeds(seed, generator, len(tokens))
         if classes is not None:
             classes = class_rows(classes, len(tokens), config.guidance_scale, self.config.num_classes)
         # 3. which positions when
         real = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask
-        wanted = (tokens == self.config.mask_token_id) & real
-        rule = order(RevealTask(wanted, real, plan.num_steps, self.config.mask_token_id, config, seed, generator))
+        wanted = (tokens == mask) & real
+        if max_new_tokens is not None:
+            warn_of_ended_prompts(tokens, wanted, real, known_ends(config, self.config))
+        plan = self._plan(config, wanted)
+        rule = order(RevealTask(wanted, real, plan.num_steps, mask, config, seed, generator))
+        if config.stop_at_eos:
+            ends, filler = read_ends(config, self.config)
+            rule = StopAtEnd(rule, wanted, real, mask, ends, filler)
         # 4. the steps
         check_dropout(self)
         alike = bool(wanted.all()) and attention_mask is None
         tokens = to_device(tokens, self.device)
         attention_mask = None if attention_mask is None else to_device(attention_mask, self.device)
-        out = self._denoise(tokens, attention_mask, classes, alike, rule, plan, config, callback, streamer)
+        tokens, ledger = self._denoise(tokens, attention_mask, classes, alike, rule, plan, config, callback, streamer)
+        # 5. what is returned
+        lengths = (to_device(wanted, self.device) & (tokens != mask)).sum(dim=1)
+        tokens, lengths = rule.cut(tokens) if config.stop_at_eos else (tokens, lengths)
+        out = ledger.close(tokens, lengths)
         if config.return_dict_in_generate:
             out.tuned_plan = tuned_plan
         return out
 
     def _denoise(self, tokens, attention_mask, classes, alike, rule, plan, config, callback, streamer):
-        """The loop over steps: start of the solver, denoiser, draw at the revealed positions.
+        """The loop over steps: start of the solver, denoiser, draw at the revealed positions. Gives the tokens (B, L)
+        and what was booked.
 
         Which positions a step needs is known on the CPU. A step waits for the device only where the rule has to ask.
         """
         batch_size, length = tokens.shape
         copies = 1 if classes is None else len(classes) // batch_size  # 2: guidance, the second without classes
         reusing = config.reuse != "none" and self.config.num_fixed_point_layers > 0
-        ledger, solution = Ledger(plan, self.config, config, tokens, copies * batch_size), None
+        ledger, solution = Ledger(plan, self.config, config, batch_size, copies * batch_size), None
         for step in logging.tqdm(range(plan.num_steps), desc="denoising", disable=not config.progress_bar):
             # 1. the positions whose logits the step needs; where there are none, and nothing is reused, it is idle
             positions = rule.candidates(step, tokens)
-            if rule.ends_early and len(positions) == 0:
+            unfinished = rule.unfinished(tokens, positions)
+            if unfinished is not None and not unfinished.any():
                 break
             if len(positions) == 0 and not reusing:
                 tokens, _ = rule.write(step, tokens, positions, None)
                 ledger.skip()
                 continue
             # 2. the denoiser, started from the previous solution
-            rows, moment, weights = tokens.repeat(copies, 1), rule.moment(step, tokens), None  # (R, L)
-            asked = torch.cat([positions + copy * tokens.numel() for copy in range(copies)])
-            runs = rows_to_run(asked // length if rule.ends_early else None, len(rows), classes, alike)
+            rows, weights = tokens.repeat(copies, 1), None  # (R, L)
+            moment = rule.clock.moment(step, tokens == self.config.mask_token_id)
+            runs = rows_to_run(unfinished, copies, batch_size, classes, alike)
             if solution is not None:
                 weights = self._reuse_weights(solution, rows, attention_mask, config, ledger, runs)
             logits, state, residuals = self._evaluate(
-                rows, attention_mask, classes, moment.times.repeat(copies), runs, asked,
+                rows, attention_mask, classes, moment.times.repeat(copies), runs,
+                positions=torch.cat([positions + copy * tokens.numel() for copy in range(copies)]),
                 num_iterations=ledger.iterations(step),
                 fixed_point_state=None if solution is None else solution.state,
                 reuse_weights=weights,
@@ -181,7 +204,7 @@ class MGMGenerationMixin:
                 streamer.put(tokens.cpu())
         if streamer is not None:
             streamer.end()
-        return ledger.close(tokens)
+        return tokens, ledger
 
     def _evaluate(self, rows, attention_mask, classes, times, runs: Runs | None, positions, **options):
         """The denoiser on `rows` (R, L): logits (P, V) at `positions`, indices into R·L, state and residuals.
@@ -237,25 +260,28 @@ class MGMGenerationMixin:
             logger.info(f"`budget`={config.budget}: using the tuned plan {tuned_plan}.")
         return config, tuned_plan
 
-    def _plan(self, config: MGMGenerationConfig) -> BudgetPlan:
+    def _plan(self, config: MGMGenerationConfig, wanted: torch.Tensor) -> BudgetPlan:
         if config.iterations is not None:
             return explicit_plan(self.config, config.iterations, config.num_steps)
         if config.budget is None:
             raise ValueError("`budget`=None and `iterations`=None: give a budget, or `num_steps` with `iterations`.")
-        return plan_budget(self.config, config.budget, config.num_steps, config.allocation)
+        starts = None if config.block_length is None else partial(block_starts, wanted, config.block_length)
+        return plan_budget(self.config, config.budget, config.num_steps, config.allocation, starts)
 
     def _order(self, config: MGMGenerationConfig, given: dict[str, Any]) -> Callable:
         order = next(iter(self.orders)) if config.order is None else config.order
         if order not in self.orders:
             raise ValueError(f"`order`={order!r} must be one of {tuple(self.orders)} for this model.")
-        check_order_options(order, config, given)
+        check_order(order, config, given, is_text="ancestral" in self.orders)
         return self.orders[order]
 
     def _start(
-        self, input_ids, batch_size, length, attention_mask, token_type_ids
+        self, input_ids, batch_size, length, attention_mask, token_type_ids, max_new_tokens
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The masked tokens to begin with and the attention mask, both (B, L) on the CPU. Token types are not read."""
         longest, mask_token_id = self.config.max_position_embeddings, self.config.mask_token_id
+        if max_new_tokens is not None:
+            input_ids, attention_mask = continued(input_ids, attention_mask, max_new_tokens, self.config)
         shape = (batch_size or 1, longest if length is None else length)
         shape = shape if input_ids is None else tuple(input_ids.shape)
         if length is not None and shape and length != shape[-1]:
@@ -301,30 +327,6 @@ class MGMGenerationMixin:
         self.generation_config = saved_generation_config(
             self.generation_config_class, pretrained_model_name_or_path, **kwargs
         )
-
-
-# What is there for one order alone.
-BOUNDS = {"entropy_bound": "entropy", "confidence_threshold": "threshold", "margin_threshold": "margin"}
-
-
-def check_order_options(order: str, config: MGMGenerationConfig, given: Iterable[str]) -> None:
-    """Raise a `ValueError` for what an order cannot honour, and for another's bound among what the caller has `given`.
-
-    What an adaptive order does at its last step is `final`'s to say. None masks a token again: ReMDM's shares are made
-    for the steps of the ancestral order.
-    """
-    if config.remask is not None and order != "ancestral":
-        raise ValueError(
-            f"`remask`={config.remask!r} needs `order`='ancestral', not {order!r}, which writes each token once."
-        )
-    if config.final != "sample" and order != "ancestral" and order not in ADAPTIVE_ORDERS:
-        raise ValueError(
-            f"`final`={config.final!r} needs `order`='ancestral' or one of {tuple(ADAPTIVE_ORDERS)}, not {order!r}, "
-            "which leaves no token out."
-        )
-    for name, whose in BOUNDS.items():
-        if name in given and order != whose:
-            raise ValueError(f"`{name}`={shown(getattr(config, name))} needs `order`={whose!r}, not {order!r}.")
 
 
 def check_dropout(model: nn.Module) -> None:

@@ -22,7 +22,8 @@ class MGMGenerationOutput(ModelOutput):
     """Output of `generate(return_dict_in_generate=True)`.
 
     Args:
-        sequences (`torch.LongTensor`): (B, L) tokens.
+        sequences (`torch.LongTensor`): (B, L) tokens; with `stop_at_eos` no longer than the longest row.
+        lengths (`torch.LongTensor`): (B,) tokens written; with `stop_at_eos` up to the end of the text and with it.
         block_evaluations (`int`): Block evaluations of the most costly sequence; never above the budget.
         block_evaluations_per_sequence (`torch.LongTensor`): (B,).
         guidance_evaluations (`int`): Further block evaluations of the most costly sequence without its class, for
@@ -40,6 +41,7 @@ class MGMGenerationOutput(ModelOutput):
     """
 
     sequences: torch.LongTensor | None = None
+    lengths: torch.LongTensor | None = None
     block_evaluations: int | None = None
     block_evaluations_per_sequence: torch.LongTensor | None = None
     guidance_evaluations: int | None = None
@@ -85,14 +87,13 @@ class Ledger:
         plan ([`BudgetPlan`]): Planned iterations.
         model_config: Configuration with the layer counts.
         config ([`MGMGenerationConfig`]): Of the call.
-        tokens (`torch.Tensor`): (B, L) to begin with.
+        batch_size (`int`): Sequences B.
         rows (`int`): Rows R: beyond the first B, the same sequences without their class.
     """
 
-    def __init__(self, plan: BudgetPlan, model_config, config: MGMGenerationConfig, tokens: torch.Tensor, rows: int):
-        self.plan, self.config, self.batch_size, self.rows = plan, config, len(tokens), rows
-        self.mask_token_id = model_config.mask_token_id
-        self.masked, self.began = tokens == self.mask_token_id, time.perf_counter()
+    def __init__(self, plan: BudgetPlan, model_config, config: MGMGenerationConfig, batch_size: int, rows: int):
+        self.plan, self.config, self.batch_size, self.rows = plan, config, batch_size, rows
+        self.began = time.perf_counter()
         self.explicit = model_config.num_pre_layers + model_config.num_post_layers
         self.shared = model_config.num_fixed_point_layers
         self.residuals: list[torch.Tensor | None] = []  # per step (N, R), None where no iteration was taken
@@ -120,8 +121,8 @@ class Ledger:
         finite = logits.isfinite().all()
         self.finite = finite if self.finite is None else self.finite & finite
 
-    def close(self, tokens: torch.Tensor) -> "torch.LongTensor | MGMGenerationOutput":
-        """What `generate` returns.
+    def close(self, tokens: torch.Tensor, lengths: torch.Tensor) -> "torch.LongTensor | MGMGenerationOutput":
+        """What `generate` returns, of the `tokens` (B, L) and how many of each row's are written, `lengths` (B,).
 
         Raises:
             `ValueError`: if some logits were not numbers.
@@ -147,9 +148,11 @@ class Ledger:
         steps = (~torch.stack(self.idle)).sum(dim=0)  # (R,) that ran
         cost = steps * self.explicit + taken.sum(dim=0) * self.shared  # (R,)
         own = slice(self.batch_size)
-        written = int((self.masked & (tokens != self.mask_token_id)).sum())
+        lengths = lengths.cpu()
+        written = int(lengths.sum())
         return MGMGenerationOutput(
             sequences=tokens,
+            lengths=lengths,
             block_evaluations=int(cost[own].max()),
             block_evaluations_per_sequence=cost[own],
             guidance_evaluations=int(cost[self.batch_size :].max()) if self.rows > self.batch_size else 0,

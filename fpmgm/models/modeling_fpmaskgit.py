@@ -107,15 +107,20 @@ class FPMaskGITModel(MGMGenerationMixin, MGMPreTrainedModel):
             class_labels = torch.full((1,), self.config.num_classes, device=device)
         return F.silu(self.class_embedding(class_labels))
 
-    def _start(self, input_ids, batch_size, length, attention_mask, token_type_ids) -> tuple[torch.Tensor, None]:
+    def _start(
+        self, input_ids, batch_size, length, attention_mask, token_type_ids, max_new_tokens
+    ) -> tuple[torch.Tensor, None]:
         """What `generate` begins with: whole images only."""
-        for name, value in {"attention_mask": attention_mask, "token_type_ids": token_type_ids}.items():
+        of_text = {
+            "attention_mask": attention_mask, "token_type_ids": token_type_ids, "max_new_tokens": max_new_tokens
+        }  # fmt: skip
+        for name, value in of_text.items():
             if value is not None:
                 raise ValueError(
                     f"`{name}` cannot be given: images have no padding, and are no text. To keep codes, give them in "
                     "`input_ids`."
                 )
-        tokens, _ = super()._start(input_ids, batch_size, length, None, None)
+        tokens, _ = super()._start(input_ids, batch_size, length, None, None, None)
         if tokens.shape[1] != self.config.max_position_embeddings:
             raise ValueError(
                 f"`length`={tokens.shape[1]} must be {self.config.max_position_embeddings}, the tokens of an image: "

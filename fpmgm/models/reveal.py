@@ -6,20 +6,23 @@ the model is certain of.
 In the first three the reveal steps do not depend on the logits, so they are known beforehand, on the host: a step
 computes its head at the positions that it reveals and nowhere else (exact, not an approximation), and never asks the
 device how many there are. Every rule offers `candidates`, the positions whose logits a step needs, `moment`, at what
-time that is, and `write`, which turns logits into tokens; one that `ends_early` has no candidates in a row that is
-finished.
+time that is, `write`, which turns logits into tokens, and `unfinished`, the rows that have steps before them.
+
+With `block_length` a sequence is written block by block: each order does within the steps of a block what it does
+otherwise within all.
 
 Shapes: B batch, L length, V vocabulary, P candidate positions of a step, T steps.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from .arguments import shown
+from .blocks import Windows, block_windows, whole_window
 from .certainty import (
     certain_enough,
     certainty,
@@ -31,145 +34,18 @@ from .certainty import (
 )
 from .draw import COARSE_TIE, TIE, draw_tokens, draw_uniforms
 from .generation_config_mgm import MGMGenerationConfig
-from .noise import masked_probability
+from .schedules import (
+    SMALLEST_TIME,
+    RevealSchedule,
+    ancestral_schedule,
+    arccos_counts,
+    equal_counts,
+    halton_order,
+    ranked_schedule,
+    remasking_schedule,
+    time_grid,
+)
 from .transfer import to_device
-
-
-SMALLEST_TIME = 1e-5  # the time grid ends here
-
-
-class RevealSchedule(NamedTuple):
-    """T lists of ascending indices into B·L, on the CPU: what each step reveals, and what it masks again after that.
-
-    `left_over` (P,) are the positions that the last step reveals only because nothing comes after it.
-    """
-
-    reveals: list[torch.Tensor]
-    remasks: list[torch.Tensor]
-    left_over: torch.Tensor
-
-
-# --- which positions when -----------------------------------------------------------------------------------------
-
-
-def time_grid(num_steps: int) -> torch.Tensor:
-    """T + 1 times from 1 to 1e-5 in equal steps, float64."""
-    return torch.linspace(1.0, SMALLEST_TIME, num_steps + 1, dtype=torch.float64, device="cpu")
-
-
-def ancestral_reveal_steps(uniforms: torch.Tensor, num_steps: int) -> torch.Tensor:
-    """The step at which each position is revealed by the ancestral sampler, (B, L) in 0..T; T: not revealed.
-
-    A position masked at t stays masked at s < t with probability P_s/P_t, so it is masked after step i with
-    probability P(t_{i+1})/P(1): one uniform decides its step.
-    """
-    remaining = masked_probability(time_grid(num_steps)[1:]) / masked_probability(time_grid(num_steps)[0])
-    return torch.searchsorted(-remaining, -uniforms.contiguous())  # the first i with uniform >= P(t_{i+1})/P(1)
-
-
-def ancestral_schedule(uniforms: torch.Tensor, wanted: torch.Tensor, num_steps: int) -> RevealSchedule:
-    """Reveal each position of `wanted` (B, L) at the step that its uniform (B, L) decides, the rest at the last."""
-    steps = ancestral_reveal_steps(uniforms, num_steps).masked_fill(~wanted, num_steps + 1).flatten()
-    order = steps.argsort(stable=True)
-    *reveals, left_over, _ = order.split(torch.bincount(steps, minlength=num_steps + 2).tolist())
-    reveals[-1] = torch.cat([reveals[-1], left_over]).sort().values
-    return RevealSchedule(reveals, [order[:0]] * num_steps, left_over)
-
-
-def remasking_schedule(uniforms: torch.Tensor, wanted: torch.Tensor, num_steps: int, cap: float) -> RevealSchedule:
-    """The ancestral order, but from t to s a visible token is masked again with probability σ (ReMDM).
-
-    σ = min(cap, (1 − α_s)/α_t) and a masked position is revealed with probability (α_s − (1 − σ)α_t)/(1 − α_t), where
-    α is the probability of being visible: the marginals at every step are those of the ancestral sampler.
-
-    Args:
-        uniforms (`torch.Tensor`): (T, B, L).
-        wanted (`torch.Tensor`): (B, L) bool, what `generate` may write.
-        cap (`float`): Largest σ, in (0, 1].
-    """
-    visible_probability = 1 - masked_probability(time_grid(num_steps))
-    masked, reveals, remasks = wanted.clone(), [], []
-    for step in range(num_steps):
-        now, after = visible_probability[step], visible_probability[step + 1]
-        sigma = torch.clamp((1 - after) / now, max=cap)
-        revealed = masked & (uniforms[step] < (after - (1 - sigma) * now) / (1 - now))
-        remasked = wanted & ~masked & (uniforms[step] < sigma)
-        if step == num_steps - 1:
-            left_over, revealed, remasked = masked & ~revealed, masked, torch.zeros_like(masked)
-        masked = (masked & ~revealed) | remasked
-        reveals.append(revealed.flatten().nonzero().squeeze(1))
-        remasks.append(remasked.flatten().nonzero().squeeze(1))
-    return RevealSchedule(reveals, remasks, left_over.flatten().nonzero().squeeze(1))
-
-
-def ranked_schedule(priority: torch.Tensor, wanted: torch.Tensor, counts: torch.Tensor) -> RevealSchedule:
-    """Reveal the positions of `wanted` (B, L) by rising `priority` (B, L), `counts` (T, B) at each step."""
-    num_steps = len(counts)
-    ranks = priority.double().masked_fill(~wanted, float("inf")).argsort(dim=1, stable=True).argsort(dim=1)
-    steps = torch.searchsorted(counts.T.cumsum(dim=1), ranks, right=True)  # (B, L): the first whose total passes it
-    steps = steps.masked_fill(~wanted, num_steps).flatten()
-    *reveals, _ = steps.argsort(stable=True).split(torch.bincount(steps, minlength=num_steps + 1).tolist())
-    nothing = steps[:0]
-    return RevealSchedule(reveals, [nothing] * num_steps, nothing)
-
-
-def halton_order(side: int) -> torch.Tensor:
-    """(side²,) cells of a square, row by row, in the order in which the two-dimensional Halton sequence (bases 2 for
-    rows and 3 for columns, from its first point on) visits them: spread evenly at every moment.
-
-    >>> halton_order(2).tolist()
-    [2, 1, 0, 3]
-    """
-    count, cells = 4 * side**2, {}
-    while len(cells) < side**2:
-        row, column = (_halton_cells(count, base, side) for base in (2, 3))
-        cells, count = dict.fromkeys((row * side + column).tolist()), 2 * count  # the first visits count
-    return torch.tensor(list(cells), device="cpu")
-
-
-def _halton_cells(count: int, base: int, side: int) -> torch.Tensor:
-    """⌊side · x⌋ of the first `count` points x of the van der Corput sequence, in whole numbers."""
-    rest = torch.arange(1, count + 1, device="cpu")
-    mirrored, scale = torch.zeros_like(rest), 1
-    while rest.any():
-        mirrored, rest, scale = mirrored * base + rest % base, rest // base, scale * base
-    return mirrored * side // scale
-
-
-def equal_counts(wanted: torch.Tensor, num_steps: int) -> torch.Tensor:
-    """(T, B) tokens that each step reveals in each row of `wanted` (B, L): equal shares, larger ones first.
-
-    Raises:
-        `ValueError`: if a row has fewer positions to write than there are steps.
-    """
-    counts = _count_wanted(wanted, num_steps)
-    return counts // num_steps + (torch.arange(num_steps, device="cpu")[:, None] < counts % num_steps)
-
-
-def arccos_counts(wanted: torch.Tensor, num_steps: int) -> torch.Tensor:
-    """(T, B) tokens that each step reveals in each row of `wanted` (B, L): n(1 − arccos(i/T)/(π/2)) of n are visible
-    after step i = 1, …, T, rounded down but at least i (Halton-MaskGIT's: few at first, many at last).
-
-    Raises:
-        `ValueError`: if a row has fewer positions to write than there are steps.
-    """
-    counts = _count_wanted(wanted, num_steps)
-    steps = torch.arange(1, num_steps + 1, device="cpu")[:, None]
-    visible = 1 - torch.arccos(steps.double() / num_steps) / (math.pi / 2)  # (T, 1)
-    # 1e-9: a whole number is whole whatever the rounding
-    totals = torch.maximum((visible * counts + 1e-9).floor().long(), steps)  # (T, B)
-    return totals.diff(dim=0, prepend=torch.zeros_like(totals[:1]))
-
-
-def _count_wanted(wanted: torch.Tensor, num_steps: int) -> torch.Tensor:
-    """(B,) positions to write in each row, at least one for each step."""
-    counts = wanted.sum(dim=1)
-    if int(counts.min()) < num_steps:
-        raise ValueError(
-            f"`num_steps`={num_steps} exceeds the {int(counts.min())} masked positions of a row, but in this `order` "
-            "each step reveals at least one: give fewer steps or a smaller budget."
-        )
-    return counts
 
 
 # --- the orders ----------------------------------------------------------------------------------------------------
@@ -187,6 +63,19 @@ class RevealTask(NamedTuple):
     seed: int | list[int] | None
     generator: torch.Generator | None
 
+    @property
+    def windows(self) -> Windows:
+        """The steps of each position: those of its block, or all."""
+        if self.config.block_length is None:
+            return whole_window(self.wanted, self.num_steps)
+        return block_windows(self.wanted, self.num_steps, self.config.block_length)
+
+    @property
+    def clock(self) -> "Clock":
+        """The time of each step: that of the masks left where these are not spread as in the ancestral order."""
+        uneven = self.config.block_length is not None or self.config.stop_at_eos
+        return Clock(self.num_steps, self.wanted if uneven else None)
+
     def uniforms(self, count: int) -> torch.Tensor:
         """(count, B, L) float64 in [0, 1)."""
         return draw_uniforms(count, self.real, self.seed, self.generator)
@@ -200,17 +89,23 @@ class Moment(NamedTuple):
     places: torch.Tensor
 
 
-def planned_moment(step: int, num_steps: int, tokens: torch.Tensor) -> Moment:
-    """That of the time grid, the same for all rows of `tokens` (B, L)."""
-    place = step / (num_steps - 1) if num_steps > 1 else 1.0
-    options = {"dtype": torch.float64, "device": tokens.device}
-    return Moment(*(torch.full((len(tokens),), x, **options) for x in (time_grid(num_steps)[step].item(), place)))
+class Clock(NamedTuple):
+    """When a step is: by the grid of `num_steps`, or, where `wanted` (B, L) is given, by the share of it that is
+    masked still, which is what a model saw in training."""
 
+    num_steps: int
+    wanted: torch.Tensor | None = None
 
-def moment_of_masks(tokens: torch.Tensor, wanted: torch.Tensor, mask_token_id: int) -> Moment:
-    """That of the share of `wanted` (B, L) which is masked still in `tokens` (B, L), as a model saw it in training."""
-    masked = ((tokens == mask_token_id) & wanted).sum(dim=1, dtype=torch.float64) / wanted.sum(dim=1)
-    return Moment(masked.clamp(min=SMALLEST_TIME), 1 - masked)
+    def moment(self, step: int, masked: torch.Tensor) -> Moment:
+        """That of a step before which some positions are `masked` (B, L)."""
+        options = {"dtype": torch.float64, "device": masked.device}
+        if self.wanted is None:
+            place = step / (self.num_steps - 1) if self.num_steps > 1 else 1.0
+            time = time_grid(self.num_steps)[step].item()
+            return Moment(*(torch.full((len(masked),), x, **options) for x in (time, place)))
+        wanted = to_device(self.wanted, masked.device)
+        share = (masked & wanted).sum(dim=1, dtype=torch.float64) / wanted.sum(dim=1)
+        return Moment(share.clamp(min=SMALLEST_TIME), 1 - share)
 
 
 @dataclass(frozen=True)
@@ -220,22 +115,21 @@ class ScheduledReveal:
     `uniforms` (1 or T, B·L) draw the tokens, one for each position or one for each position and step.
     """
 
-    ends_early: ClassVar[bool] = False
     schedule: RevealSchedule
     uniforms: torch.Tensor
+    clock: Clock
     mask_token_id: int
     config: MGMGenerationConfig
-
-    def moment(self, step: int, tokens: torch.Tensor) -> Moment:
-        """That of the time grid."""
-        return planned_moment(step, len(self.schedule.reveals), tokens)
 
     def candidates(self, step: int, tokens: torch.Tensor) -> torch.Tensor:
         """(P,) ascending indices into B·L, on the CPU."""
         reveals = self.schedule.reveals[step]
-        if self.config.final == "none" and step == len(self.schedule.reveals) - 1:
+        if self.config.final == "none":
             return reveals[~torch.isin(reveals, self.schedule.left_over)]
         return reveals
+
+    def unfinished(self, tokens: torch.Tensor, positions: torch.Tensor) -> None:
+        """All rows take all steps."""
 
     def write(
         self, step: int, tokens: torch.Tensor, positions: torch.Tensor, logits: torch.Tensor | None
@@ -246,9 +140,9 @@ class ScheduledReveal:
             return self._remask(step, tokens), torch.zeros_like(tokens, dtype=torch.bool)
         uniforms = to_device(self.uniforms[min(step, len(self.uniforms) - 1)][positions], device)
         drawn, _ = draw_tokens(logits, uniforms, self.mask_token_id, config.temperature, config.top_k, config.top_p)
-        if config.final == "argmax" and step == len(self.schedule.reveals) - 1:
-            likeliest, _ = draw_tokens(logits, uniforms, self.mask_token_id, temperature=0)
-            drawn = torch.where(to_device(torch.isin(positions, self.schedule.left_over), device), likeliest, drawn)
+        if config.final == "argmax":
+            left_over = torch.isin(positions, self.schedule.left_over)
+            drawn = _likeliest(left_over, drawn, logits, self.mask_token_id)
         tokens, revealed = _write(tokens, to_device(positions, device), drawn)
         return self._remask(step, tokens), revealed
 
@@ -262,22 +156,25 @@ class ScheduledReveal:
 
 @dataclass(frozen=True)
 class ConfidenceReveal:
-    """Draws every masked token at each step and keeps the `counts` (T, B) most probable draws of each row."""
+    """Draws the masked tokens whose turn it is at each step and keeps the `counts` (T, B) most probable draws of each
+    row."""
 
-    ends_early: ClassVar[bool] = False
     counts: torch.Tensor
     uniforms: torch.Tensor
+    windows: Windows
     wanted: torch.Tensor
+    clock: Clock
     mask_token_id: int
     config: MGMGenerationConfig
 
-    def moment(self, step: int, tokens: torch.Tensor) -> Moment:
-        """That of the time grid."""
-        return planned_moment(step, len(self.counts), tokens)
-
     def candidates(self, step: int, tokens: torch.Tensor) -> torch.Tensor:
         """(P,) ascending indices into B·L, on the CPU; which positions are left is known on the device."""
-        return _masked(tokens, self.wanted, self.mask_token_id)
+        masked = (tokens == self.mask_token_id).cpu() & self.wanted
+        turn = (self.windows.first <= step) & (step <= self.windows.last)
+        return (masked & turn).flatten().nonzero().squeeze(1)
+
+    def unfinished(self, tokens: torch.Tensor, positions: torch.Tensor) -> None:
+        """All rows take all steps."""
 
     def write(
         self, step: int, tokens: torch.Tensor, positions: torch.Tensor, logits: torch.Tensor
@@ -295,25 +192,30 @@ class ConfidenceReveal:
 @dataclass(frozen=True)
 class AdaptiveReveal:
     """Reveals at each step the positions that `choose` finds certain enough together by their `measure`, at least one
-    in each row, and at the last of `num_steps` all that are left. `uniforms` (B·L,) draw the tokens."""
+    in each row, and at the last step of a window all that are left of it. `uniforms` (B·L,) draw the tokens.
 
-    ends_early: ClassVar[bool] = True
+    A row goes on to its next block when one is written: steps that it did not need there it may take here.
+    """
+
     measure: Callable[[torch.Tensor], torch.Tensor]
     choose: Callable[..., torch.Tensor]
     bound: float
-    num_steps: int
     uniforms: torch.Tensor
+    windows: Windows
     wanted: torch.Tensor
+    clock: Clock
     mask_token_id: int
     config: MGMGenerationConfig
 
-    def moment(self, step: int, tokens: torch.Tensor) -> Moment:
-        """That of the masks that are left: how many depends on the row."""
-        return moment_of_masks(tokens, to_device(self.wanted, tokens.device), self.mask_token_id)
-
     def candidates(self, step: int, tokens: torch.Tensor) -> torch.Tensor:
         """(P,) ascending indices into B·L, on the CPU; which positions are left is known on the device."""
-        return _masked(tokens, self.wanted, self.mask_token_id)
+        masked = (tokens == self.mask_token_id).cpu() & self.wanted & (step <= self.windows.last)
+        last = self.windows.last.masked_fill(~masked, self.clock.num_steps)
+        return (masked & (last == last.amin(dim=1, keepdim=True))).flatten().nonzero().squeeze(1)
+
+    def unfinished(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """(B,) bool on the CPU: the rows with `positions`."""
+        return torch.bincount(positions // tokens.shape[1], minlength=len(tokens)) > 0
 
     def write(
         self, step: int, tokens: torch.Tensor, positions: torch.Tensor, logits: torch.Tensor
@@ -321,37 +223,42 @@ class AdaptiveReveal:
         """The tokens after the step, (B, L), and what it revealed, (B, L) bool."""
         config, device = self.config, tokens.device
         certainties = certainty(logits, self.mask_token_id, self.measure).cpu()
-        kept = self.choose(certainties, positions // tokens.shape[1], self.bound, _tie(logits))
-        sure = torch.zeros(len(positions), dtype=torch.bool, device="cpu").index_fill(0, kept, True)
-        if step == self.num_steps - 1 and config.final != "none":
-            kept = torch.arange(len(positions), device="cpu")
+        sure = self.choose(certainties, positions // tokens.shape[1], self.bound, _tie(logits))
+        left_over = (self.windows.last.flatten()[positions] == step).index_fill(0, sure, False)
+        kept = sure if config.final == "none" else left_over.index_fill(0, sure, True).nonzero().squeeze(1)
         chosen, logits = positions[kept], logits[to_device(kept, device)]
         uniforms = to_device(self.uniforms[chosen], device)
         drawn, _ = draw_tokens(logits, uniforms, self.mask_token_id, config.temperature, config.top_k, config.top_p)
-        if config.final == "argmax" and len(kept) > int(sure.sum()):
-            likeliest, _ = draw_tokens(logits, uniforms, self.mask_token_id, temperature=0)
-            drawn = torch.where(to_device(sure, device), drawn, likeliest)
+        if config.final == "argmax":
+            drawn = _likeliest(left_over[kept], drawn, logits, self.mask_token_id)
         return _write(tokens, to_device(chosen, device), drawn)
 
 
 def ancestral(task: RevealTask) -> ScheduledReveal:
     """The ancestral order: each masked position is revealed with probability (P_t − P_s)/P_t."""
-    steps, remask = task.num_steps, task.config.remask
+    steps, remask, windows = task.num_steps, task.config.remask, task.windows
     if remask is None:
         uniforms = task.uniforms(2)
-        schedule, draws = ancestral_schedule(uniforms[0], task.wanted, steps), uniforms[1:]
+        schedule, draws = ancestral_schedule(uniforms[0], task.wanted, steps, windows), uniforms[1:]
     else:
         uniforms = task.uniforms(2 * steps)
-        schedule, draws = remasking_schedule(uniforms[:steps], task.wanted, steps, remask), uniforms[steps:]
-    return ScheduledReveal(schedule, draws.flatten(1), task.mask_token_id, task.config)
+        schedule, draws = remasking_schedule(uniforms[:steps], task.wanted, steps, remask, windows), uniforms[steps:]
+    return ScheduledReveal(schedule, draws.flatten(1), task.clock, task.mask_token_id, task.config)
 
 
-def confidence(
-    task: RevealTask, count: Callable[[torch.Tensor, int], torch.Tensor] = equal_counts
-) -> ConfidenceReveal:
-    """The confidence order: the most probable draws first, as many at each step as `count` says."""
-    counts, uniforms = count(task.wanted, task.num_steps), task.uniforms(task.num_steps)
-    return ConfidenceReveal(counts, uniforms.flatten(1), task.wanted, task.mask_token_id, task.config)
+def confidence(task: RevealTask) -> ConfidenceReveal:
+    """The most probable draws first, equally many at each step."""
+    return _confidence(task, equal_counts(task.wanted, task.num_steps, task.windows))
+
+
+def image_confidence(task: RevealTask) -> ConfidenceReveal:
+    """The same, as many at each step as the arccosine says."""
+    return _confidence(task, arccos_counts(task.wanted, task.num_steps))
+
+
+def _confidence(task: RevealTask, counts: torch.Tensor) -> ConfidenceReveal:
+    uniforms = task.uniforms(task.num_steps).flatten(1)
+    return ConfidenceReveal(counts, uniforms, task.windows, task.wanted, task.clock, task.mask_token_id, task.config)
 
 
 def entropy(task: RevealTask) -> AdaptiveReveal:
@@ -370,9 +277,9 @@ def two_likeliest(task: RevealTask) -> AdaptiveReveal:
 
 
 def _adaptive(task: RevealTask, measure: Callable, choose: Callable, bound: float) -> AdaptiveReveal:
-    uniforms = task.uniforms(1).flatten()
+    uniforms, clock = task.uniforms(1).flatten(), Clock(task.num_steps, task.wanted)
     return AdaptiveReveal(
-        measure, choose, bound, task.num_steps, uniforms, task.wanted, task.mask_token_id, task.config
+        measure, choose, bound, uniforms, task.windows, task.wanted, clock, task.mask_token_id, task.config
     )
 
 
@@ -392,7 +299,7 @@ def random(task: RevealTask) -> ScheduledReveal:
 def _ranked(task: RevealTask, priority: torch.Tensor, draws: torch.Tensor) -> ScheduledReveal:
     """By ascending `priority` (B, L), as many at each step as the arccosine says; `draws` (1, B, L)."""
     schedule = ranked_schedule(priority, task.wanted, arccos_counts(task.wanted, task.num_steps))
-    return ScheduledReveal(schedule, draws.flatten(1), task.mask_token_id, task.config)
+    return ScheduledReveal(schedule, draws.flatten(1), task.clock, task.mask_token_id, task.config)
 
 
 ADAPTIVE_ORDERS = {"entropy": entropy, "threshold": threshold, "margin": two_likeliest}
@@ -401,14 +308,17 @@ TEXT_ORDERS = {"ancestral": ancestral, "confidence": confidence, **ADAPTIVE_ORDE
 IMAGE_ORDERS = {
     "halton": halton,
     "random": random,
-    "confidence": partial(confidence, count=arccos_counts),
+    "confidence": image_confidence,
     **ADAPTIVE_ORDERS,
 }
 
 
-def _masked(tokens: torch.Tensor, wanted: torch.Tensor, mask_token_id: int) -> torch.Tensor:
-    """Where `wanted` (B, L), on the CPU, is masked in `tokens` (B, L): (P,) ascending indices into B·L, on the CPU."""
-    return ((tokens == mask_token_id).cpu() & wanted).flatten().nonzero().squeeze(1)
+def _likeliest(where: torch.Tensor, drawn: torch.Tensor, logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+    """`drawn` (P,), but the most likely tokens of `logits` (P, V) `where` (P,) that is asked for, on the CPU."""
+    if not where.any():
+        return drawn
+    likeliest, _ = draw_tokens(logits, torch.zeros_like(drawn, dtype=torch.float64), mask_token_id, temperature=0)
+    return torch.where(to_device(where, drawn.device), likeliest, drawn)
 
 
 def _tie(logits: torch.Tensor) -> float:
@@ -420,3 +330,35 @@ def _write(tokens: torch.Tensor, positions: torch.Tensor, drawn: torch.Tensor) -
     written = tokens.flatten().index_copy(0, positions, drawn)
     revealed = torch.zeros_like(written, dtype=torch.bool).index_fill(0, positions, True)
     return written.view_as(tokens), revealed.view_as(tokens)
+
+
+# What is there for one order alone.
+BOUNDS = {"entropy_bound": "entropy", "confidence_threshold": "threshold", "margin_threshold": "margin"}
+
+
+def check_order(order: str, config: MGMGenerationConfig, given: Iterable[str], is_text: bool) -> None:
+    """Raise a `ValueError` for what an order cannot honour, and for another's bound among what the caller has `given`.
+
+    What an adaptive order does at its last step is `final`'s to say. None masks a token again: ReMDM's shares are made
+    for the steps of the ancestral order.
+    """
+    if config.remask is not None and order != "ancestral":
+        raise ValueError(
+            f"`remask`={config.remask!r} needs `order`='ancestral', not {order!r}, which writes each token once."
+        )
+    if config.final != "sample" and order != "ancestral" and order not in ADAPTIVE_ORDERS:
+        raise ValueError(
+            f"`final`={config.final!r} needs `order`='ancestral' or one of {tuple(ADAPTIVE_ORDERS)}, not {order!r}, "
+            "which leaves no token out."
+        )
+    for name, neutral in (("block_length", None), ("stop_at_eos", False)):
+        if not is_text and getattr(config, name) != neutral:
+            raise ValueError(f"`{name}`={getattr(config, name)!r} is about text, which an image is not: leave it out.")
+    if config.stop_at_eos and config.remask is not None:
+        raise ValueError(
+            f"`stop_at_eos`=True and `remask`={config.remask!r} exclude each other: an end of text that is masked "
+            "again would leave what is behind it unwritten. Give one of them."
+        )
+    for name, whose in BOUNDS.items():
+        if name in given and order != whose:
+            raise ValueError(f"`{name}`={shown(getattr(config, name))} needs `order`={whose!r}, not {order!r}.")

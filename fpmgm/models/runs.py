@@ -22,13 +22,18 @@ class Runs(NamedTuple):
 
 
 def rows_to_run(
-    busy: torch.Tensor | None, num_rows: int, classes: torch.Tensor | None = None, alike: bool = False
+    unfinished: torch.Tensor | None,
+    copies: int,
+    batch_size: int,
+    classes: torch.Tensor | None = None,
+    alike: bool = False,
 ) -> Runs | None:
     """The rows to run. `None`: all of them.
 
     Args:
-        busy (`torch.Tensor`, *optional*): Those that are not finished, each as often as one likes. `None`: all.
-        num_rows (`int`): R.
+        unfinished (`torch.Tensor`, *optional*): (B,) bool on the CPU. `None`: all are.
+        copies (`int`): Rows of each sequence, R / B: 2 with guidance, first all with their class, then all without.
+        batch_size (`int`): B.
         classes (`torch.Tensor`, *optional*): (R,). `None`: no classes.
         alike (`bool`, defaults to `False`): Whether rows of one class are equal.
 
@@ -36,20 +41,21 @@ def rows_to_run(
 
     ```python
     >>> import torch
-    >>> rows_to_run(torch.tensor([0, 2, 2]), 3).ran.tolist(), rows_to_run(None, 4, alike=True).stands.tolist()
-    ([0, 2], [0, 0, 0, 0])
+    >>> rows_to_run(torch.tensor([True, False, True]), copies=2, batch_size=3).ran.tolist()
+    [0, 2, 3, 5]
+    >>> rows_to_run(None, copies=1, batch_size=4, alike=True).stands.tolist()
+    [0, 0, 0, 0]
 
     ```
     """
+    num_rows = copies * batch_size
     if alike:
         of_class = torch.zeros(num_rows, dtype=torch.long, device="cpu") if classes is None else classes
         _, stands = of_class.unique(return_inverse=True)  # (R,)
         ran = torch.full((int(stands.max()) + 1,), num_rows, device="cpu")
         ran = ran.scatter_reduce(0, stands, torch.arange(num_rows, device="cpu"), "amin")
         return Runs(ran, stands, torch.zeros(num_rows, dtype=torch.bool, device="cpu"))
-    if busy is None:
+    if unfinished is None or unfinished.all():
         return None
-    found = torch.bincount(busy, minlength=num_rows) > 0  # (R,)
-    if found.all():
-        return None
-    return Runs(found.nonzero().squeeze(1), (found.cumsum(0) - 1).clamp(min=0), ~found)
+    run = unfinished.repeat(copies)  # (R,)
+    return Runs(run.nonzero().squeeze(1), (run.cumsum(0) - 1).clamp(min=0), ~run)

@@ -181,7 +181,7 @@ def test_texts_follow_the_exactly_enumerated_distribution(order, reuse):
     assert 1 < len(chosen(order, bound, {i: first[i] for i in (0, 2, 3, 4)})) < 4
     expected = enumerated(predict, ids, order, bound, 3, 2)
     tokens = model.generate(
-        torch.tensor([ids]), batch_size=4000, iterations=iterations, reuse=reuse, order=order, seed=3,
+        torch.tensor([ids]), batch_size=3000, iterations=iterations, reuse=reuse, order=order, seed=3,
         **{BOUNDS[order]: bound},
     )  # fmt: skip
     assert deviation(tokens, expected) < 5
@@ -205,7 +205,7 @@ def test_images_under_guidance_follow_the_exactly_enumerated_distribution(order)
 
     expected = enumerated(predict, [2] * 4, order, bound, 3, 2)
     tokens = model.generate(
-        batch_size=4000, num_steps=3, iterations=3, reuse="none", class_labels=1, guidance_scale=2.5,
+        batch_size=3000, num_steps=3, iterations=3, reuse="none", class_labels=1, guidance_scale=2.5,
         guidance_schedule="linear", order=order, seed=0, **{BOUNDS[order]: bound},
     )  # fmt: skip
     assert deviation(tokens, expected) < 5

@@ -10,7 +10,7 @@ import torch
 from fpmgm.models import draw
 from fpmgm.models.draw import draw_tokens, draw_uniforms, truncate
 from fpmgm.models.noise import stream_generator
-from fpmgm.models.reveal import ancestral_reveal_steps, time_grid
+from fpmgm.models.schedules import ancestral_reveal_steps, time_grid
 
 
 GRID = 20_000

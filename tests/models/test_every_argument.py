@@ -190,6 +190,7 @@ GENERATE = {
     "generation_config": (lively_model, {}, MGMGenerationConfig(budget=12)),
     "batch_size": (lively_model, {}, 3),
     "length": (lively_model, {}, 5),
+    "max_new_tokens": (lively_model, {"input_ids": IDS[:, :4]}, 3),
     "attention_mask": (lively_model, {"input_ids": IDS}, [[1] * 8, [1] * 5 + [0] * 3]),
     "class_labels": (lively_image_model, {}, 2),
     "seed": (lively_model, {}, 1),
@@ -238,7 +239,13 @@ def test_token_types_change_nothing_in_text_and_are_refused_in_images():
 
 # --- plans ----------------------------------------------------------------------------------------------------------
 
-PLAN = {"config": tiny_config(num_pre_layers=2), "budget": 30, "num_steps": 3, "allocation": "increasing"}
+PLAN = {
+    "config": tiny_config(num_pre_layers=2),
+    "budget": 30,
+    "num_steps": 3,
+    "allocation": "increasing",
+    "starts": lambda n: [0, 1],
+}
 
 
 def test_every_argument_of_a_plan_changes_it():

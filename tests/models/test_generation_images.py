@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from fpmgm.models import reveal as reveal_module
 from fpmgm.models.block_fpmaskgit import FPMaskGITBlock
 from fpmgm.models.draw import draw_uniforms
-from fpmgm.models.reveal import arccos_counts, halton_order
+from fpmgm.models.schedules import arccos_counts, halton_order
 from tests.models.helpers import lively_image_model
 from tests.models.reference_maskgit import reference_forward
 from tests.testing_utils import SHARED, needs_shared, tiny_image_model, tiny_model

@@ -510,7 +510,7 @@ def test_progress_bar_is_shown_on_request_only(capsys):
         ({"top_p": 1.01}, "`top_p`=1.01"),
         ({"top_k": 0}, "`top_k`=0 must be a whole number"),
         ({"max_length": 20}, "`max_length`: use `length`"),
-        ({"max_new_tokens": 20}, "`max_new_tokens`: use `length`"),
+        ({"max_new_tokens": 20}, "`max_new_tokens`=20 are put behind a prompt: give `input_ids`, or `length`"),
         ({"do_sample": False}, "`do_sample`: use `temperature=0`"),
         ({"num_step": 3}, "num_step'.*'num_steps'"),
         ({"length": 9}, "`length`=9 .*`max_position_embeddings`=8"),

@@ -7,9 +7,10 @@ import itertools
 import pytest
 import torch
 
+from fpmgm.models.blocks import whole_window
 from fpmgm.models.certainty import most_confident
 from fpmgm.models.draw import draw_uniforms
-from fpmgm.models.reveal import equal_counts, remasking_schedule
+from fpmgm.models.schedules import equal_counts, remasking_schedule
 from tests.models.helpers import lively_model
 from tests.testing_utils import tiny_model
 
@@ -34,7 +35,7 @@ def test_remasking_keeps_the_marginals_of_the_ancestral_order():
     wanted = torch.ones(rows, length, dtype=torch.bool)
     wanted[:, 0] = False
     uniforms = torch.rand(steps, rows, length, dtype=torch.float64)
-    schedule = remasking_schedule(uniforms, wanted, steps, cap)
+    schedule = remasking_schedule(uniforms, wanted, steps, cap, whole_window(wanted, steps))
     visible = torch.zeros(rows * length, dtype=torch.bool)
     count = rows * (length - 1)
     for step in range(steps):
