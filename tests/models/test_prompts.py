@@ -158,8 +158,9 @@ def test_a_row_that_ends_is_the_row_alone_and_not_computed_any_more(order, reuse
         size = 2 + int(alone.lengths[0])
         assert alone.sequences.shape == (1, size) and out.lengths[k] == size - 2
         assert out.sequences[k, :size].tolist() == alone.sequences[0].tolist() and not out.sequences[k, size:].any()
-        assert alone.block_evaluations == out.block_evaluations_per_sequence[k]
-    assert sum(ran) == sum(steps) or order == "ancestral"  # there a row may be idle where another is not
+        if (order, reuse) != ("ancestral", "none"):  # there a row alone skips steps in which others are not idle
+            assert alone.block_evaluations == out.block_evaluations_per_sequence[k]
+    assert sum(ran) == sum(steps) or (order, reuse) == ("ancestral", "none")
 
 
 def test_texts_are_cut_on_either_side_of_padding(tokenizer):
@@ -168,7 +169,7 @@ def test_texts_are_cut_on_either_side_of_padding(tokenizer):
     call = {"budget": 24, "stop_at_eos": True, "eos_token_id": list(range(64)), "pad_token_id": 5, "seed": 1}
     call |= {"max_new_tokens": 20, "order": "confidence", "return_dict_in_generate": True}
     right = model.generate(ids, attention_mask=real, **call)
-    left = model.generate(ids.flip(1), attention_mask=real.flip(1), **call)
+    left = model.generate(torch.tensor([[7, 8, 9], [5, 5, 7]]), attention_mask=real.flip(1), **call)
     for k, size in enumerate((3, 1)):
         text = right.sequences[k, : size + right.lengths[k]].tolist()
         assert left.sequences[k, 3 - size :][: len(text)].tolist() == text
