@@ -26,7 +26,7 @@ MISPLACED = {
 }
 
 SHARE = number(0, 1)
-TOKEN = whole(0)
+TOKEN = whole(0, 2**31 - 1)
 ITERATIONS = whole(0, MOST_BLOCK_EVALUATIONS, "iterations at a step")
 EACH_STEP = list_of(ITERATIONS, 0, MOST_STEPS)
 ALLOWED = {
@@ -56,7 +56,7 @@ ALLOWED = {
     "guidance_schedule": one_of(GUIDANCE_SCHEDULES),
     "remask": optional(number(0, 1, "(]"), "keeps what is revealed"),
     "final": one_of(FINALS),
-    "block_length": optional(whole(1, unit="tokens"), "makes no blocks"),
+    "block_length": optional(whole(1, 2**31 - 1, "tokens"), "makes no blocks"),
     "stop_at_eos": flag(),
     "bos_token_id": optional(TOKEN, "is not set"),
     "eos_token_id": optional(either(TOKEN, list_of(TOKEN, 1, 64)), "is not set"),

@@ -58,6 +58,11 @@ GOOD = {
     "entropy_bound": [0, 0.5, 1e300],
     "confidence_threshold": [0, 0.5, 1],
     "margin_threshold": [0, 0.5, 1],
+    "max_new_tokens": [1, 2, 4],
+    "block_length": [1, 2, 100],
+    "stop_at_eos": [True],
+    "eos_token_id": [0, 3, [1, 2]],
+    "pad_token_id": [1],
     "guidance_scale": [0, 1, 2.5, 1e3, 1e300],
     "guidance_schedule": ["constant", "linear"],
     "remask": [0.1, 1],
@@ -94,13 +99,14 @@ FOREIGN = {
     "text": {"class_labels", "guidance_scale"},
     "timed": {"class_labels", "guidance_scale"},
     "explicit": {"class_labels", "guidance_scale", "iterations", "tolerance", "solver"},
-    "image": {"token_type_ids", "length", "remask", "final"},
+    "image": {"token_type_ids", "length", "remask", "final", "max_new_tokens", "block_length", "stop_at_eos"},
 }
 BOUNDS = {"entropy_bound": "entropy", "confidence_threshold": "threshold", "margin_threshold": "margin"}
 EXCLUSIVE = {
     "seed": {"generator"},
     "iterations": {"budget", "allocation", "num_steps"},
     "order": {"remask", "final"},
+    "stop_at_eos": {"remask"},
     **{name: {"remask", *BOUNDS} - {name} for name in BOUNDS},
 }
 
@@ -112,9 +118,9 @@ def random_call(kind: str, rng: random.Random) -> dict:
     if rng.random() < 0.5 and not (careful and kind == "image"):
         call["input_ids"], call["attention_mask"] = random_prompt(config, rng)
     if careful:
+        call |= {"eos_token_id": 3} if "stop_at_eos" in call else {}
         unwanted = set(FOREIGN[kind]).union(*(EXCLUSIVE.get(name, ()) for name in call))
-        if "input_ids" in call:
-            unwanted |= {"batch_size", "length"}
+        unwanted |= {"batch_size", "length"} if "input_ids" in call else {"max_new_tokens"}
         if isinstance(call.get("seed"), (list, tuple)):
             call["seed"] = 1
         call = {name: value for name, value in call.items() if name not in unwanted}
@@ -134,7 +140,11 @@ def check(model, call: dict, out) -> None:
     assert tokens.dtype == torch.long and tokens.dim() == 2
     assert ((tokens >= 0) & (tokens < config.vocab_size)).all()
     ids, mask = call.get("input_ids"), call.get("attention_mask")
-    if ids is None:
+    if call.get("stop_at_eos") or call.get("max_new_tokens") is not None:
+        ids = mask = None  # moved and cut: tested with prompts
+        written = torch.zeros_like(tokens, dtype=torch.bool)
+        assert call.get("final") == "none" or tokens.ne(config.mask_token_id).sum() >= 1
+    elif ids is None:
         written = torch.ones_like(tokens, dtype=torch.bool)
         assert tokens.shape[1] == (call.get("length") or config.max_position_embeddings)
     else:
