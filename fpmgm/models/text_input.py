@@ -64,6 +64,37 @@ def _without_special(tokenizer: PreTrainedTokenizerBase, row: list[int], special
     return row
 
 
+def encode_marked(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
+    """Token ids of texts whose special tokens are meant, such as a chat template's; the mask's name alone is text.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Any.
+        texts (`Iterable[str]`): Texts; none is added to what they name.
+
+    Raises:
+        `ValueError`: as [`encode_text`].
+    """
+    texts = text_list(texts)
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    rows = tokenizer(texts, **options)["input_ids"] if texts else []
+    for i, row in enumerate(rows):
+        if tokenizer.mask_token_id is not None and tokenizer.mask_token_id in row:
+            first, *others = texts[i].split(tokenizer.mask_token)
+            name = encode_text(tokenizer, [tokenizer.mask_token])[0]
+            parts = [tokenizer(part, **options)["input_ids"] for part in (first, *others)]
+            rows[i] = parts[0] + [token for part in parts[1:] for token in (*name, *part)]
+    return rows
+
+
+def framing_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What `tokenizer(text)` puts before and behind the ids of a text: BERT's CLS and SEP, GPT-2's nothing."""
+    ordinary = (text for text in ("a", *tokenizer.get_vocab()) if text not in tokenizer.all_special_tokens)
+    text = next(text for text in ordinary if tokenizer(text, add_special_tokens=False)["input_ids"])
+    plain, framed = (tokenizer(text, add_special_tokens=add)["input_ids"] for add in (False, True))
+    start = next(i for i in range(len(framed) + 1) if framed[i : i + len(plain)] == plain)
+    return framed[:start], framed[start + len(plain) :]
+
+
 def boundary_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, int | None]:
     """What begins and what ends a text: BOS and EOS, or else CLS and SEP, as MDLM has it; `None` where there is none.
 

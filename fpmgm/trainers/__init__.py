@@ -17,6 +17,7 @@ from .image_tokenizer_trainer import ImageTokenizerConfig, ImageTokenizerTrainer
 from .mgm_config import MGMTrainingConfig
 from .mgm_trainer import MGMTrainer
 from .peft import register_target_modules
+from .prompts import encode_prompts
 from .sdtt_config import SDTTConfig
 from .sdtt_trainer import SDTTTrainer
 
@@ -36,5 +37,6 @@ __all__ = [
     "MGMTrainingConfig",
     "SDTTConfig",
     "SDTTTrainer",
+    "encode_prompts",
     "last_checkpoint",
 ]

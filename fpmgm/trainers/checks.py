@@ -29,14 +29,18 @@ def columns_of(config: PreTrainedConfig) -> tuple[str, ...]:
     return (*columns, *OTHER_NAMES) if "class_labels" in columns else columns
 
 
-def check_batch(batch: Mapping, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+def check_batch(
+    batch: Mapping, config: PreTrainedConfig, completion_only_loss: bool = True
+) -> dict[str, torch.Tensor]:
     """`batch` with whole numbers, without a mask that hides nothing and labels that leave out nothing.
 
     Args:
         batch (`Mapping`): `input_ids` (B, L) and what else the model's kind reads: `attention_mask` (B, L), 0 at
-            padding; `labels` (B, L), the ids or -100 where a position is neither masked nor scored; `class_labels`
-            (B,).
+            padding; `labels` (B, L), the ids or -100 where a position is neither masked nor scored; or instead of
+            them `completion_mask` (B, L), 0 there and 1 elsewhere; `class_labels` (B,).
         config (`PreTrainedConfig`): The model's.
+        completion_only_loss (`bool`, defaults to `True`): Whether `completion_mask` becomes `labels`. Else it is left
+            out.
 
     Raises:
         `ValueError`: for a column that is not read, and for a row that the model cannot be trained on.
@@ -55,10 +59,17 @@ def check_batch(batch: Mapping, config: PreTrainedConfig) -> dict[str, torch.Ten
     ids = batch["input_ids"] = _check_ids(batch["input_ids"], config)
     real = torch.ones_like(ids, dtype=torch.bool)
     if "attention_mask" in batch:
-        real = _check_mask(batch.pop("attention_mask"), ids)
+        real = _check_mask(batch.pop("attention_mask"), ids, "attention_mask", "1 at tokens, 0 at padding")
     _check_rows(ids, real, config)
     if not real.all():
         batch["attention_mask"] = real.long()
+    if "completion_mask" in batch:
+        if "labels" in batch:
+            raise BadRow(0, "completion_mask", "is there beside `labels`, which say the same: remove one of them.")
+        completion = batch.pop("completion_mask")
+        completion = _check_mask(completion, ids, "completion_mask", "1 where the model is to write, 0 at the prompt")
+        if completion_only_loss:
+            batch["labels"] = ids.masked_fill(~completion, IGNORE_INDEX)
     if "labels" in batch:
         labels = _check_labels(batch.pop("labels"), ids, real, config)
         if (labels[real] == IGNORE_INDEX).any():
@@ -82,16 +93,11 @@ def _check_ids(ids: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
     return ids
 
 
-def _check_mask(mask: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """(B, L) bool, true at real positions."""
+def _check_mask(mask: torch.Tensor, ids: torch.Tensor, column: str, meaning: str) -> torch.Tensor:
+    """(B, L) bool, true where it is 1."""
     if mask.shape != ids.shape:
-        raise BadRow(
-            0, "attention_mask", f"is of another shape than `input_ids`: a number for each of its {ids.shape[1]}."
-        )
-    _refuse(
-        (mask != 0) & (mask != 1), "attention_mask",
-        lambda row, i: f"holds {mask[row, i]} at position {i}: 1 at tokens, 0 at padding.",
-    )  # fmt: skip
+        raise BadRow(0, column, f"is of another shape than `input_ids`: a number for each of its {ids.shape[1]}.")
+    _refuse((mask != 0) & (mask != 1), column, lambda row, i: f"holds {mask[row, i]} at position {i}: {meaning}.")
     return mask.bool()
 
 

@@ -43,7 +43,11 @@ def stack_and_pad(rows: list[dict]) -> dict[str, torch.Tensor]:
     for place, row in enumerate(rows):
         if not isinstance(row, Mapping) or row.get("input_ids") is None:
             kind = f"a {type(row).__name__}" if not isinstance(row, Mapping) else f"one with {sorted(row)}"
-            raise BadRow(place, "input_ids", f"is not there: a row is a dict that has it, but this is {kind}.")
+            raise BadRow(
+                place, "input_ids",
+                f"is not there: a row is a dict that has it, but this is {kind}. Plain text becomes such rows by "
+                "`fpmgm.data.pack`; text with prompts is given in a `datasets.Dataset`, a stream of it, or a list.",
+            )  # fmt: skip
     names = dict.fromkeys(name for row in rows for name, value in row.items() if value is not None)
     columns = {name: [_numbers(row.get(name), k, name) for k, row in enumerate(rows)] for name in names}
     for place, ids in enumerate(columns["input_ids"]):

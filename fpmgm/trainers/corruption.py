@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..models.kinds import KINDS
-from ..models.noise import mask_tokens
+from ..models.noise import mask_tokens, stream_generator
 from ..models.transfer import to_device
-from .batch import Noise
+from .batch import Noise, maskable, real
 from .mgm_config import MGMTrainingConfig
 
 
@@ -88,3 +88,35 @@ def drop_classes(batch: dict[str, torch.Tensor], noise: Noise, config) -> dict[s
     classes = batch["class_labels"]
     dropped = to_device(uniforms < config.class_dropout, classes.device)
     return {**batch, "class_labels": classes.masked_fill(dropped, config.num_classes)}
+
+
+def random_length(args: MGMTrainingConfig, step: int) -> float | None:
+    """What of the rows of optimizer step `step` stays, as a share of what may be masked; `None`: all of it.
+
+    Drawn for the step, so that all of its rows become shorter, and the step cheaper.
+    """
+    drawn, share = torch.rand(2, generator=stream_generator(args.seed, "train", step, "length")).tolist()
+    return share if drawn < args.random_length_share else None
+
+
+def shortened(batch: dict[str, torch.Tensor], share: float) -> dict[str, torch.Tensor]:
+    """`batch` with the first `share` of what may be masked in each row, at least one position, and what is before it.
+
+    Args:
+        batch (`dict`): Sequences (B, L), with `attention_mask` and `labels` or without.
+        share (`float`): In [0, 1].
+
+    >>> batch = {"input_ids": torch.tensor([[1, 2, 3, 4, 5]]), "labels": torch.tensor([[-100, 2, 3, 4, 5]])}
+    >>> shortened(batch, 0.5)["input_ids"].tolist()
+    [[1, 2, 3]]
+    """
+    candidates = maskable(batch)  # (B, L)
+    kept = (share * candidates.sum(dim=1, keepdim=True)).ceil().clamp(min=1)  # (B, 1)
+    count = candidates.cumsum(dim=1)
+    seen = ((count < kept) | (candidates & (count == kept))) & real(batch)
+    length = int(seen.any(dim=0).nonzero().max()) + 1
+    batch, seen = {name: x[:, :length] for name, x in batch.items()}, seen[:, :length]
+    batch.pop("attention_mask", None)
+    if seen.all():
+        return batch
+    return {**batch, "attention_mask": to_device(seen.long(), batch["input_ids"].device)}

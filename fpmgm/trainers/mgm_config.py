@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from ..models.arguments import check_whole
 from .options import REFUSED, REFUSED_BY_MGM, check_options, paths_as_text, plan_length
+from .prompts import LONG_ROWS
 
 
 LOSS_WEIGHTINGS = ("elbo", "uniform")
@@ -37,6 +39,18 @@ class MGMTrainingConfig(TrainingArguments):
         eval_num_draws (`int`, *optional*): Times that each row of an evaluation is masked, at times and positions of
             its own. The perplexity is an estimate; more draws make its standard error, `eval_perplexity_stderr`,
             smaller. `None`: as many as bring it below 2 % of the perplexity, at most 64; few rows need many.
+        completion_only_loss (`bool`, defaults to `True`): Whether of rows with a prompt the completion alone is
+            masked, scored and counted. `False`: the prompt too.
+        completion_multiple (`int`, defaults to 32): A completion that is given as text ends with EOS, and with as many
+            more as bring it to a multiple of this, or to the model's length. 1: with one. Rows of ids stay as they
+            are.
+        long_rows (`str`, defaults to `"error"`): What happens to prompts and completions, given as text, of more
+            tokens than the model reads: `"error"`; `"cut"`, the completion ends early, without EOS; `"drop"`, the row
+            is left out.
+        random_length_share (`float`, defaults to 0.0): Share of the optimizer steps whose rows are cut: of what may be
+            masked in a row a part stays, drawn for the step uniformly from 0 to 1, and what is before it. Models that
+            have seen one length alone repeat themselves where the most confident positions are written first; 0.01 is
+            what others use against it. Of text only.
         data_description (`str`, *optional*): What the model is trained on, for its card. `None`: not said.
         ignore_data_change (`bool`, defaults to `False`): Whether a run may go on from a checkpoint with other data
             than it was made with, which is an error otherwise.
@@ -74,6 +88,18 @@ class MGMTrainingConfig(TrainingArguments):
         default=None,
         metadata={"help": "Draws of masks per row; null: until the perplexity is within 2 %, at most 64."},
     )
+    completion_only_loss: bool = field(
+        default=True, metadata={"help": "Mask and score completions alone, not their prompts."}
+    )
+    completion_multiple: int = field(
+        default=32, metadata={"help": "Completions given as text are filled with EOS up to a multiple of this."}
+    )
+    long_rows: str = field(
+        default="error", metadata={"help": "Prompts and completions beyond the model's length: error, cut or drop."}
+    )
+    random_length_share: float = field(
+        default=0.0, metadata={"help": "Share of the steps whose rows are cut at a random length; text only."}
+    )
     data_description: str | None = field(
         default=None, metadata={"help": "What the model is trained on, for its card; null: not said."}
     )
@@ -88,6 +114,12 @@ class MGMTrainingConfig(TrainingArguments):
             check_choice("loss_weighting", self.loss_weighting, LOSS_WEIGHTINGS)
         if self.eval_num_draws is not None and self.eval_num_draws < 1:
             raise ValueError(f"`eval_num_draws`={self.eval_num_draws} must be at least 1; None: as many as it takes.")
+        check_whole("completion_multiple", self.completion_multiple, minimum=1, unit="tokens")
+        check_choice("long_rows", self.long_rows, LONG_ROWS)
+        if not 0 <= self.random_length_share <= 1:
+            raise ValueError(
+                f"`random_length_share`={self.random_length_share} must lie in [0, 1]: a share of the steps."
+            )
         paths_as_text(self)
         plan_length(self)
         super().__post_init__()

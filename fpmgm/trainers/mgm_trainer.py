@@ -28,7 +28,7 @@ from .batch import GlobalBatch, Noise, maskable, place
 from .checkpoints import reading
 from .checks import check_batch, columns_of
 from .collator import stack_and_pad
-from .corruption import NoisedBatch, check_loss, drop_classes, noised
+from .corruption import NoisedBatch, check_loss, drop_classes, noised, random_length, shortened
 from .ema import EMA_FILE, EMACallback
 from .engines import check_engine, compile_blocks, skips_bad_steps
 from .estimator import draws_needed, estimate_rows, summary, times_of_rows
@@ -36,6 +36,7 @@ from .mgm_config import MGMTrainingConfig
 from .model_card import write_model_card
 from .options import check_arguments
 from .peft import with_adapter
+from .prompts import check_prompt_options, read_prompts
 from .rows import CheckedRowsTrainer
 from .run_record import known
 from .start import check_model, check_trainable, fit_tokenizer, load_model, not_finite
@@ -104,12 +105,14 @@ class MGMTrainer(CheckedRowsTrainer):
         check_loss(args, model.config)
         model = with_adapter(model, peft_config)
         fit_tokenizer(model, processing_class)
+        check_prompt_options(args, model.config, (train_dataset, eval_dataset))
+        read = partial(read_prompts, tokenizer=processing_class, args=args, config=model.config)
         kwargs.setdefault("data_collator", stack_and_pad)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=read(train_dataset, "training data"),
+            eval_dataset=read(eval_dataset, "evaluation data"),
             processing_class=processing_class,
             **kwargs,
         )
@@ -136,13 +139,23 @@ class MGMTrainer(CheckedRowsTrainer):
 
     def batch_check(self) -> Callable[[Mapping], dict]:
         """See [`check_batch`]."""
-        return partial(check_batch, config=self.model.config)
+        return partial(check_batch, config=self.model.config, completion_only_loss=self.args.completion_only_loss)
+
+    def _get_dataloader(self, dataset, description, *args, **kwargs):
+        """As in `Trainer`, of prompts too: those given to `evaluate` and `predict` are still text."""
+        dataset = read_prompts(
+            dataset, f"{description.lower()} data", self.processing_class, self.args, self.model.config
+        )
+        return super()._get_dataloader(dataset, description, *args, **kwargs)
 
     # --- the training step --------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step, and their place among those of all ranks."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        share = random_length(self.args, self.state.global_step)
+        if share is not None:
+            samples = [shortened(batch, share) for batch in samples]
         self._global_batch = place(samples, (self.args.seed, "train", self.state.global_step), self.accelerator)
         self._micro_batch = 0
         self._tokens += self._global_batch.tokens

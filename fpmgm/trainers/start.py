@@ -8,9 +8,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedTokenizerBase
 
 from ..models.kinds import KINDS
-
-
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+from ..models.text_input import boundary_ids
 
 
 def load_model(model: nn.Module | str | Path | None, argument: str = "model") -> nn.Module:
@@ -79,7 +77,8 @@ def fit_tokenizer(model: nn.Module, tokenizer: Any) -> None:
             "the model was trained with, or make the model with `FPMDLMConfig(vocab_size=len(tokenizer), "
             "mask_token_id=tokenizer.mask_token_id)`."
         )
-    for name in SPECIAL_IDS:
+    begin, end = boundary_ids(tokenizer)  # as texts are packed, and completions end
+    for name, value in (("bos_token_id", begin), ("eos_token_id", end), ("pad_token_id", tokenizer.pad_token_id)):
         for holder in (config, model.generation_config):
-            if getattr(holder, name, None) is None and getattr(tokenizer, name) is not None:
-                setattr(holder, name, getattr(tokenizer, name))
+            if getattr(holder, name, None) is None and value is not None:
+                setattr(holder, name, value)

@@ -23,9 +23,9 @@ from transformers.utils import logging
 
 from ...models.budget import check_whole
 from ...models.noise import stream_generator
-from ...models.text_input import boundary_ids, encode_text
+from ...models.text_input import boundary_ids, encode_marked, encode_text
 from ..samples import check_plan
-from .chat import encode_chat, render_chat
+from .chat import render_chat
 from .loading import (
     DEFAULT_BATCH_SIZE,
     check_batch_size,
@@ -211,7 +211,7 @@ class MGMLM(TemplateLM):
         """
         if add_special_tokens:
             raise ValueError("`add_special_tokens`=True: the protocol places BOS and EOS, leave it out.")
-        return encode_chat(self.tokenizer, string) if self.chat else encode_text(self.tokenizer, [string])[0]
+        return (encode_marked if self.chat else encode_text)(self.tokenizer, [string])[0]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The messages in the tokenizer's template; from then on, special tokens in prompts are the template's."""

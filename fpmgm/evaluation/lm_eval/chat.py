@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts that a chat template wrote: its special tokens are tokens, as in lm-eval, and the mask's name is text."""
+"""Prompts that a chat template writes."""
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
-
-from ...models.text_input import encode_text
 
 
 logger = logging.get_logger(__name__)
@@ -37,12 +35,3 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
             raise
         logger.warning_once("The chat template takes no system message: it is left out, as lm-eval does.")
         return tokenizer.apply_chat_template(others, **options)
-
-
-def encode_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of what [`render_chat`] wrote; special tokens are read as such, but the mask is none of them."""
-    mask = tokenizer.mask_token
-    parts = [text] if mask is None else text.split(mask)
-    rows = tokenizer(parts, add_special_tokens=False, verbose=False)["input_ids"]
-    name = encode_text(tokenizer, [mask])[0] if len(parts) > 1 else []
-    return [token for i, row in enumerate(rows) for token in (*(name if i else []), *row)]
