@@ -26,7 +26,7 @@ from ..models.noise import (
     masked_probability,
     stream_generator,
 )
-from ..models.text_input import token_rows
+from ..models.text_input import scored_rows
 from .store import ResultStore, digest, fingerprint, finish
 
 
@@ -56,7 +56,8 @@ def elbo_perplexity(
     Args:
         model (`PreTrainedModel`): A masked generative model of text.
         sequences (`Dataset` or `Iterable[Sequence[int]]`): N sequences of token ids of at most the model's length, as
-            in training: what `fpmgm.data.pack` gives.
+            in training: what `fpmgm.data.pack` gives. Rows with a `completion_mask` or `labels`, as of
+            `fpmgm.trainers.encode_prompts`, are scored where these say, and visible elsewhere.
         num_draws (`int`, *optional*): Passes R. `None`: as many as bring the standard error of the perplexity under
             2 %, from 4 to 256.
         num_iterations (`int`, *optional*): Fixed-point iterations. `None`: the model's `num_fixed_point_iterations`.
@@ -94,9 +95,9 @@ def elbo_draws(
     progress_bar: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     """What [`elbo_perplexity`], with the same arguments, takes the mean of: −ELBO in nats of each pass and sequence,
-    (R, N) float64; the tokens of each sequence, (N,); and the protocol."""
-    rows = token_rows(sequences, mask_token_id=model.config.mask_token_id)
-    _check_rows(rows, model.config)
+    (R, N) float64; the scored tokens of each sequence, (N,); and the protocol."""
+    rows, scored = scored_rows(sequences, mask_token_id=model.config.mask_token_id)
+    _check_rows(rows, scored, model.config)
     check_whole("batch_size", batch_size, minimum=1, unit="sequences")
     if num_draws is not None:
         check_whole("num_draws", num_draws, minimum=1, unit="passes")
@@ -107,16 +108,18 @@ def elbo_draws(
         "model_weights": fingerprint(model),
         "text": digest(rows),
         "num_sequences": len(rows),
-        "num_tokens": sum(map(len, rows)),
+        "num_tokens": sum(map(sum, scored)),
         "times": "antithetic over the sequences of a pass, in [1e-3, 1]",
         "num_iterations": num_iterations,
         "seed": seed,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
+    if not all(map(all, scored)):
+        protocol["scored"] = digest(scored)
     store = ResultStore(cache_dir, protocol)  # passes are independent: more of them go on from fewer
     count = len(rows)
     spans = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-    lengths = torch.tensor([len(row) for row in rows])
+    lengths = torch.tensor([sum(positions) for positions in scored])
 
     def passes(number: int) -> torch.Tensor:
         """(`number`, N) −ELBO of each pass and sequence."""
@@ -125,7 +128,8 @@ def elbo_draws(
         def bound(index: int) -> list[float]:
             draw, span = batches[index]
             noise = corruption(span, count, model.config.max_position_embeddings, (seed, "likelihood", draw))
-            return negative_elbo(model, [rows[row] for row in span], *noise, num_iterations).tolist()
+            batch = ([some[row] for row in span] for some in (rows, scored))
+            return negative_elbo(model, *batch, *noise, num_iterations).tolist()
 
         keys = [[f"{draw}:{row}" for row in span] for draw, span in batches]
         found = finish(store, keys, bound, "likelihood" if progress_bar else None)
@@ -137,9 +141,11 @@ def elbo_draws(
     return nats, lengths, {**protocol, "num_draws": len(nats)}
 
 
-def _check_rows(rows: list[list[int]], config) -> None:
-    if not rows or min(map(len, rows)) == 0:
-        raise ValueError("`sequences` must hold at least one sequence, and none of them empty.")
+def _check_rows(rows: list[list[int]], scored: list[list[bool]], config) -> None:
+    if not rows or min(map(sum, scored)) == 0:
+        raise ValueError(
+            "`sequences` must hold at least one sequence, and none of them empty or without a position to score."
+        )
     for i, row in enumerate(rows):
         if len(row) > config.max_position_embeddings or not 0 <= min(row) <= max(row) < config.vocab_size:
             raise ValueError(
@@ -184,6 +190,7 @@ def corruption(rows: range, total: int, length: int, key: tuple) -> tuple[torch.
 def negative_elbo(
     model: PreTrainedModel,
     sequences: Sequence[Sequence[int]],
+    scored: Sequence[Sequence[bool]],
     times: torch.Tensor,
     uniforms: torch.Tensor,
     num_iterations: int | None = None,
@@ -193,6 +200,7 @@ def negative_elbo(
     Args:
         model (`PreTrainedModel`): A masked generative model of text.
         sequences (`Sequence[Sequence[int]]`): B sequences.
+        scored (`Sequence[Sequence[bool]]`): Which of their positions are masked and scored.
         times (`torch.Tensor`): (B,) in (0, 1].
         uniforms (`torch.Tensor`): (B, at least L) in [0, 1).
         num_iterations (`int`, *optional*): Fixed-point iterations. `None`: the model's own number.
@@ -201,7 +209,8 @@ def negative_elbo(
     clean = pad_sequence(rows, batch_first=True)  # (B, L)
     lengths = torch.tensor([len(row) for row in rows])
     real = torch.arange(clean.shape[1]) < lengths[:, None]
-    masked = (uniforms[:, : clean.shape[1]] < masked_probability(times)[:, None]) & real
+    candidates = pad_sequence([torch.as_tensor(row) for row in scored], batch_first=True)  # (B, L)
+    masked = (uniforms[:, : clean.shape[1]] < masked_probability(times)[:, None]) & candidates
     positions = masked.flatten().nonzero().squeeze(1)  # (P,)
     totals = torch.zeros(len(rows), dtype=torch.float64)
     if len(positions) == 0:

@@ -167,3 +167,36 @@ def _token_row(row: Any, name: str) -> list[int]:
         kind = str(ids.dtype).removeprefix("torch.")
         raise ValueError(f"{name} is of shape {tuple(ids.shape)} and type {kind}: give a row of whole numbers.")
     return ids.tolist()
+
+
+def scored_rows(
+    sequences: Any, name: str = "sequences", mask_token_id: int | None = None
+) -> tuple[list[list[int]], list[list[bool]]]:
+    """[`token_rows`], and which of their positions are scored: those that `completion_mask` or `labels` of a row say,
+    or all.
+
+    Raises:
+        `ValueError`: also for a mask of another length, or a row that has padding.
+
+    >>> scored_rows([{"input_ids": [5, 6, 7], "completion_mask": [0, 1, 1]}, [8]])[1]
+    [[False, True, True], [True]]
+    """
+    if isinstance(sequences, Iterable) and not isinstance(sequences, str | Mapping):
+        sequences = list(sequences)
+    rows = token_rows(sequences, name, mask_token_id)
+    return rows, [
+        _scored(row, ids, f"`{name}`[{i}]") for i, (row, ids) in enumerate(zip(sequences, rows, strict=True))
+    ]
+
+
+def _scored(row: Any, ids: list[int], name: str) -> list[bool]:
+    columns = {}
+    for column, hidden in (("completion_mask", 0), ("labels", -100), ("attention_mask", 0)):
+        if isinstance(row, Mapping) and row.get(column) is not None:
+            columns[column] = [value != hidden for value in torch.as_tensor(row[column]).tolist()]
+            if len(columns[column]) != len(ids):
+                raise ValueError(f"{name} has {len(ids)} `input_ids`, but {len(columns[column])} in `{column}`.")
+    if not all(columns.get("attention_mask", ())):
+        raise ValueError(f"{name} has padding, an `attention_mask` of 0: leave the padding out of the row.")
+    masks = [columns[column] for column in ("completion_mask", "labels") if column in columns]
+    return [all(values) for values in zip(*masks, strict=True)] if masks else [True] * len(ids)

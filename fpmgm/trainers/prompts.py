@@ -249,7 +249,7 @@ def _too_long(where: str, prompt: int, completion: int, max_length: int) -> str:
 
 def _ids_of(turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[int]]]:
     """Ids of each prompt and of its completion: what follows the prompt's in those of both, or, where the tokenizer
-    joins what the border parts, those of the completion alone. Both read as the text does."""
+    joins what the border parts, those of the completion alone (which some tokenizers begin with a space)."""
     prompts = encode_marked(tokenizer, [turn.prompt for turn in turns])
     wholes = encode_marked(tokenizer, [turn.prompt + turn.completion for turn in turns])
     alone = encode_marked(tokenizer, [turn.completion for turn in turns])

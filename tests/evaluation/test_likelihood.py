@@ -64,22 +64,60 @@ def test_one_draw_is_the_weighted_cross_entropy_of_its_mask():
     model = tiny_model(scale=0.6).double()
     rows = [[1, 4, 4, 9, 2], [0, 2, 7], [3, 3]]
     times, uniforms = torch.tensor([0.9, 0.5, 1e-3]), torch.rand(3, 8)
-    found = negative_elbo(model, rows, times, uniforms, num_iterations=2)
+    every = [[True] * len(row) for row in rows]
+    found = negative_elbo(model, rows, every, times, uniforms, num_iterations=2)
     for value, row, t, uniform in zip(found.tolist(), rows, times.tolist(), uniforms.tolist(), strict=True):
         masked = [i for i in range(len(row)) if uniform[i] < 0.999 * t]
         assert value == pytest.approx(cross_entropy(model, row, masked, num_iterations=2) / t, rel=1e-6)
-    assert negative_elbo(model, rows[2:], times[2:], uniforms[2:]).tolist() == [0]  # nothing masked
+    assert negative_elbo(model, rows[2:], every[2:], times[2:], uniforms[2:]).tolist() == [0]  # nothing masked
+
+
+def test_prompts_are_visible_and_not_scored():
+    model = tiny_model(scale=0.6).double()
+    rows = [{"input_ids": [1, 4, 4, 9], "completion_mask": [0, 0, 1, 1]}, {"input_ids": [0, 2], "labels": [-100, 2]}]
+    exact = 0.0
+    for prompt, answer in (([1, 4], [4, 9]), ([0], [2])):
+        row, places = prompt + answer, range(len(prompt), len(prompt) + len(answer))
+        one = sum(cross_entropy(model, row, [place], num_iterations=3) for place in places)
+        both = cross_entropy(model, row, list(places), num_iterations=3)
+        # E over t of 1/t Σ P(mask) Σ −log p: with one position to write it is its cross-entropy
+        exact += one * 0.999 if len(answer) == 1 else moment(1, 2) * one + moment(2, 2) * both
+    found = elbo_perplexity(model, 200 * rows, num_draws=20, batch_size=400, num_iterations=3)
+    assert abs(found["nats_per_token"] - exact / 3) < 4 * found["standard_error_draws"] < 0.1 * exact / 3
+    assert found["protocol"]["num_tokens"] == 600 and "scored" in found["protocol"]
+    whole = elbo_perplexity(model, [row["input_ids"] for row in rows], num_draws=1)
+    assert whole["protocol"]["num_tokens"] == 6 and "scored" not in whole["protocol"]
+    for row, message in (
+        ({"input_ids": [1, 2], "completion_mask": [0, 0]}, "none of them empty or without a position to score"),
+        (
+            {"input_ids": [1, 2], "completion_mask": [1]},
+            r"`sequences`\[0\] has 2 `input_ids`, but 1 in `completion_mask`",
+        ),
+        ({"input_ids": [1, 2], "attention_mask": [1, 0]}, r"`sequences`\[0\] has padding"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            elbo_perplexity(model, [row])
+
+
+def moment(count: int, length: int) -> float:
+    """E over t of P(these `count` of `length` positions are masked)/t."""
+    t = 1e-3 + (1 - 1e-3) * (np.arange(20_000) + 0.5) / 20_000
+    p = (1 - 1e-3) * t
+    return (p**count * (1 - p) ** (length - count) / t).mean()
 
 
 def test_passes_are_antithetic_and_their_spread_is_the_error():
     model, generator = tiny_model().double(), np.random.default_rng(0)
-    rows = generator.integers(0, 10, (6, 8)).tolist()
+    rows, every = generator.integers(0, 10, (6, 8)).tolist(), [[True] * 8] * 6
     times = [corruption(range(6), 6, 8, (5, "likelihood", draw))[0] for draw in range(3)]
     for t in times:
         steps = np.diff(np.sort(t.numpy().astype(float)))
         assert np.allclose(steps, 0.999 / 6, atol=1e-6)
     values = np.array(
-        [negative_elbo(model, rows, *corruption(range(6), 6, 8, (5, "likelihood", d))).tolist() for d in range(3)]
+        [
+            negative_elbo(model, rows, every, *corruption(range(6), 6, 8, (5, "likelihood", d))).tolist()
+            for d in range(3)
+        ]
     )
     found = elbo_perplexity(model, rows, num_draws=3, batch_size=4, seed=5)
     draws, texts = values.mean(axis=1) / 8, values.mean(axis=0) / 8
