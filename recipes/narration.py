@@ -34,10 +34,16 @@ def say_what_is_trained(trainer: Trainer, checkpoint: str | None) -> None:
     say(f"model: {', '.join(layers).replace('_', '-')} blocks; {total:,} parameters{of_them}")
     rows = (trainer.train_dataset, trainer.eval_dataset)
     train, validation = (f"{len(some):,} rows" if hasattr(some, "__len__") else "a stream of rows" for some in rows)
-    say(f"data: {train} of {config.max_position_embeddings:,} tokens to train on, {validation} to validate on")
+    length = f"{'at most ' * has_prompts(trainer)}{config.max_position_embeddings:,}"
+    say(f"data: {train} of {length} tokens to train on, {validation} to validate on")
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     where = "from its beginning" if checkpoint is None else f"resuming from {checkpoint}"
     say(f"run: {args.max_steps:,} steps of {batch:,} rows in {args.output_dir}, {where}")
+
+
+def has_prompts(trainer: Trainer) -> bool:
+    """Whether the rows to train on say which of their tokens are a completion."""
+    return "completion_mask" in (getattr(trainer.train_dataset, "column_names", None) or ())
 
 
 def say_what_came_of_it(trainer: Trainer, metrics: dict[str, float], data: list[str]) -> None:
@@ -55,6 +61,9 @@ def say_what_came_of_it(trainer: Trainer, metrics: dict[str, float], data: list[
     elif shown:
         result = f"validation perplexity {shown['eval']}"
     say(f"exported to {folder}: {result}")
+    if has_prompts(trainer):
+        say("next: docs/sft.md says how to write answers with it")
+        return
     commands = [] if config.model_type == "fpmaskgit" else [["recipes/sample.py", "--model", folder]]
     for recipe, name in AFTER_TRAINING[config.num_fixed_point_layers > 0].items():
         kind = Path(folder).name.split("_")[-1]

@@ -9,6 +9,7 @@
 The same command goes on from the last checkpoint in `output_dir`. What is exported there holds the EMA weights.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict
 
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase, set_seed
@@ -20,7 +21,7 @@ from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
 from fpmgm.trainers.lock import hold_folder
 from fpmgm.trainers.peft import LoraArguments, lora_config
 from fpmgm.trainers.run_record import Origin
-from text_data import DataArguments, describe_text, load_blocks, load_tokenizer
+from text_data import DataArguments, SourceArguments, describe_text, load_blocks, load_tokenizer
 from train_and_export import (
     OptionalStartArguments,
     check_adapter,
@@ -42,22 +43,23 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     start, data, model_args, lora, args = parse_arguments(types, __doc__, argv)
     check_adapter(lora, start)
     with hold_folder(args.output_dir, take=args.should_save):
-        return train(model_args, start, lora, data, args)
+        return train(model_args, start, lora, data, args, load_blocks)
 
 
 def train(
     model_args: ModelArguments,
     start: OptionalStartArguments,
     lora: LoraArguments,
-    data: DataArguments,
+    data: SourceArguments,
     args: MGMTrainingConfig,
+    load_rows: Callable,
 ) -> dict[str, float]:
-    """[`main`], in a folder that is this run's alone."""
+    """[`main`], in a folder that is this run's alone, of the rows that `load_rows` makes of the data."""
     checkpoint = run_checkpoint(args)
     with args.main_process_first(desc="data"):
         tokenizer = load_tokenizer(data, start.model_name_or_path, checkpoint)
         config = load_config(model_args, start.model_name_or_path, tokenizer)
-        train_blocks, eval_blocks = load_blocks(data, tokenizer, config.max_position_embeddings)
+        train_rows, eval_rows = load_rows(data, tokenizer, config.max_position_embeddings)
 
     set_seed(args.seed)  # before the weights are drawn
     if start.model_name_or_path is None:
@@ -71,8 +73,8 @@ def train(
     trainer = MGMTrainer(
         model=model,
         args=args,
-        train_dataset=train_blocks,
-        eval_dataset=eval_blocks,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
         processing_class=tokenizer,
         peft_config=lora_config(lora),
         origin=Origin(describe_text(data), options, start.model_name_or_path),

@@ -19,10 +19,10 @@ def load_text(
     dataset_name: str | None = None,
     dataset_config: str | None = None,
     split: str = "train",
-    column: str = "text",
+    column: str | None = "text",
     streaming: bool = False,
 ) -> Dataset | IterableDataset:
-    """Documents, one per row of the column `"text"`.
+    """Documents, one per row of the column `"text"`, or rows of prompts as they are.
 
     Args:
         text_files (`str`, `Path` or `Iterable` of them, *optional*): Local .txt (one document each), .jsonl, .json or
@@ -32,7 +32,8 @@ def load_text(
         dataset_config (`str`, *optional*): Configuration of the hub dataset. `None`: its default.
         split (`str`, defaults to `"train"`): Split of the hub dataset, or a part of it, such as `"train[:-100000]"`.
             All files together are the split `"train"`.
-        column (`str`, defaults to `"text"`): Column that holds the text.
+        column (`str`, *optional*, defaults to `"text"`): Column that holds the text. `None`: all columns as they are,
+            such as `"prompt"` and `"completion"`.
         streaming (`bool`, defaults to `False`): Read while training instead of caching first.
 
     Raises:
@@ -50,10 +51,10 @@ def load_text(
     else:
         dataset = _load_files(list_files(text_files), split, streaming)
     columns = dataset.column_names
-    if columns is not None and column not in columns:
+    if columns is not None and column not in (None, *columns):
         raise ValueError(f"`column`={column!r} is not among the columns {columns} of the data: name one of them.")
     # There may be a "text" beside the column.
-    return dataset if column == "text" else dataset.select_columns([column]).rename_column(column, "text")
+    return dataset if column in (None, "text") else dataset.select_columns([column]).rename_column(column, "text")
 
 
 def _load_files(files: list[Path], split: str, streaming: bool) -> Dataset | IterableDataset:

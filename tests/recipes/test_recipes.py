@@ -33,7 +33,7 @@ from fpmgm.trainers import ConsistencyConfig, ConversionConfig, ImageTokenizerCo
 from fpmgm.trainers.peft import LoraArguments
 from image_data import CodesArguments, PictureArguments
 from tests.testing_utils import tiny_config, tiny_image_model, tiny_image_tokenizer
-from text_data import DataArguments
+from text_data import DataArguments, PromptArguments
 from train_and_export import OptionalStartArguments, StartArguments
 
 
@@ -75,6 +75,7 @@ READERS = {
     "consistency": (StartArguments, LoraArguments, *DATA, ConsistencyConfig),
     "convert": (StartArguments, convert_mdlm.ConvertArguments, LoraArguments, *DATA, ConversionConfig),
     "sdtt": (StartArguments, LoraArguments, *DATA, SDTTConfig),
+    "sft": (train_owt.ModelArguments, OptionalStartArguments, PromptArguments, MGMTrainingConfig),
     "vq": (PictureArguments, train_vq.VQArguments, ImageTokenizerConfig),
 }
 
