@@ -155,7 +155,10 @@ def token_rows(sequences: Any, name: str = "sequences", mask_token_id: int | Non
 def _token_row(row: Any, name: str) -> list[int]:
     if isinstance(row, Mapping):
         if "input_ids" not in row:
-            raise ValueError(f"{name} has the columns {sorted(row)}, and no `input_ids`: pack the text first.")
+            raise ValueError(
+                f"{name} has the columns {sorted(row)}, and no `input_ids`: `fpmgm.data.pack` makes them of text, "
+                "`fpmgm.trainers.encode_prompts` of prompts."
+            )
         row = row["input_ids"]
     if isinstance(row, str):
         raise ValueError(f"{name} is the text {row[:40]!r}: give token ids, such as `tokenizer(text).input_ids`.")

@@ -144,6 +144,15 @@ def test_every_answer_of_a_conversation_is_a_row_behind_the_prompt_that_the_temp
     assert encoded([split], tokenizer, 128, completion_multiple=1) == several[2:]
 
 
+def test_the_model_is_told_what_ends_an_answer(tmp_path):
+    for tokenizer in (byte_pairs(), framed()):
+        model = training_model(vocab_size=len(tokenizer), mask_token_id=tokenizer.mask_token_id)
+        rows = [{"prompt": "the", "completion": "cat"}]
+        trainer = make_trainer(tmp_path, model, train_dataset=rows, processing_class=tokenizer, completion_multiple=2)
+        end = trainer.train_dataset[0]["input_ids"][-1]
+        assert model.config.eos_token_id == model.generation_config.eos_token_id == end
+
+
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_names_of_special_tokens_are_special_but_for_the_masks(kind):
     tokenizer = TOKENIZERS[kind]()

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe that trains on prompts, as a person would use it, on a few words that are to be written backwards."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModel, AutoTokenizer
+
+import train_sft
+
+
+ROOT = Path(__file__).parents[2]
+WORDS = ("stone", "river", "light", "cloud", "bread", "house", "paper", "green")
+SMALL = ["--hidden_size", "16", "--num_attention_heads", "2", "--intermediate_size", "32", "--conditioning_size", "8"]
+SHORT = ["--warmup_steps", "0", "--eval_steps", "2", "--save_steps", "2", "--per_device_train_batch_size", "4"]
+QUIET = ["--eval_num_draws", "1", "--use_cpu", "--disable_tqdm", "True", "--report_to", "none"]
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+CHAT += "{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_answers_are_learned_from_a_file_and_from_conversations_and_a_run_goes_on(tmp_path, capsys):
+    file = write(tmp_path / "answers.jsonl", [{"prompt": f"{word}>", "completion": word[::-1]} for word in WORDS * 3])
+    folder = tmp_path / "model"
+    argv = [
+        "--config",
+        str(ROOT / "recipes/configs/sft_small.yaml"),
+        "--text_files",
+        file,
+        "--output_dir",
+        str(folder),
+    ]
+    argv += [*SMALL, *SHORT, *QUIET]
+    train_sft.main([*argv, "--max_steps", "2"])
+    said = capsys.readouterr().out
+    assert "tokenizer: trained here on 1 local file(s), 258 tokens" in said
+    assert "data: 23 rows of at most 64 tokens to train on, 1 rows to validate on" in said
+    metrics = train_sft.main([*argv, "--max_steps", "4"])
+    assert f"resuming from {folder / 'checkpoint-2'}" in capsys.readouterr().out
+    straight = train_sft.main([*argv, "--max_steps", "4", "--output_dir", str(tmp_path / "straight")])
+    assert straight["eval_loss"] == metrics["eval_loss"]
+    record = json.loads((folder / "checkpoint-4/run.json").read_text("utf-8"))
+    assert (
+        record["data"]["train"]["rows"] == 23 and record["data"]["text_files"][0]["bytes"] == Path(file).stat().st_size
+    )
+    model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    talk = [
+        {"messages": [{"role": "user", "content": word}, {"role": "assistant", "content": word[::-1]}]}
+        for word in WORDS
+    ]
+    held_out = write(tmp_path / "held_out.jsonl", talk[:2])
+    talks = ["--text_files", write(tmp_path / "talks.jsonl", talk), "--eval_text_files", held_out]
+    start = ["--model_name_or_path", str(folder), *talks, *SHORT, *QUIET, "--max_steps", "1"]
+    train_sft.main([*start, "--use_peft", "--lora_r", "2", "--output_dir", str(tmp_path / "adapter")])
+    said = capsys.readouterr().out
+    assert "data: 8 rows of at most 64 tokens to train on, 2 rows to validate on" in said
+    assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
+
+
+def test_files_without_answers_are_refused(tmp_path):
+    for rows, message in (
+        ([{"prompt": "a"}] * 9, r"columns \['prompt'\]: a row has `prompt` and `completion`"),
+        ([{"prompt": "a", "completion": ""}] * 9, "row 0 of the training data: `completion` is empty"),
+        ([{"prompt": "a", "completion": "b"}], "too few to hold some out"),
+    ):
+        argv = [
+            "--config",
+            str(ROOT / "recipes/configs/sft_small.yaml"),
+            "--text_files",
+            write(tmp_path / "a.jsonl", rows),
+        ]
+        with pytest.raises(ValueError, match=message):
+            train_sft.main(
+                [*argv, *SMALL, *SHORT, *QUIET, "--max_steps", "1", "--output_dir", str(tmp_path / "model")]
+            )
