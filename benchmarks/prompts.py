@@ -27,7 +27,7 @@ from made_models import ROOT, make, parameters_of
 
 MODELS = {  # overrides of the YAML
     "FP-MDLM 1/1/1": "",
-    "MDLM 6/0/0": "--num_pre_layers 6 --num_fixed_point_layers 0 --num_post_layers 0",
+    "MDLM 4/0/0": "--num_pre_layers 4 --num_fixed_point_layers 0 --num_post_layers 0",
 }
 QUIET = "--disable_tqdm True --report_to none --dataloader_pin_memory False --save_total_limit 1 --logging_steps 100"
 ANSWER = 12  # tokens of an answer with its end, the YAML's `completion_multiple`
