@@ -13,7 +13,18 @@ import train_sft
 ROOT = Path(__file__).parents[2]
 WORDS = ("stone", "river", "light", "cloud", "bread", "house", "paper", "green")
 SMALL = ["--hidden_size", "16", "--num_attention_heads", "2", "--intermediate_size", "32", "--conditioning_size", "8"]
-SHORT = ["--warmup_steps", "0", "--eval_steps", "2", "--save_steps", "2", "--per_device_train_batch_size", "4"]
+SHORT = [
+    "--lr_scheduler_type",
+    "constant",
+    "--warmup_steps",
+    "0",
+    "--eval_steps",
+    "2",
+    "--save_steps",
+    "2",
+    "--per_device_train_batch_size",
+    "4",
+]
 QUIET = ["--eval_num_draws", "1", "--use_cpu", "--disable_tqdm", "True", "--report_to", "none"]
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 CHAT += "{% if add_generation_prompt %}<assistant>{% endif %}"
