@@ -6,13 +6,16 @@
 
 *plain* is MDLM's ancestral sampler from its public description: at every step the head and a float64 Gumbel draw at
 every position, for MDLM 12/0/0 and for FP 1/1/1. *ours* is `generate`. *floor* is the same P, G, injection, F and post
-calls at full length, without embedding, head, draw or reuse.
+calls at full length, without embedding, head, draw or reuse. *frozen* is `generate(freeze=True)` in the same steps and
+iterations; its own floor is the share of position-blocks that it computes: masked and newly revealed positions.
 
 Before anything is timed, plain and ours are shown to draw from the same distribution (a small vocabulary enumerated,
 chi-square), and ours to give the tokens of plain when plain draws by inverse CDF from the same uniforms in float64.
 
 A whole grid takes hours on a CPU. A configuration's time is the sum, over the steps of its plan, of the median time of
 a step with that many iterations; the configurations take turns, and a whole run at the smallest budget checks the sum.
+A step of *frozen* is timed with so many iterations and with some shares of active positions, the others a prompt, and
+the time at a share lies on the line between the two nearest.
 """
 
 import contextlib
@@ -29,12 +32,14 @@ from typing import Literal
 import torch
 from tqdm.auto import tqdm
 
-from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion, plan_budget
+from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion, MGMGenerationConfig, plan_budget
 from fpmgm.analysis.measured import peak_in_subprocess
 from fpmgm.command_line import parse_arguments
 from fpmgm.evaluation import provenance
 from fpmgm.evaluation.report import table, write_report
+from fpmgm.models.budget import step_costs
 from fpmgm.models.draw import draw_uniforms
+from fpmgm.models.freeze import expected_shares
 from fpmgm.models.noise import masked_probability
 from fpmgm.models.reuse import reuse_states, reuse_weights, visible_fraction
 from fpmgm.models.schedules import time_grid
@@ -46,6 +51,9 @@ ARCHITECTURES = {
 }
 RUNS = [("plain", "mdlm", "none"), ("ours", "mdlm", "none"), ("floor", "mdlm", "none"), ("plain", "fp", "none")]
 RUNS += [("plain", "fp", "3sr"), ("ours", "fp", "none"), ("ours", "fp", "3sr"), ("floor", "fp", "none")]
+FROZEN = [("frozen", "mdlm", "none"), ("frozen", "fp", "3sr")]
+SHARES = (0.1, 0.5, 0.9)  # of active positions, at which frozen steps are timed
+PROMPT = 0.75  # share of a long prompt
 
 
 @dataclass
@@ -63,9 +71,16 @@ class Arguments:
     repetitions: int = field(default=3, metadata={"help": "Turns of each configuration."})
     hidden_size: int = field(default=768, metadata={"help": "Width; 768 is MDLM-small."})
     vocab_size: int = field(default=50258, metadata={"help": "Tokens of the vocabulary."})
+    runs: list[str] = field(
+        default_factory=lambda: [" ".join(run) for run in RUNS + FROZEN],
+        metadata={"help": "PROCEDURE MODEL REUSE, a frozen one with its own 'ours'."},
+    )
+    clock: Literal["wall", "process"] = field(
+        default="wall", metadata={"help": "Seconds of the clock, or, on a CPU that others use, of this process."}
+    )
     measure: list[str] = field(
-        default_factory=lambda: ["time", "memory"],
-        metadata={"help": "Of both.", "choices": ["time", "memory"]},
+        default_factory=lambda: ["time", "whole", "memory"],
+        metadata={"help": "whole: a whole run beside the sum of its steps.", "choices": ["time", "whole", "memory"]},
     )
     output: str | None = field(
         default=None, metadata={"help": "JSON to write; null: benchmarks/results/sampling_speed_DEVICE.json."}
@@ -145,7 +160,22 @@ def floor(model, batch_size, length, plan, reuse, after_step=None) -> None:
             after_step(step)
 
 
-PROCEDURES = {"plain": plain, "ours": ours, "floor": floor}
+def frozen(model, batch_size, length, plan, reuse, after_step=None, prompt=0) -> torch.Tensor:
+    """`generate` with frozen positions, the first `prompt` of which are given."""
+    input_ids = torch.full((batch_size, length), model.config.mask_token_id)
+    input_ids[:, :prompt] = 1
+    return model.generate(
+        input_ids,
+        num_steps=plan.num_steps,
+        iterations=plan.iterations,
+        reuse=reuse,
+        freeze=True,
+        seed=0,
+        callback=None if after_step is None else lambda step: after_step(step.step),
+    )
+
+
+PROCEDURES = {"plain": plain, "ours": ours, "floor": floor, "frozen": frozen}
 
 
 # --- the checks ---------------------------------------------------------------------------------------------------
@@ -235,24 +265,24 @@ def enumerate_two_steps(model, plan) -> torch.Tensor:
 # --- the measurement ----------------------------------------------------------------------------------------------
 
 
-def now(device: str) -> float:
+def now(clock: str, device: str) -> float:
     """Seconds, after the device has finished."""
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return time.process_time() if clock == "process" else time.perf_counter()
 
 
-def time_steps(run, model, batch_size, length, plan, reuse, steps, device) -> dict[int, list[float]]:
+def time_steps(run, model, batch_size, length, plan, reuse, steps, seconds) -> dict[int, list[float]]:
     """Seconds of `steps` steps by their number of iterations; the first step, which is special, is left out."""
     times, last = defaultdict(list), [None]
 
     def after_step(step):
-        clock = now(device)
+        clock = seconds()
         if last[0] is not None:
             times[plan.iterations[step]].append(clock - last[0])
         if step >= steps:
             raise EnoughTimed
-        last[0] = now(device)
+        last[0] = seconds()
 
     with contextlib.suppress(EnoughTimed):
         run(model, batch_size, length, plan, reuse, after_step)
@@ -266,34 +296,95 @@ def short_plan(plan, steps: int):
     return type(plan)(plan.num_steps, (chosen[:1] + chosen + plan.iterations)[: max(plan.num_steps, count + 1)], 0)
 
 
-def planned_seconds(times: dict[int, list[float]], plan) -> float:
-    """Sum over the plan's steps of the time of a step with that many iterations, from a line through the medians."""
+def step_seconds(times: dict[int, list[float]], iterations: int) -> float:
+    """The time of a step with that many iterations, from a line through the medians."""
     medians = {n: statistics.median(values) for n, values in times.items()}
     low, high = min(medians), max(medians)
     slope = 0.0 if low == high else (medians[high] - medians[low]) / (high - low)
-    return sum(medians.get(n, medians[low] + slope * (n - low)) for n in plan.iterations)
+    return medians.get(iterations, medians[low] + slope * (iterations - low))
+
+
+def planned_seconds(times: dict[int, list[float]], plan) -> float:
+    """Sum over the plan's steps of the time of a step with that many iterations."""
+    return sum(step_seconds(times, n) for n in plan.iterations)
+
+
+def time_frozen_steps(model, batch_size, plan, reuse, args, seconds) -> dict[float, dict[int, list[float]]]:
+    """Seconds of steps by their share of active positions, then by their number of iterations.
+
+    At each step about as many positions are revealed as in the plan.
+    """
+    found = {}
+    for share in SHARES:
+        found[share] = defaultdict(list)
+        num_steps = max(args.steps + 2, round(share * plan.num_steps))
+        for iterations in {min(plan.iterations), max(plan.iterations)}:
+            part = type(plan)(num_steps, [iterations] * num_steps, 0)
+            run = partial(frozen, prompt=args.length - round(share * args.length))
+            got = time_steps(run, model, batch_size, args.length, part, reuse, args.steps, seconds)
+            found[share][iterations] += got[iterations]
+    return found
+
+
+def frozen_seconds(frozen_times, times, plan, shares: list[float]) -> float:
+    """Sum over the plan's steps, in which these `shares` of positions are active; all of them: as without freezing."""
+    total = 0.0
+    for iterations, share in zip(plan.iterations, shares, strict=True):
+        if share == 1:
+            total += step_seconds(times, iterations)
+            continue
+        low, high = SHARES[:2] if share < SHARES[1] else SHARES[-2:]
+        at_low, at_high = (step_seconds(frozen_times[x], iterations) for x in (low, high))
+        total += at_low + (at_high - at_low) * (share - low) / (high - low)
+    return total
+
+
+def frozen_rows(models, plans, batch_size, times, args, seconds) -> list[dict]:
+    """A row for each frozen run, with a prompt and without one."""
+    rows = []
+    for run in chosen(FROZEN, args):
+        _, name, reuse = run
+        model, plan = models[name], plans[name]
+        frozen_times = time_frozen_steps(model, batch_size, plan, reuse, args, seconds)
+        expected = expected_shares(MGMGenerationConfig(freeze=True), model.orders, args.length)(plan.num_steps)
+        costs = step_costs(model.config, plan.iterations)
+        for prompt in (0.0, PROMPT):
+            shares = [1.0, *(share * (1 - prompt) for share in expected[1:])]
+            rows.append({
+                "procedure": "frozen, long prompt" if prompt else "frozen", "model": name, "reuse": reuse,
+                "batch_size": batch_size, "num_steps": plan.num_steps, "block_evaluations": plan.block_evaluations,
+                "seconds": frozen_seconds(frozen_times, times["ours", name, reuse], plan, shares),
+                "active": sum(x * cost for x, cost in zip(shares, costs, strict=True)) / sum(costs),
+                "step_seconds": {share: dict(values) for share, values in frozen_times.items()},
+            })  # fmt: skip
+    return rows
+
+
+def chosen(runs: list[tuple], args: Arguments) -> list[tuple]:
+    """Those of the runs that are asked for."""
+    return [run for run in runs if " ".join(run) in args.runs]
 
 
 def measure(args: Arguments) -> dict:
     """Seconds of every configuration."""
     models = {name: make_model(name, args) for name in ARCHITECTURES}
-    rows = []
+    rows, seconds, runs = [], partial(now, args.clock, args.device), chosen(RUNS, args)
     grid = [(b, budget) for b in args.batch_sizes for budget in (args.budgets if b == args.batch_sizes[0] else [96])]
     if args.device == "cuda":
         grid = list(itertools.product(args.batch_sizes, args.budgets))
     for batch_size, budget in tqdm(grid, desc="configurations"):
         plans = {name: plan_budget(model.config, budget) for name, model in models.items()}
-        times = {run: defaultdict(list) for run in RUNS}
+        times = {run: defaultdict(list) for run in runs}
         for _ in range(args.repetitions):  # the configurations take turns
-            for run in RUNS:
+            for run in runs:
                 procedure, name, reuse = run
                 plan = short_plan(plans[name], args.steps)
                 got = time_steps(
-                    PROCEDURES[procedure], models[name], batch_size, args.length, plan, reuse, args.steps, args.device
+                    PROCEDURES[procedure], models[name], batch_size, args.length, plan, reuse, args.steps, seconds
                 )
                 for iterations, values in got.items():
                     times[run][iterations] += values
-        for run in RUNS:
+        for run in runs:
             procedure, name, reuse = run
             rows.append({
                 "procedure": procedure, "model": name, "reuse": reuse, "batch_size": batch_size, "budget": budget,
@@ -302,18 +393,19 @@ def measure(args: Arguments) -> dict:
                 "seconds": planned_seconds(times[run], plans[name]),
                 "step_seconds": {n: sorted(values) for n, values in sorted(times[run].items())},
             })  # fmt: skip
-    return {"rows": rows, "whole_run": whole_run(args, models, rows)}
+        rows += [row | {"budget": budget} for row in frozen_rows(models, plans, batch_size, times, args, seconds)]
+    return {"rows": rows} | ({"whole_run": whole_run(args, models, rows)} if "whole" in args.measure else {})
 
 
 def whole_run(args: Arguments, models, rows) -> list[dict]:
     """One whole run of each procedure at the smallest budget beside the sum of its steps."""
     checks = []
-    for run in RUNS:
+    for run in chosen(RUNS + FROZEN, args):
         procedure, name, reuse = run
         plan = plan_budget(models[name].config, min(args.budgets))
-        start = now(args.device)
+        start = now(args.clock, args.device)
         PROCEDURES[procedure](models[name], args.batch_sizes[0], args.length, plan, reuse)
-        seconds = now(args.device) - start
+        seconds = now(args.clock, args.device) - start
         planned = next(r["seconds"] for r in rows if (r["procedure"], r["model"], r["reuse"]) == run)
         checks.append({"run": " ".join(run), "seconds": seconds, "sum_of_steps": planned, "ratio": seconds / planned})
     return checks
@@ -354,28 +446,41 @@ def ratios(rows: list[dict]) -> list[dict]:
     keys = sorted({(r["batch_size"], r["budget"]) for r in rows})
     for batch_size, budget in keys:
         t = {
-            (r["procedure"], r["model"], r["reuse"]): r["seconds"]
+            (r["procedure"], r["model"], r["reuse"]): r
             for r in rows
             if (r["batch_size"], r["budget"]) == (batch_size, budget)
         }
-        plain_mdlm = t["plain", "mdlm", "none"]
-        found.append({
-            "batch_size": batch_size,
-            "budget": budget,
-            "ours FP 3sr / plain MDLM": t["ours", "fp", "3sr"] / plain_mdlm,
-            "ours FP 3sr / its blocks": t["ours", "fp", "3sr"] / t["floor", "fp", "none"],
-            "ours MDLM / plain MDLM": t["ours", "mdlm", "none"] / plain_mdlm,
-            "ours MDLM / its blocks": t["ours", "mdlm", "none"] / t["floor", "mdlm", "none"],
-            "ours FP 3sr / ours FP none": t["ours", "fp", "3sr"] / t["ours", "fp", "none"],
-            "plain FP 3sr / plain MDLM": t["plain", "fp", "3sr"] / plain_mdlm,
-        })  # fmt: skip
+        line = {"batch_size": batch_size, "budget": budget}
+        for title, (above, below) in RATIOS.items():
+            if above in t and below in t:
+                line[title] = t[above]["seconds"] / t[below]["seconds"]
+                if "active" in t[above] and below[0] == "ours":
+                    line[f"{title}: its floor, active positions"] = t[above]["active"]
+        found.append(line)
     return found
 
 
+OURS = {"mdlm": ("ours", "mdlm", "none"), "fp": ("ours", "fp", "3sr")}
+RATIOS = {
+    "ours FP 3sr / plain MDLM": (OURS["fp"], ("plain", "mdlm", "none")),
+    "ours FP 3sr / its blocks": (OURS["fp"], ("floor", "fp", "none")),
+    "ours MDLM / plain MDLM": (OURS["mdlm"], ("plain", "mdlm", "none")),
+    "ours MDLM / its blocks": (OURS["mdlm"], ("floor", "mdlm", "none")),
+    "ours FP 3sr / ours FP none": (OURS["fp"], ("ours", "fp", "none")),
+    "plain FP 3sr / plain MDLM": (("plain", "fp", "3sr"), ("plain", "mdlm", "none")),
+    "frozen FP 3sr / ours FP 3sr": (("frozen", "fp", "3sr"), OURS["fp"]),
+    "frozen MDLM / ours MDLM": (("frozen", "mdlm", "none"), OURS["mdlm"]),
+    "frozen FP 3sr, long prompt / ours": (("frozen, long prompt", "fp", "3sr"), OURS["fp"]),
+    "frozen MDLM, long prompt / ours": (("frozen, long prompt", "mdlm", "none"), OURS["mdlm"]),
+    "frozen FP 3sr / plain MDLM": (("frozen", "fp", "3sr"), ("plain", "mdlm", "none")),
+}
+
+
 def markdown(result: dict) -> str:
-    """The ratios as a table."""
-    rows = [[f"{v:.2f}" if isinstance(v, float) else v for v in row.values()] for row in result["ratios"]]
-    return table(result["ratios"][0], rows)
+    """A line for each ratio, a column for each batch size and budget."""
+    columns = [f"batch {row['batch_size']}, budget {row['budget']}" for row in result["ratios"]]
+    names = [name for name in result["ratios"][0] if name not in ("batch_size", "budget")]
+    return table(["seconds", *columns], [[name, *(f"{row[name]:.2f}" for row in result["ratios"])] for name in names])
 
 
 def draw(result: dict, path: Path) -> None:
@@ -387,6 +492,7 @@ def draw(result: dict, path: Path) -> None:
         ("plain", "fp", "3sr"): ("FP-MDLM 3sr, plain procedure", "#d08c60", "--"),
         ("ours", "mdlm", "none"): ("MDLM, fpmgm", "#2b4570", "-"),
         ("ours", "fp", "3sr"): ("FP-MDLM 3sr, fpmgm", "#c8553d", "-"),
+        ("frozen", "fp", "3sr"): ("FP-MDLM 3sr, fpmgm, frozen positions", "#588157", "-"),
         ("floor", "fp", "none"): ("FP-MDLM, block evaluations alone", "#000000", ":"),
     }
     first = min(r["batch_size"] for r in result["rows"])
@@ -398,7 +504,8 @@ def draw(result: dict, path: Path) -> None:
             for r in result["rows"]
             if (r["procedure"], r["model"], r["reuse"]) == run and r["batch_size"] == first
         )
-        axes.plot(*zip(*points, strict=True), line, color=color, marker="o", markersize=4, label=label)
+        if points:
+            axes.plot(*zip(*points, strict=True), line, color=color, marker="o", markersize=4, label=label)
     budgets = sorted({r["budget"] for r in result["rows"]})
     axes.set_xticks(budgets, [str(b) for b in budgets])
     axes.minorticks_off()

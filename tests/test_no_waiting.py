@@ -73,6 +73,8 @@ def no_waiting() -> Iterator[None]:
         {"remask": 0.3, "final": "argmax"},
         {"temperature": 0.5, "top_k": 3, "top_p": 0.9},
         {"temperature": 0},
+        {"freeze": True},
+        {"freeze": True, "refresh_every": 2, "remask": 0.3, "reuse": "none"},
         {"input_ids": torch.tensor([[1, 10, 10, 4, 10, 10, 0, 10]])},
     ],
 )
@@ -82,11 +84,12 @@ def test_a_step_on_text(arguments):
         model.generate(**{"num_steps": 4, "iterations": 2, "seed": 0, **arguments})
 
 
+@pytest.mark.parametrize("freeze", [False, True])
 @pytest.mark.parametrize("order", ["halton", "random"])
-def test_a_step_on_images_under_guidance(order):
+def test_a_step_on_images_under_guidance(order, freeze):
     model = tiny_image_model().to(DEVICE)
     with no_waiting():
-        model.generate(class_labels=[0, 2], guidance_scale=2.0, num_steps=3, iterations=2, order=order)
+        model.generate(class_labels=[0, 2], guidance_scale=2.0, num_steps=3, iterations=2, order=order, freeze=freeze)
 
 
 def test_a_choice_by_the_devices_own_numbers_waits():

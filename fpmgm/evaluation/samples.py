@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..models.budget import check_whole, explicit_plan, plan_budget
+from ..models.freeze import expected_shares
 from .store import ResultStore, fingerprint, finish
 
 
@@ -130,11 +131,15 @@ def sampling_protocol(
     }
 
 
-def check_plan(model: PreTrainedModel, options: dict[str, Any]) -> None:
+def check_plan(model: PreTrainedModel, options: dict[str, Any], length: int | None = None) -> None:
     """Raise at once what `generate` would raise of these options in the midst of an evaluation."""
     config, _ = model.generation_config.updated(**options).tuned(given=options)
     if config.iterations is None:
-        plan_budget(model.config, config.budget, config.num_steps, config.allocation)
+        shares = None
+        if getattr(config, "freeze", False):  # a checkpoint's own code may be older
+            length = length or model.config.max_position_embeddings
+            shares = expected_shares(config, model.orders, length, model.config.num_register_tokens)
+        plan_budget(model.config, config.budget, config.num_steps, config.allocation, shares=shares)
     else:
         explicit_plan(model.config, config.iterations, config.num_steps)
 

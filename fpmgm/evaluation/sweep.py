@@ -81,7 +81,7 @@ def sweep(
     """
     settings = list_settings(settings)
     for setting in settings:
-        check_plan(model, setting)
+        check_plan(model, setting, length)
     _judge_options(judge, judge_batch_size, max_length)
     references = None if references is None else text_list(references, "references")
     rows = []

@@ -2,7 +2,7 @@
 """Halton-MaskGIT's transformer block: self-attention with normalised queries and keys, and a gated MLP, each under an
 adaptive RMS norm.
 
-Shapes: B batch, L length, D hidden size, H heads, K head size, P selected positions, Q queries.
+Shapes: B batch, L length, D hidden size, H heads, K head size, P positions, Q queries.
 """
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_fpmaskgit import FPMaskGITConfig
+from .frozen_states import KeyValuesPart
 from .layers import Modulation, draw_kept, eager_attention_forward, gated_residual, linear_of, modulate, wide
 from .selection import Selection
 
@@ -54,19 +55,30 @@ class FPMaskGITAttention(nn.Module):
         self.o_proj = nn.Linear(inner_size, config.hidden_size, bias=False)
 
     def forward(
-        self, x: torch.Tensor, attention_mask: torch.Tensor | None, selection: Selection | None = None
+        self,
+        x: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        selection: Selection | None = None,
+        key_values: KeyValuesPart | None = None,
     ) -> torch.Tensor:
-        """(B, L, D), or (P, D) with queries at the selected positions only (keys and values are everywhere)."""
-        query, key, value = self.qkv_proj(x).chunk(3, dim=-1)  # (B, L, H·K)
+        """(B, L, D), or (P, D) with queries at the selected positions only (keys and values are everywhere).
+
+        `x` of some positions, (N, D), has the others' keys and values in `key_values`.
+        """
+        x = x if x.dim() == 3 else x[None]
+        query, key, value = self.qkv_proj(x).chunk(3, dim=-1)  # (B, L, H·K) or (1, N, H·K)
         if selection is not None:
-            query = query[torch.arange(len(x), device=x.device)[:, None], selection.queries]  # (B, Q, H·K)
+            query = selection.pad(selection.pick(query.flatten(0, 1)))  # (B, Q, H·K)
             attention_mask = None if attention_mask is None else attention_mask[:, :, :1]  # the same for every query
         query, key = (rms_norm(z, self.config.rms_norm_eps) for z in (query, key))
-        query, key, value = (z.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for z in (query, key, value))
+        query, key, value = (z.unflatten(-1, (-1, self.head_size)) for z in (query, key, value))
+        if key_values is not None:
+            key, value = key_values.update(key, value)
+        query, key, value = (z.transpose(1, 2) for z in (query, key, value))  # (B, H, Q or L, K)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         out, _ = attend(self, query, key, value, attention_mask, scaling=self.head_size**-0.5, dropout=0.0)
         out = out.flatten(2)  # (B, L or Q, H·K)
-        return self.o_proj(out if selection is None else out.flatten(0, 1)[selection.slots])
+        return self.o_proj(out if selection is None else selection.pack(out))
 
 
 class FPMaskGITBlock(nn.Module):
@@ -99,15 +111,18 @@ class FPMaskGITBlock(nn.Module):
         keep: tuple[torch.Tensor, torch.Tensor] | None = None,
         selection: Selection | None = None,
         training: bool | None = None,
+        key_values: KeyValuesPart | None = None,
     ) -> torch.Tensor:
         """(B, L, D) → (B, L, D), or (P, D): the block's output at the selected positions, exactly. Dropout acts in
-        `training`; `None`: as the module's mode says."""
+        `training`; `None`: as the module's mode says. `x` may be of some positions, (N, D), if `key_values` have the
+        others' keys and values."""
         training = self.training if training is None else training
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         keep1, keep2 = keep or (None, None)
-        y = self.attention(modulate(self.norm1(x), shift1, scale1), attention_mask, selection)
+        y = self.attention(modulate(self.norm1(x), shift1, scale1), attention_mask, selection, key_values)
         if selection is not None:
-            x, gate1, shift2, scale2, gate2 = (selection.pick(z) for z in (x, gate1, shift2, scale2, gate2))
+            x = selection.pick(x.flatten(0, -2))
+            gate1, shift2, scale2, gate2 = (selection.vector(z) for z in (gate1, shift2, scale2, gate2))
         x = gated_residual(x, gate1, y, self.dropout, training, keep1)
         y = modulate(self.norm2(x), shift2, scale2)
         if training and self.dropout and keep2 is None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MDLM's transformer block: rotary self-attention and MLP, each under an adaptive layer norm.
 
-Shapes: B batch, L length, D hidden size, C conditioning size, H heads, K head size, P selected positions, Q queries.
+Shapes: B batch, L length, D hidden size, C conditioning size, H heads, K head size, P positions, Q queries.
 """
 
 import math
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_fpmdlm import FPMDLMConfig
+from .frozen_states import KeyValuesPart
 from .layers import Modulation, draw_kept, eager_attention_forward, gated_residual, gelu, linear_of, modulate, wide
 from .rotary import rotated
 from .selection import Selection
@@ -75,18 +76,25 @@ class FPMDLMAttention(nn.Module):
         rotary: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
         selection: Selection | None = None,
+        key_values: KeyValuesPart | None = None,
     ) -> torch.Tensor:
-        """(B, L, D), or (P, D) with queries at the selected positions only (keys and values are everywhere)."""
-        qkv = self.qkv_proj(x).unflatten(-1, (3, -1, self.head_size))  # (B, L, 3, H, K)
-        query, key, value = rotated(qkv, rotary)  # (B, H, L, K)
+        """(B, L, D), or (P, D) with queries at the selected positions only (keys and values are everywhere).
+
+        `x` of some positions, (N, D), with their `rotary`, has the others' keys and values in `key_values`.
+        """
+        x = x if x.dim() == 3 else x[None]
+        qkv = self.qkv_proj(x).unflatten(-1, (3, -1, self.head_size))  # (B, L, 3, H, K) or (1, N, 3, H, K)
+        query, key, value = (z.transpose(1, 2) for z in rotated(qkv, rotary))  # (B, L, H, K)
+        if key_values is not None:
+            key, value = key_values.update(key, value)
         if selection is not None:
-            batch = torch.arange(len(x), device=x.device)[:, None]
-            query = query.transpose(1, 2)[batch, selection.queries].transpose(1, 2)  # (B, H, Q, K)
+            query = selection.pad(selection.pick(query.flatten(0, 1)))  # (B, Q, H, K)
             attention_mask = None if attention_mask is None else attention_mask[:, :, :1]  # the same for every query
+        query, key, value = (z.transpose(1, 2) for z in (query, key, value))  # (B, H, Q or L, K)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         out, _ = attend(self, query, key, value, attention_mask, scaling=self.head_size**-0.5, dropout=0.0)
         out = out.flatten(2)  # (B, L or Q, D)
-        return self.o_proj(out if selection is None else out.flatten(0, 1)[selection.slots])  # (B, L, D)
+        return self.o_proj(out if selection is None else selection.pack(out))  # (B, L, D) or (P, D)
 
 
 class FPMDLMBlock(nn.Module):
@@ -117,15 +125,18 @@ class FPMDLMBlock(nn.Module):
         keep: tuple[torch.Tensor, torch.Tensor] | None = None,
         selection: Selection | None = None,
         training: bool | None = None,
+        key_values: KeyValuesPart | None = None,
     ) -> torch.Tensor:
         """(B, L, D) → (B, L, D), or (P, D): the block's output at the selected positions, exactly. Dropout acts in
-        `training`; `None`: as the module's mode says."""
+        `training`; `None`: as the module's mode says. `x` may be of some positions, (N, D), if `key_values` have the
+        others' keys and values."""
         training = self.training if training is None else training
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         keep1, keep2 = keep or (None, None)
-        y = self.attention(self.norm1(x, shift1, scale1), rotary, attention_mask, selection)
+        y = self.attention(self.norm1(x, shift1, scale1), rotary, attention_mask, selection, key_values)
         if selection is not None:
-            x, gate1, shift2, scale2, gate2 = (selection.pick(z) for z in (x, gate1, shift2, scale2, gate2))
+            x = selection.pick(x.flatten(0, -2))
+            gate1, shift2, scale2, gate2 = (selection.vector(z) for z in (gate1, shift2, scale2, gate2))
         x = gated_residual(x, gate1, y, self.dropout, training, keep1)
         y = linear_of(self.down_proj, gelu, self.up_proj(self.norm2(x, shift2, scale2)))
         return gated_residual(x, gate2, y, self.dropout, training, keep2)

@@ -25,11 +25,15 @@ ALLOCATIONS = {
 
 @dataclass(frozen=True)
 class BudgetPlan:
-    """`iterations[i]` fixed-point iterations at step i, in sampling order (the first step is the noisiest)."""
+    """`iterations[i]` fixed-point iterations at step i, in sampling order (the first step is the noisiest).
+
+    `shares[i]` is the share of positions that it is expected to compute (`None`: all, at every step).
+    """
 
     num_steps: int
     iterations: list[int]
     block_evaluations: int
+    shares: list[float] | None = None
 
     def __repr__(self) -> str:
         """On one line: iterations that repeat are counted."""
@@ -49,6 +53,7 @@ def plan_budget(
     num_steps: int | None = None,
     allocation: str | list[int] = "decreasing",
     starts: Callable[[int], list[int]] | None = None,
+    shares: Callable[[int], list[float]] | None = None,
 ) -> BudgetPlan:
     """Spend `budget` block evaluations on denoising steps, as completely as whole iterations allow.
 
@@ -60,9 +65,12 @@ def plan_budget(
         num_steps (`int`, *optional*): Denoising steps. `None`: what affords about four iterations per step (for a
             model without fixed-point layers, all that the budget pays).
         allocation (`str` or `list[int]`, defaults to `"decreasing"`): How iterations are shared over the steps:
-            `"fixed"`, `"decreasing"`, `"increasing"`, `"cosine"`, `"front_loaded"`, or the iterations themselves.
+            `"fixed"`, `"decreasing"`, `"increasing"`, `"cosine"`, `"front_loaded"`, or the iterations themselves,
+            which have to be paid at all positions.
         starts (`Callable`, *optional*): For a number of steps, those at which a block of text begins; each block has
             the allocation for itself. `None`: one block.
+        shares (`Callable`, *optional*): For a number of steps, the share of positions that each is expected to compute
+            and is charged for, where others are frozen. `None`: all.
 
     Returns:
         [`BudgetPlan`]: `num_steps`, `iterations` and `block_evaluations` (at most `budget`).
@@ -80,6 +88,8 @@ def plan_budget(
     (16, 6, 2, 96)
     >>> plan
     BudgetPlan(16 steps of 6, 5×5, 4×4, 3×5, 2 iterations, 96 block evaluations)
+    >>> plan_budget(FPMDLMConfig(), 96, shares=lambda num_steps: [1.0] + [0.5] * (num_steps - 1)).num_steps
+    31
 
     ```
     """
@@ -100,17 +110,55 @@ def plan_budget(
         return plan
     if num_steps is None:
         num_steps = min(MOST_STEPS, max(1, budget // (explicit + 4 * shared)))
+        if shares is not None:
+            four = 4 if shared else 0
+            num_steps = _most(num_steps, MOST_STEPS, lambda n: _cost(config, [four] * n, shares(n)) <= budget)
     num_steps = check_whole("num_steps", num_steps, 1, "denoising steps", MOST_STEPS)
-    least = num_steps * (explicit + shared)
+    expected = None if shares is None else shares(num_steps)
+    least = _cost(config, [1] * num_steps, expected)
     if budget < least:
         raise ValueError(
             f"`budget`={budget} cannot pay {num_steps} step(s) of at least {explicit + shared} block evaluations: "
             f"give at least {least}" + (", or fewer `num_steps`." if num_steps > 1 else ".")
         )
     if shared == 0:
-        return explicit_plan(config, [0] * num_steps)
-    total = (budget - num_steps * explicit) // shared
-    return explicit_plan(config, allocate(total, num_steps, allocation, starts and starts(num_steps)))
+        iterations = [0] * num_steps
+    else:
+        total, places = (budget - num_steps * explicit) // shared, starts and starts(num_steps)
+        if shares is not None:
+            total = _most(
+                max(total, num_steps),
+                MOST_BLOCK_EVALUATIONS,
+                lambda total: _cost(config, allocate(total, num_steps, allocation, places), expected) <= budget,
+            )
+        iterations = allocate(total, num_steps, allocation, places)
+    return BudgetPlan(num_steps, iterations, _cost(config, iterations, expected), expected)
+
+
+def step_costs(config, iterations: list[int]) -> list[int]:
+    """Block evaluations of each step with these iterations, at all positions."""
+    explicit = config.num_pre_layers + config.num_post_layers
+    return [explicit + count * config.num_fixed_point_layers for count in iterations]
+
+
+def _cost(config, iterations: list[int], shares: list[float] | None) -> int:
+    """Block evaluations of all steps, at the `shares` of positions in each, rounded up."""
+    costs = step_costs(config, iterations)
+    if shares is None:
+        return sum(costs)
+    return math.ceil(math.fsum(share * cost for share, cost in zip(shares, costs, strict=True)) - 1e-9)
+
+
+def _most(low: int, high: int, fits: Callable[[int], bool]) -> int:
+    """The largest number from `low`, which is taken to fit, to `high` that fits; none beyond one that does not."""
+    step = 1
+    while low + step <= high and fits(low + step):
+        low, step = low + step, 2 * step
+    high = min(high, low + step - 1)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
 
 
 def explicit_plan(config, iterations: int | list[int], num_steps: int | None = None) -> BudgetPlan:
@@ -143,7 +191,7 @@ def explicit_plan(config, iterations: int | list[int], num_steps: int | None = N
         raise ValueError(
             f"`iterations`={max(iterations)} is for fixed-point layers, which the model lacks: give 0, or a budget."
         )
-    cost = len(iterations) * (config.num_pre_layers + config.num_post_layers) + sum(iterations) * shared
+    cost = sum(step_costs(config, iterations))
     if cost > MOST_BLOCK_EVALUATIONS:
         raise ValueError(
             f"`iterations` cost {cost:,} block evaluations in {len(iterations):,} steps, more than "

@@ -65,6 +65,10 @@ class StopAtEnd:
         """As the rule does."""
         return self.rule.write(step, tokens, positions, logits)
 
+    def masked(self, step: int, tokens: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """(B, L) bool on the CPU: what the rule has left that is not behind an end."""
+        return self.rule.masked(step, tokens, before) & ~self.behind(tokens)
+
     def cut(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`tokens` (B, L) with the filler behind each end, without the columns that no row needs, and how many of each
         row's are written, (B,) on the CPU."""

@@ -15,7 +15,8 @@ from .reuse import REUSES
 
 FINALS = ("sample", "argmax", "none")
 GAMMAS = ("gamma_unchanged", "gamma_masked", "gamma_changed", "gamma_remasked")
-TUNABLE = ("num_steps", "allocation", "reuse", *GAMMAS, "tolerance", "solver")
+FREEZING = ("refresh_every", "freeze_tolerance")  # details of `freeze`
+TUNABLE = ("num_steps", "allocation", "reuse", *GAMMAS, "tolerance", "solver", "freeze", *FREEZING)
 RETIRED = ("carry_over", "skip_idle_steps")  # in files of earlier versions, where they are off
 MOST_TUNED_PLANS = 1000
 MISPLACED = {
@@ -41,6 +42,9 @@ ALLOWED = {
     "gamma_remasked": SHARE,
     "tolerance": optional(number(0, float("inf"), words="be at least 0"), "takes every iteration"),
     "solver": one_of(SOLVERS),
+    "freeze": flag(),
+    "refresh_every": optional(whole(1, MOST_STEPS, "steps"), "computes all positions at the first step alone"),
+    "freeze_tolerance": optional(number(0, float("inf"), words="be at least 0"), "looks at no movement"),
     "tuned_plans": Allowed(
         f"be a dict of at most {MOST_TUNED_PLANS:,} plans",
         lambda value: isinstance(value, dict) and len(value) <= MOST_TUNED_PLANS,
@@ -87,6 +91,14 @@ class MGMGenerationConfig(GenerationConfig):
         tolerance (`float`, *optional*): A sequence's solve stops when its relative residual is at most this. `None`:
             every planned iteration is taken.
         solver (`str`, defaults to `"picard"`): `"picard"` or `"anderson"`; an iteration of either costs the same.
+        freeze (`bool`, defaults to `False`): Leave positions alone that are not masked, once they were computed with
+            their token: they keep keys, values and solution, and cost nothing. A budget is charged for the positions
+            that are computed, so that it buys more steps. An approximation: frozen positions do not see what changes
+            elsewhere.
+        refresh_every (`int`, *optional*): With `freeze`, compute all positions again every so many steps. 1: at every
+            step, as without `freeze`. `None`: at the first step alone.
+        freeze_tolerance (`float`, *optional*): With `freeze`, leave a position alone only when its solution moved by
+            at most this share of its norm the last time it was computed. `None`: at once.
         tuned_plans (`dict[str, dict]`, defaults to `{}`): For a budget, as text, the values that were tuned for it, of
             the names above but `budget` and `iterations` (`recipes/tune_sampling.py` finds them). A call with that
             budget uses them all, unless it sets one of them itself: then it uses none.
@@ -152,6 +164,9 @@ class MGMGenerationConfig(GenerationConfig):
         self.gamma_remasked: float = kwargs.pop("gamma_remasked", 0.2)
         self.tolerance: float | None = kwargs.pop("tolerance", None)
         self.solver: str = kwargs.pop("solver", "picard")
+        self.freeze: bool = kwargs.pop("freeze", False)
+        self.refresh_every: int | None = kwargs.pop("refresh_every", None)
+        self.freeze_tolerance: float | None = kwargs.pop("freeze_tolerance", None)
         self.tuned_plans: dict[str, dict] = kwargs.pop("tuned_plans", {})
 
         self.temperature: float = kwargs.pop("temperature", 1.0)
@@ -190,6 +205,9 @@ class MGMGenerationConfig(GenerationConfig):
         """Raise a `ValueError` that names the first value that is not allowed."""
         vars(self).update(checked(ALLOWED, vars(self)))
         check_one_cost(self.budget, self.iterations)
+        for name in FREEZING:
+            if not self.freeze and getattr(self, name) is not None:
+                raise ValueError(f"`{name}`={getattr(self, name)} is about frozen positions: give `freeze=True` too.")
         self.tuned_plans = dict(_tuned_plan(budget, plan) for budget, plan in self.tuned_plans.items())
 
     def tuned(self, given: Iterable[str] = ()) -> tuple["MGMGenerationConfig", dict[str, Any] | None]:
@@ -204,7 +222,8 @@ class MGMGenerationConfig(GenerationConfig):
         return self.updated(**plan), dict(plan)
 
     def updated(self, **kwargs: Any) -> "MGMGenerationConfig":
-        """A copy with `kwargs` set; a budget given here replaces saved iterations, and the other way round."""
+        """A copy with `kwargs` set; a budget given here replaces saved iterations, and the other way round;
+        `freeze=False` takes its details with it."""
         check_one_cost(kwargs.get("budget"), kwargs.get("iterations"))
         values = {name: value for name, value in self.to_dict().items() if not name.startswith("_")}
         check_names(kwargs, values, "generation argument(s)", MISPLACED)
@@ -212,6 +231,8 @@ class MGMGenerationConfig(GenerationConfig):
             values["iterations"] = None
         if kwargs.get("iterations") is not None:
             values["budget"] = None
+        if "freeze" in kwargs and not kwargs["freeze"]:
+            values |= dict.fromkeys(FREEZING)
         return type(self)(**{**values, **kwargs})
 
     def to_diff_dict(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from .blocks import block_starts
 from .budget import BudgetPlan, explicit_plan, plan_budget
 from .draw import MOST_NUMBERS
 from .end_of_text import StopAtEnd, known_ends, read_ends, warn_of_ended_prompts
+from .freeze import Frozen, NothingFrozen, expected_shares
 from .generation_config_mgm import MISPLACED, MGMGenerationConfig
 from .generation_inputs import (
     ALLOWED,
@@ -35,7 +36,7 @@ from .ledger import GenerationStep, Ledger, MGMGenerationOutput
 from .loading import saved_generation_config
 from .reuse import REUSE_STATES, Solution, reuse_states, reuse_weights, visible_fraction
 from .reveal import TEXT_ORDERS, RevealTask, check_order
-from .runs import Runs, rows_to_run
+from .runs import Runs
 from .transfer import to_device
 
 
@@ -97,7 +98,7 @@ class MGMGenerationMixin:
             kwargs: Any field of [`MGMGenerationConfig`] for this call: `budget`, `num_steps`, `iterations`,
                 `allocation`, `reuse`, `tolerance`, `temperature`, `top_k`, `top_p`, `order`, `entropy_bound`,
                 `confidence_threshold`, `margin_threshold`, `guidance_scale`, `guidance_schedule`, `remask`, `final`,
-                `block_length`, `stop_at_eos`, …
+                `block_length`, `stop_at_eos`, `freeze`, …
 
         Returns:
             `torch.LongTensor` of shape (B, L), longer by `max_new_tokens` and cut under `stop_at_eos`; or
@@ -135,12 +136,16 @@ class MGMGenerationMixin:
         if config.stop_at_eos:
             ends, filler = read_ends(config, self.config)
             rule = StopAtEnd(rule, wanted, real, mask, ends, filler)
+        frozen = NothingFrozen()
+        if config.freeze and config.refresh_every != 1:
+            frozen = Frozen(wanted, real, plan, self.config, config)
         # 4. the steps
         check_dropout(self)
         alike = bool(wanted.all()) and attention_mask is None
         tokens = to_device(tokens, self.device)
         attention_mask = None if attention_mask is None else to_device(attention_mask, self.device)
-        tokens, ledger = self._denoise(tokens, attention_mask, classes, alike, rule, plan, config, callback, streamer)
+        options = (rule, frozen, plan, config, callback, streamer)
+        tokens, ledger = self._denoise(tokens, attention_mask, classes, alike, *options)
         # 5. what is returned
         lengths = (to_device(wanted, self.device) & (tokens != mask)).sum(dim=1)
         tokens, lengths = rule.cut(tokens) if config.stop_at_eos else (tokens, lengths)
@@ -149,7 +154,7 @@ class MGMGenerationMixin:
             out.tuned_plan = tuned_plan
         return out
 
-    def _denoise(self, tokens, attention_mask, classes, alike, rule, plan, config, callback, streamer):
+    def _denoise(self, tokens, attention_mask, classes, alike, rule, frozen, plan, config, callback, streamer):
         """The loop over steps: start of the solver, denoiser, draw at the revealed positions. Gives the tokens (B, L)
         and what was booked.
 
@@ -158,26 +163,30 @@ class MGMGenerationMixin:
         batch_size, length = tokens.shape
         copies = 1 if classes is None else len(classes) // batch_size  # 2: guidance, the second without classes
         reusing = config.reuse != "none" and self.config.num_fixed_point_layers > 0
-        ledger, solution = Ledger(plan, self.config, config, batch_size, copies * batch_size), None
+        width = length + self.config.num_register_tokens
+        ledger, solution = Ledger(plan, self.config, config, batch_size, copies * batch_size, width), None
         for step in logging.tqdm(range(plan.num_steps), desc="denoising", disable=not config.progress_bar):
             # 1. the positions whose logits the step needs; where there are none, and nothing is reused, it is idle
             positions = rule.candidates(step, tokens)
             unfinished = rule.unfinished(tokens, positions)
             if unfinished is not None and not unfinished.any():
                 break
-            if len(positions) == 0 and not reusing:
+            active = frozen.active(step, positions, unfinished)  # (B, L + R), or None: all
+            if len(positions) == 0 and not (reusing and (active is None or active.any())):
                 tokens, _ = rule.write(step, tokens, positions, None)
                 ledger.skip()
+                frozen.skip(step, tokens, rule)
                 continue
             # 2. the denoiser, started from the previous solution
             rows, weights = tokens.repeat(copies, 1), None  # (R, L)
             moment = rule.clock.moment(step, tokens == self.config.mask_token_id)
-            runs = rows_to_run(unfinished, copies, batch_size, classes, alike)
+            runs = frozen.runs(active, unfinished, copies, batch_size, classes, alike)
             if solution is not None:
                 weights = self._reuse_weights(solution, rows, attention_mask, config, ledger, runs)
             logits, state, residuals = self._evaluate(
                 rows, attention_mask, classes, moment.times.repeat(copies), runs,
                 positions=torch.cat([positions + copy * tokens.numel() for copy in range(copies)]),
+                frozen=frozen.options(active, copies),
                 num_iterations=ledger.iterations(step),
                 fixed_point_state=None if solution is None else solution.state,
                 reuse_weights=weights,
@@ -194,7 +203,8 @@ class MGMGenerationMixin:
             # 4. what the next step and the caller see
             if reusing:
                 solution = Solution(rows, state)
-            ledger.add(residuals, logits, runs)
+            ledger.add(residuals, logits, runs, active)
+            frozen.add(step, active, state, tokens, rule)
             if callback is not None:
                 state = None if state is None else state[:batch_size]
                 residuals = None if residuals is None else residuals[:, :batch_size]
@@ -206,21 +216,24 @@ class MGMGenerationMixin:
             streamer.end()
         return tokens, ledger
 
-    def _evaluate(self, rows, attention_mask, classes, times, runs: Runs | None, positions, **options):
+    def _evaluate(self, rows, attention_mask, classes, times, runs: Runs | None, positions, frozen, **options):
         """The denoiser on `rows` (R, L): logits (P, V) at `positions`, indices into R·L, state and residuals.
 
-        Where there are `runs`, some of the rows are run for all of it. `None`: each is run.
+        Where there are `runs`, some of the rows are run for all of it. `None`: each is run. `frozen` are the model's
+        options about frozen positions.
         """
         given = {"attention_mask": attention_mask, "class_labels": classes, "timesteps": times.float(), **options}
         given = {name: to_device(x, rows.device) if torch.is_tensor(x) else x for name, x in given.items()}
         given = {name: x for name, x in given.items() if x is not None}
         if runs is None:
-            output = self(rows, logits_positions=positions, training=False, **given)
+            output = self(rows, logits_positions=positions, training=False, **given, **frozen)
             return output.logits, output.fixed_point_state, output.residuals
         positions, place = runs.positions(positions, rows.shape[1])
         ran, stands, idle = (to_device(x, rows.device) for x in runs)
         given = {name: x[ran] if torch.is_tensor(x) else x for name, x in given.items()}
-        output = self(rows[ran], logits_positions=positions, training=False, **given)
+        output = self(rows[ran], logits_positions=positions, training=False, **given, **frozen)
+        if "frozen_states" in frozen and len(ran) < len(stands):
+            frozen["frozen_states"].repeat(stands)
         state, residuals = output.fixed_point_state, output.residuals
         state = None if state is None else state[stands]
         residuals = None if residuals is None else residuals[:, stands].masked_fill(idle, float("nan"))
@@ -256,6 +269,11 @@ class MGMGenerationMixin:
                 f"`allocation`={shown(given['allocation'])} shares a budget over the steps, but `iterations` are set: "
                 "leave it out, or give a budget."
             )
+        if config.freeze_tolerance is not None and self.config.num_fixed_point_layers == 0:
+            raise ValueError(
+                f"`freeze_tolerance`={config.freeze_tolerance} is about solutions, but the model has no fixed-point "
+                "layers: leave it out."
+            )
         if tuned_plan is not None:
             logger.info(f"`budget`={config.budget}: using the tuned plan {tuned_plan}.")
         return config, tuned_plan
@@ -266,7 +284,8 @@ class MGMGenerationMixin:
         if config.budget is None:
             raise ValueError("`budget`=None and `iterations`=None: give a budget, or `num_steps` with `iterations`.")
         starts = None if config.block_length is None else partial(block_starts, wanted, config.block_length)
-        return plan_budget(self.config, config.budget, config.num_steps, config.allocation, starts)
+        shares = expected_shares(config, self.orders, wanted.shape[1], self.config.num_register_tokens)
+        return plan_budget(self.config, config.budget, config.num_steps, config.allocation, starts, shares)
 
     def _order(self, config: MGMGenerationConfig, given: dict[str, Any]) -> Callable:
         order = next(iter(self.orders)) if config.order is None else config.order

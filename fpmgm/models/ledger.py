@@ -24,8 +24,10 @@ class MGMGenerationOutput(ModelOutput):
     Args:
         sequences (`torch.LongTensor`): (B, L) tokens; with `stop_at_eos` no longer than the longest row.
         lengths (`torch.LongTensor`): (B,) tokens written; with `stop_at_eos` up to the end of the text and with it.
-        block_evaluations (`int`): Block evaluations of the most costly sequence; never above the budget.
+        block_evaluations (`int`): Block evaluations of the most costly sequence; never above the budget. Where
+            positions are frozen, those of single positions divided by their number, rounded up.
         block_evaluations_per_sequence (`torch.LongTensor`): (B,).
+        full_block_evaluations (`int`): What the same steps and iterations would have cost with no position frozen.
         guidance_evaluations (`int`): Further block evaluations of the most costly sequence without its class, for
             guidance; 0 without guidance. The budget does not count them.
         num_steps (`int`): Denoising steps T taken: fewer than planned where an order was certain earlier.
@@ -33,6 +35,8 @@ class MGMGenerationOutput(ModelOutput):
         tokens_per_second (`float`): Tokens written by the batch, over the time of its steps.
         iterations (`list[int]`): Fixed-point iterations planned for each step taken.
         iterations_taken (`torch.LongTensor`): (T, B) iterations run.
+        positions_computed (`torch.LongTensor`): (T, B) positions that were not frozen, registers among them; 0 where a
+            row did not run.
         residuals (`torch.Tensor`): (T, max N, B) relative residual of each iteration; NaN where none was taken.
         reused (`list[dict[str, float]]`): Per step, the share of positions in each reuse state ("changed",
             "unchanged", "masked", "remasked"); an empty dict where nothing was reused.
@@ -44,12 +48,14 @@ class MGMGenerationOutput(ModelOutput):
     lengths: torch.LongTensor | None = None
     block_evaluations: int | None = None
     block_evaluations_per_sequence: torch.LongTensor | None = None
+    full_block_evaluations: int | None = None
     guidance_evaluations: int | None = None
     num_steps: int | None = None
     tokens_per_step: float | None = None
     tokens_per_second: float | None = None
     iterations: list | None = None
     iterations_taken: torch.LongTensor | None = None
+    positions_computed: torch.LongTensor | None = None
     residuals: torch.Tensor | None = None
     reused: list | None = None
     tuned_plan: dict | None = None
@@ -89,15 +95,19 @@ class Ledger:
         config ([`MGMGenerationConfig`]): Of the call.
         batch_size (`int`): Sequences B.
         rows (`int`): Rows R: beyond the first B, the same sequences without their class.
+        width (`int`): Positions of a row, registers among them.
     """
 
-    def __init__(self, plan: BudgetPlan, model_config, config: MGMGenerationConfig, batch_size: int, rows: int):
-        self.plan, self.config, self.batch_size, self.rows = plan, config, batch_size, rows
+    def __init__(
+        self, plan: BudgetPlan, model_config, config: MGMGenerationConfig, batch_size: int, rows: int, width: int
+    ):
+        self.plan, self.config, self.batch_size, self.rows, self.width = plan, config, batch_size, rows, width
         self.began = time.perf_counter()
         self.explicit = model_config.num_pre_layers + model_config.num_post_layers
         self.shared = model_config.num_fixed_point_layers
         self.residuals: list[torch.Tensor | None] = []  # per step (N, R), None where no iteration was taken
         self.idle: list[torch.Tensor] = []  # per step (R,), rows that did not run
+        self.computed: list[torch.Tensor] = []  # per step (R,), positions that were not frozen
         self.reused: list[torch.Tensor | None] = []
         self.finite: torch.Tensor | None = None
 
@@ -108,13 +118,22 @@ class Ledger:
     def skip(self) -> None:
         """Book a step that did not run."""
         self.idle.append(torch.ones(self.rows, dtype=torch.bool, device="cpu"))
+        self.computed.append(torch.zeros(self.rows, dtype=torch.long, device="cpu"))
         self.residuals.append(None)
         self.reused.append(None)
 
-    def add(self, residuals: torch.Tensor | None, logits: torch.Tensor, runs: Runs | None) -> None:
-        """Book a step: its residuals (N, R), NaN where a row had stopped, whether its logits are numbers, and which
-        rows needed it."""
+    def add(
+        self,
+        residuals: torch.Tensor | None,
+        logits: torch.Tensor,
+        runs: Runs | None,
+        active: torch.Tensor | None = None,
+    ) -> None:
+        """Book a step: its residuals (N, R), NaN where a row had stopped, whether its logits are numbers, which rows
+        needed it, and which positions were `active`, (B, width) bool (`None`: all)."""
         self.idle.append(torch.zeros(self.rows, dtype=torch.bool, device="cpu") if runs is None else runs.idle)
+        computed = self.width * ~self.idle[-1] if active is None else active.sum(dim=1)
+        self.computed.append(computed.repeat(self.rows // len(computed)))
         self.residuals.append(residuals)
         if len(self.reused) < len(self.idle):
             self.reused.append(None)
@@ -146,7 +165,9 @@ class Ledger:
             row[: len(values)] = values
         taken = (~table.isnan()).sum(dim=1)  # (T, R)
         steps = (~torch.stack(self.idle)).sum(dim=0)  # (R,) that ran
-        cost = steps * self.explicit + taken.sum(dim=0) * self.shared  # (R,)
+        blocks = ~torch.stack(self.idle) * self.explicit + taken * self.shared  # (T, R), at all positions
+        computed = torch.stack(self.computed)  # (T, R)
+        cost = ((blocks * computed).sum(dim=0) + self.width - 1) // self.width  # (R,), rounded up
         own = slice(self.batch_size)
         lengths = lengths.cpu()
         written = int(lengths.sum())
@@ -155,12 +176,14 @@ class Ledger:
             lengths=lengths,
             block_evaluations=int(cost[own].max()),
             block_evaluations_per_sequence=cost[own],
+            full_block_evaluations=int(blocks.sum(dim=0)[own].max()),
             guidance_evaluations=int(cost[self.batch_size :].max()) if self.rows > self.batch_size else 0,
             num_steps=len(self.idle),
             tokens_per_step=written / max(1, int(steps[own].sum())),
             tokens_per_second=written / seconds,
             iterations=self.plan.iterations[: len(self.idle)],
             iterations_taken=taken[:, own],
+            positions_computed=computed[:, own],
             residuals=table[:, :, own],
             reused=[{} if r is None else dict(zip(REUSE_STATES, r.tolist(), strict=True)) for r in self.reused],
         )

@@ -6,10 +6,12 @@ head H, the loss at masked positions, and what Hugging Face needs to know.
 
 A model gives its embedding, its conditioning vector and its block; without fixed-point layers it is explicit.
 
-Shapes: B batch, L length, D hidden size, C conditioning size, V vocabulary, N iterations, P selected positions.
+Shapes: B batch, L length, D hidden size, C conditioning size, V vocabulary, N iterations, P selected positions,
+A active ones.
 """
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
@@ -22,13 +24,14 @@ from transformers.utils import ModelOutput
 
 from .arguments import check_names, shown
 from .fixed_point import FixedPointSolution, SolverOptions, solve
+from .frozen_states import FrozenStates, check_frozen, stores
 from .head import HeadLoss, LMHead, LogitsLoss, head_loss
-from .injection import INJECTION_STARTS, INJECTIONS
-from .layers import IdentityLinear, Modulation, modulate, wide
+from .layers import Modulation, modulate, wide
 from .loading import check_complete
 from .noise import IGNORE_INDEX
 from .reuse import warm_start
 from .selection import Selection, select
+from .stacks import BlockInputs, FixedPointStack, active_step, has_rows, whole_step
 
 
 @dataclass
@@ -49,7 +52,8 @@ class MGMOutput(ModelOutput):
         masked_accuracy (`torch.Tensor`, scalar): Share of the masked positions with a label whose most likely token
             is right.
         logits_loss (`torch.Tensor`, scalar): What the `logits_loss` of the call gave, without its weight or gradient.
-        block_evaluations (`int`): Transformer blocks run for the sequence that took most.
+        block_evaluations (`int`): Transformer blocks run for the sequence that took most; of `active_positions` their
+            share of it, rounded up.
     """
 
     loss: torch.Tensor | None = None
@@ -89,6 +93,11 @@ class DenoiserOptions(TypedDict, total=False):
         logits_positions (`torch.LongTensor`, *optional*): (P,) indices into the flattened B·L positions, with
             `labels` those that have one: logits and hidden states are (P, ·), and the last explicit block has queries
             there only. On the CPU they cost no wait for the device. `None`: everywhere.
+        frozen_states ([`FrozenStates`], *optional*): Keys, values and solution of every position, written by this call
+            (without gradient only). `None`: nothing is kept.
+        active_positions (`torch.LongTensor`, *optional*): (A,) ascending indices into B·(L + R), R registers, of the
+            positions that are computed; the others are as `frozen_states` have them. `logits_positions` are among
+            them. `None`: all.
         output_logits (`bool`, *optional*): Whether to build logits. `None`: only where no loss is asked for.
         training (`bool`, *optional*): Whether dropout acts, and activation checkpointing where it is on. `None`: in
             training mode. The modules' own modes are neither read nor changed where it is given.
@@ -106,6 +115,8 @@ class DenoiserOptions(TypedDict, total=False):
     tolerance: float | None
     solver: str
     logits_positions: torch.LongTensor | None
+    frozen_states: FrozenStates | None
+    active_positions: torch.LongTensor | None
     output_logits: bool | None
     training: bool | None
 
@@ -121,33 +132,12 @@ def check_tensor(name: str, x: torch.Tensor, shape: torch.Size | None = None) ->
         raise ValueError(f"`{name}` of shape {tuple(x.shape)} must be {tuple(shape)}.")
 
 
-class FixedPointStack(nn.Module):
-    """G and F: `constant` makes u = G(h_pre) once per call, `forward` is one application of F."""
-
-    def __init__(self, config: PreTrainedConfig, block: type[nn.Module]):
-        super().__init__()
-        a, b = INJECTION_STARTS[config.injection_init]
-        self.input_proj = IdentityLinear(config.hidden_size, [[1.0]])
-        self.injection = INJECTIONS[config.input_injection](config.hidden_size, a, b)
-        self.layers = nn.ModuleList([block(config) for _ in range(config.num_fixed_point_layers)])
-
-    def constant(self, h_pre: torch.Tensor) -> torch.Tensor:
-        """What every iteration adds from u = G(h_pre)."""
-        return self.injection.constant(self.input_proj(h_pre))
-
-    def forward(self, h, constant, modulations, rotary, attention_mask, keeps, training) -> torch.Tensor:
-        h = self.injection(h, constant)  # (B, L, D)
-        for layer, modulation, keep in zip(self.layers, modulations, keeps, strict=True):
-            h = layer(h, modulation, rotary, attention_mask, keep, training=training)
-        return h
-
-
 class MGMPreTrainedModel(PreTrainedModel):
     """The denoiser. A model's `forward` embeds its tokens and hands them to `_denoise_once`.
 
-    Its block takes `(h, modulation, rotary, attention_mask, keep, selection, training)`, has a `modulation` of the
-    conditioning vector, and draws with `dropout_masks(h)` what an evaluation in training keeps (`None` where it keeps
-    everything). It drops out in `training`, an argument: its own mode may be another thread's.
+    Its block takes `(h, modulation, rotary, attention_mask, keep, selection, training, key_values)`, has a
+    `modulation` of the conditioning vector, and draws with `dropout_masks(h)` what an evaluation in training keeps
+    (`None` where it keeps everything). It drops out in `training`, an argument: its own mode may be another thread's.
     """
 
     base_model_prefix = "model"
@@ -188,6 +178,7 @@ class MGMPreTrainedModel(PreTrainedModel):
                 raise ValueError(f"`{name}` is about the cross-entropy: give `labels` too, or leave it out.")
         if labels is None and "logits_loss" in others and "logits_positions" not in others:
             raise ValueError("`logits_loss` needs positions: give `labels` or `logits_positions` too.")
+        check_frozen(others, torch.is_grad_enabled() or others.get("training", self.training))
         return solver, others
 
     def _denoise_once(
@@ -211,23 +202,32 @@ class MGMPreTrainedModel(PreTrainedModel):
             if x is not None:
                 check_tensor(name, x, masked.shape)
         attention_mask = None if attention_mask is None else attention_mask.bool()
-        training, length = options.get("training", self.training), masked.shape[1]
+        (batch_size, length), width, explicit = masked.shape, h.shape[1], self.fixed_point is None
+        for name, shape in (("fixed_point_state", h.shape), ("reuse_weights", h.shape[:2])):
+            if getattr(solver, name) is not None:
+                check_tensor(name, getattr(solver, name), shape)
         bias = create_bidirectional_mask(config=self.config, inputs_embeds=h, attention_mask=attention_mask)
-        selection = None
+        inputs = BlockInputs(conditioning, rotary, bias, options.get("training", self.training))
+        frozen, among, selection = options.get("frozen_states"), options.get("active_positions"), None
+        if among is not None:
+            among = among.cpu()
+            inputs = inputs.at(select(among, batch_size, width, h.device))
+            h = inputs.active.pick(h.flatten(0, 1))  # (A, D)
         if "logits_positions" in options:
-            selection = select(options["logits_positions"], len(h), length, h.device)
+            selection = select(options["logits_positions"], batch_size, length, h.device, width, among)
 
         # 2. P, F and H
         pre, post = self.pre_layers, self.post_layers
-        explicit = self.fixed_point is None and not len(post)
-        h = self._run(pre, h, conditioning, rotary, bias, training, selection if explicit else None)  # (B, L, D)
-        solution = None
-        if self.fixed_point is not None:
-            solution = self._solve(h, conditioning, rotary, bias, attention_mask, training, solver)
-            h = solution.state
-        h = self._run(post, h, conditioning, rotary, bias, training, selection)  # (B, L, D) or (P, D)
-        if selection is not None and h.dim() == 3:  # no block after F
-            h = selection.pick(h)
+        of_pre, of_shared, of_post = stores(frozen, self.config)
+        h = self._run(pre, of_pre, h, inputs, selection if explicit and not len(post) else None)
+        solution = state = None
+        if not explicit:
+            solution = self._solve(h, of_shared, inputs, attention_mask, solver)
+            h = solution.state  # (B, L, D) or (A, D)
+            state = h if frozen is None else frozen.solved(h, inputs.active)
+        h = self._run(post, of_post, h, inputs, selection)  # or (P, D)
+        if selection is not None and not explicit and not len(post):
+            h = selection.pick(h.flatten(0, -2))
         if selection is None:
             h = h[:, :length]  # without what a model appends to the tokens
         normed = self._normed(h, conditioning, selection)
@@ -239,56 +239,49 @@ class MGMPreTrainedModel(PreTrainedModel):
             logits = self.lm_head(normed)  # (B, L, V) or (P, V)
         if wants_loss:
             loss, accuracy, added = self._loss(normed, labels, masked, selection, attention_mask, options)
-        iterations = 0 if solution is None else len(solution.residuals)
+        iterations = 0 if explicit else len(solution.residuals)
+        blocks = len(pre) + iterations * self.config.num_fixed_point_layers + len(post)
+        computed = width if inputs.active is None else inputs.active.shape[1]
         return MGMOutput(
             loss=loss,
             logits=logits,
             last_hidden_state=h,
             normed_hidden_state=normed,
-            fixed_point_state=None if solution is None else solution.state,
-            residuals=None if solution is None else solution.residuals,
+            fixed_point_state=state,
+            residuals=None if explicit else solution.residuals,
             masked_accuracy=accuracy,
             logits_loss=added,
-            block_evaluations=len(pre) + iterations * self.config.num_fixed_point_layers + len(post),
+            block_evaluations=math.ceil(blocks * computed / width),
         )
 
-    def _run(self, layers, h, conditioning, rotary, bias, training, selection: Selection | None) -> torch.Tensor:
+    def _run(self, layers, kept, h, inputs: BlockInputs, selection: Selection | None) -> torch.Tensor:
         """Explicit blocks; the last one gives the selected positions only, (P, D), where there is a selection."""
-        for i, layer in enumerate(layers):
+        active = None if inputs.active is None else inputs.active._replace(places=None)
+        for i, (layer, store) in enumerate(zip(layers, kept, strict=True)):
             last = selection if i == len(layers) - 1 else None
-            # Only a mask written out as a tensor has rows that can be left out; other kernels' masks do not.
-            pruned = last if bias is None or (torch.is_tensor(bias) and bias.dim() == 4) else None
-            modulation = layer.modulation(conditioning)
-            h = self._checkpointed(i, training, layer, h, modulation, rotary, bias, None, pruned, training)
-            h = last.pick(h) if last is not None and pruned is None else h
+            pruned = last if has_rows(inputs.bias) else None
+            part = None if store is None else store.of(inputs.active)
+            arguments = (inputs.modulation(layer), inputs.rotary, inputs.bias, None, pruned or active, inputs.training)
+            h = self._checkpointed(i, inputs.training, layer, h, *arguments, part)
+            h = last.pick(h.flatten(0, 1)) if last is not None and pruned is None else h
         return h
 
-    def _solve(
-        self, h_pre, conditioning, rotary, bias, attention_mask, training: bool, options: SolverOptions
-    ) -> FixedPointSolution:
-        """h* of h ↦ F(h; u): what no iteration changes (u, modulations, dropout masks) is computed once."""
-        stack = self.fixed_point
-        if options.fixed_point_state is not None:
-            check_tensor("fixed_point_state", options.fixed_point_state, h_pre.shape)
-        if options.reuse_weights is not None:
-            check_tensor("reuse_weights", options.reuse_weights, h_pre.shape[:2])
-        constant = stack.constant(h_pre)
-        modulations = [layer.modulation(conditioning) for layer in stack.layers]
-        keeps = [layer.dropout_masks(h_pre) if training else None for layer in stack.layers]
+    def _solve(self, h_pre, kept, inputs: BlockInputs, attention_mask, options: SolverOptions) -> FixedPointSolution:
+        """h* of h ↦ F(h; u), (B, L, D), or at the active positions, (A, D)."""
+        state, weights, active = options.fixed_point_state, options.reuse_weights, inputs.active
         turns = itertools.count()
         if self.gradient_checkpointing:  # runs every iteration again, or those that it was told to
             options = replace(options, num_kept_iterations=None)
-
-        def step(h: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-            if rows is None:
-                arguments = (h, constant, modulations, rotary, bias, keeps, training)
-                return self._checkpointed(next(turns), training, stack, *arguments)
-            part = [tuple(v[rows] if len(v) > 1 else v for v in vectors) for vectors in modulations]
-            kept = [None if keep is None else tuple(mask[rows] for mask in keep) for keep in keeps]
-            return stack(h, constant[rows], part, rotary, None if bias is None else bias[rows], kept, training)
-
-        start = warm_start(h_pre, options.fixed_point_state, options.reuse_weights)
-        return solve(step, start, options, attention_mask)
+        if active is None:
+            step = whole_step(
+                self.fixed_point, h_pre, inputs, kept,
+                lambda *arguments: self._checkpointed(next(turns), inputs.training, *arguments),
+            )  # fmt: skip
+            return solve(step, warm_start(h_pre, state, weights), options, attention_mask)
+        state, weights = (None if x is None else active.pick(x.flatten(0, 1)) for x in (state, weights))
+        start = active.pad(warm_start(h_pre, state, weights))  # (B, Q, D)
+        solution = solve(active_step(self.fixed_point, h_pre, inputs, kept), start, options, active.filled())
+        return solution._replace(state=active.pack(solution.state))
 
     def _set_gradient_checkpointing(self, **kwargs) -> None:
         super()._set_gradient_checkpointing(**kwargs)
@@ -306,7 +299,7 @@ class MGMPreTrainedModel(PreTrainedModel):
         """The head's input, of the shape of `h`: (B, L, D), or (P, D) at the selected positions."""
         shift, scale = self.final_modulation(conditioning)  # (B or 1, 1, D)
         if selection is not None:
-            shift, scale = selection.pick(shift), selection.pick(scale)  # (P or 1, D)
+            shift, scale = selection.vector(shift), selection.vector(scale)  # (P or 1, D)
         return modulate(self.final_norm(h), shift, scale)
 
     def _loss(
@@ -391,4 +384,4 @@ class MGMPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, **kwargs)
 
 
-__all__ = ["DenoiserOptions", "FixedPointStack", "MGMOutput", "MGMPreTrainedModel"]
+__all__ = ["DenoiserOptions", "MGMOutput", "MGMPreTrainedModel"]

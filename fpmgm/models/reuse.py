@@ -82,7 +82,7 @@ def warm_start(
     """h⁰ = γ⊙h*_prev + (1 − γ)⊙h_pre, (B, L, D) (Algorithm 1, line 17).
 
     Args:
-        h_pre (`torch.Tensor`): (B, L, D) output of the pre-stack.
+        h_pre (`torch.Tensor`): (B, L, D) output of the pre-stack, or (P, D) of some positions, as the others are then.
         previous_state (`torch.Tensor`, *optional*): (B, L, D) previous solution. `None`: start from `h_pre`.
         weights (`torch.Tensor`, *optional*): (B, L) γ. `None`: 1 everywhere.
     """
@@ -90,4 +90,4 @@ def warm_start(
         return h_pre
     if weights is None:
         return previous_state
-    return torch.lerp(h_pre, previous_state, weights[:, :, None].to(h_pre.dtype))
+    return torch.lerp(h_pre, previous_state, weights[..., None].to(h_pre.dtype))

@@ -6,7 +6,8 @@ the model is certain of.
 In the first three the reveal steps do not depend on the logits, so they are known beforehand, on the host: a step
 computes its head at the positions that it reveals and nowhere else (exact, not an approximation), and never asks the
 device how many there are. Every rule offers `candidates`, the positions whose logits a step needs, `moment`, at what
-time that is, `write`, which turns logits into tokens, and `unfinished`, the rows that have steps before them.
+time that is, `write`, which turns logits into tokens, `unfinished`, the rows that have steps before them,
+and `masked`, what is left to write.
 
 With `block_length` a sequence is written block by block: each order does within the steps of a block what it does
 otherwise within all.
@@ -146,6 +147,11 @@ class ScheduledReveal:
         tokens, revealed = _write(tokens, to_device(positions, device), drawn)
         return self._remask(step, tokens), revealed
 
+    def masked(self, step: int, tokens: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """(B, L) bool, on the CPU: what is masked after the step, of what was masked `before` it."""
+        flat = before.flatten().index_fill(0, self.candidates(step, tokens), False)
+        return flat.index_fill(0, self.schedule.remasks[step], True).view_as(before)
+
     def _remask(self, step: int, tokens: torch.Tensor) -> torch.Tensor:
         positions = self.schedule.remasks[step]
         if len(positions) == 0:
@@ -169,9 +175,13 @@ class ConfidenceReveal:
 
     def candidates(self, step: int, tokens: torch.Tensor) -> torch.Tensor:
         """(P,) ascending indices into B·L, on the CPU; which positions are left is known on the device."""
-        masked = (tokens == self.mask_token_id).cpu() & self.wanted
+        masked = self.masked(step, tokens)
         turn = (self.windows.first <= step) & (step <= self.windows.last)
         return (masked & turn).flatten().nonzero().squeeze(1)
+
+    def masked(self, step: int, tokens: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, L) bool, on the CPU: what is masked in `tokens` (B, L)."""
+        return (tokens == self.mask_token_id).cpu() & self.wanted
 
     def unfinished(self, tokens: torch.Tensor, positions: torch.Tensor) -> None:
         """All rows take all steps."""
@@ -209,9 +219,13 @@ class AdaptiveReveal:
 
     def candidates(self, step: int, tokens: torch.Tensor) -> torch.Tensor:
         """(P,) ascending indices into B·L, on the CPU; which positions are left is known on the device."""
-        masked = (tokens == self.mask_token_id).cpu() & self.wanted & (step <= self.windows.last)
+        masked = self.masked(step, tokens) & (step <= self.windows.last)
         last = self.windows.last.masked_fill(~masked, self.clock.num_steps)
         return (masked & (last == last.amin(dim=1, keepdim=True))).flatten().nonzero().squeeze(1)
+
+    def masked(self, step: int, tokens: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, L) bool, on the CPU: what is masked in `tokens` (B, L)."""
+        return (tokens == self.mask_token_id).cpu() & self.wanted
 
     def unfinished(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """(B,) bool on the CPU: the rows with `positions`."""

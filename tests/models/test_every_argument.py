@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fpmgm import FPMaskGITModel, FPMDLMForMaskedDiffusion, MGMGenerationConfig, plan_budget
+from fpmgm.models.frozen_states import FrozenStates, KeyValues
 from fpmgm.models.modeling_mgm import DenoiserOptions
 from tests.models.helpers import lively_image_model, lively_model
 from tests.testing_utils import tiny_config
@@ -51,6 +52,21 @@ def kept(model, call) -> int:
     return len(calls)
 
 
+@torch.no_grad()
+def stored(model, call) -> bool:
+    """Whether keys and values were kept."""
+    model(**call)
+    return "frozen_states" in call and call["frozen_states"].filled
+
+
+@torch.no_grad()
+def frozen(model, call) -> float:
+    """A number of the logits after other tokens were frozen."""
+    states = FrozenStates.empty(model.config)
+    model(**{**call, "input_ids": call["input_ids"].flip(1)} | {"active_positions": None}, frozen_states=states)
+    return model(**call, frozen_states=states).logits.sum().item()
+
+
 def denoiser_options(labels, state) -> dict:
     """Name → (call beside it, value, what it changes)."""
     half = torch.full(state.shape[:2], 0.5, dtype=torch.float64)
@@ -67,6 +83,8 @@ def denoiser_options(labels, state) -> dict:
         "tolerance": ({}, 0.3, "residuals"),
         "solver": ({}, "anderson", "logits"),
         "logits_positions": ({}, torch.tensor([2, 3]), "logits"),
+        "frozen_states": ({}, FrozenStates([KeyValues() for _ in range(3)]), stored),
+        "active_positions": ({"logits_positions": torch.tensor([2])}, torch.tensor([2, 3]), frozen),
         "output_logits": ({}, False, "logits"),
         "training": ({}, True, "logits"),
     }
@@ -245,6 +263,7 @@ PLAN = {
     "num_steps": 3,
     "allocation": "increasing",
     "starts": lambda n: [0, 1],
+    "shares": lambda n: [1.0] + [0.5] * (n - 1),
 }
 
 

@@ -50,6 +50,9 @@ GOOD = {
     "gamma_remasked": [0.3],
     "tolerance": [0, 0.05, 0.5, 1e9],
     "solver": ["picard", "anderson"],
+    "freeze": [True, False],
+    "refresh_every": [1, 2, 5],
+    "freeze_tolerance": [0, 0.05, 1e9],
     "tuned_plans": [{}, PLAN, {"20": {"solver": "anderson"}}],
     "temperature": [0, 1e-310, 1e-308, 0.5, 1, 2.5, 1e300, Fraction(1, 2)],
     "top_k": [1, 2, 100, 10**30],
@@ -98,7 +101,7 @@ def random_prompt(config, rng: random.Random) -> tuple[object, object]:
 FOREIGN = {
     "text": {"class_labels", "guidance_scale"},
     "timed": {"class_labels", "guidance_scale"},
-    "explicit": {"class_labels", "guidance_scale", "iterations", "tolerance", "solver"},
+    "explicit": {"class_labels", "guidance_scale", "iterations", "tolerance", "solver", "freeze_tolerance"},
     "image": {"token_type_ids", "length", "remask", "final", "max_new_tokens", "block_length", "stop_at_eos"},
 }
 BOUNDS = {"entropy_bound": "entropy", "confidence_threshold": "threshold", "margin_threshold": "margin"}
@@ -125,6 +128,7 @@ def random_call(kind: str, rng: random.Random) -> dict:
             call["seed"] = 1
         call = {name: value for name, value in call.items() if name not in unwanted}
         call |= next(({"order": order} for name, order in BOUNDS.items() if name in call), {})
+        call |= {"freeze": True} if {"refresh_every", "freeze_tolerance"} & set(call) else {}
         call |= {"num_steps": 2} if "iterations" not in call and "allocation" not in call else {}
     if rng.random() < 0.3:
         name = rng.choice([*sorted(GOOD), "input_ids", "attention_mask", "return_dict_in_generate"])

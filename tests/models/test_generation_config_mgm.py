@@ -118,6 +118,9 @@ EFFECTIVE_VALUES = {
     "gamma_remasked": 0.9,
     "tolerance": 0.1,
     "solver": "anderson",
+    "freeze": True,
+    "refresh_every": 2,
+    "freeze_tolerance": 0.1,
     "tuned_plans": {"24": {"num_steps": 3, "reuse": "none"}},
     "remask": 0.5,
     "order": "confidence",
@@ -135,6 +138,8 @@ EFFECTIVE_VALUES = {
 # What a parameter needs beside it to have anything to act on.
 NEEDED = {
     "gamma_remasked": {"remask": 0.5},
+    "refresh_every": {"freeze": True},
+    "freeze_tolerance": {"freeze": True},
     "entropy_bound": {"order": "entropy"},
     "confidence_threshold": {"order": "threshold"},
     "margin_threshold": {"order": "margin"},
