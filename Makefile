@@ -4,9 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := $(VENV)/extras
 
-.PHONY: docs quickstart test test-distributed test-extras style check clean
+.PHONY: docs quickstart test test-distributed test-extras test-wheel style check clean
 
-$(BIN)/.installed: setup.py constraints.txt
+$(BIN)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
@@ -33,6 +33,9 @@ test-distributed: $(EXTRAS)/.installed  ## two processes under DDP, ZeRO-1, 2, 3
 
 test-extras: $(EXTRAS)/.installed  ## what needs optional packages; Liger's kernel is interpreted, without a GPU
 	TRITON_INTERPRET=1 $(EXTRAS)/bin/python -m pytest tests/models/test_head.py tests/evaluation/test_image_metrics.py
+
+test-wheel:  ## sdist and wheel, and the wheel with each extra in an empty environment
+	PYTHON=$(PYTHON) .ci/wheel
 
 docs: $(BIN)/.installed  ## the site, in site/; a warning or a broken link ends it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -180,7 +180,8 @@ def make_trainer(name: str, args: Arguments):
         return PlainTrainer(model)
     row = Dataset.from_dict({"input_ids": [[0] * args.length]})
     if kind == "checkpointed":
-        model.activation_checkpointing_enable()
+        name = "activation_checkpointing_enable"  # of older transformers: gradient_checkpointing_enable
+        getattr(model, name, model.gradient_checkpointing_enable)()
     if kind in ("base", "checkpointed"):
         return MGMTrainer(model, MGMTrainingConfig(**shared), train_dataset=row)
     if kind == "consistency":

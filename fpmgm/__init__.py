@@ -23,7 +23,7 @@ from .pipeline_fpmaskgit import FPMaskGITPipeline, FPMaskGITPipelineOutput
 from .streamers import TextStreamer
 
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 AutoConfig.register(FPMDLMConfig.model_type, FPMDLMConfig, exist_ok=True)
 AutoModel.register(FPMDLMConfig, FPMDLMForMaskedDiffusion, exist_ok=True)

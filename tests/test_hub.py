@@ -124,6 +124,8 @@ class NotInstalled:
 sys.meta_path.insert(0, NotInstalled())
 
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, AutoModelForMaskedLM, AutoTokenizer, JanusVQVAE
 
@@ -161,8 +163,10 @@ for source, place in {"hub": "tester/pipeline", "local": str(folder / "pipeline"
     model, tokenizer = (AutoModel.from_pretrained(place, subfolder=part, **remote) for part in ("model", "vq"))
     codes = model.generate(class_labels=[0, 2], budget=20, seed=4)
     tensors |= {f"{source} codes": codes, f"{source} pixels": tokenizer.decode(codes)}
-    processor = AutoImageProcessor.from_pretrained(place, subfolder="processor")
-    facts[f"{source} pipeline"] = [processor.crop_size["height"], model.config.id2label[2]]
+    facts[f"{source} pipeline"] = model.config.id2label[2]
+    if Version(transformers.__version__) >= Version("5.23"):  # older ones want torchvision for this
+        processor = AutoImageProcessor.from_pretrained(place, subfolder="processor")
+        assert processor.crop_size["height"] == 12
 part = AutoModel.from_pretrained(folder / "pipeline" / "model", **remote)  # a checkpoint of its own
 tensors["part codes"] = part.generate(class_labels=[0, 2], budget=20, seed=4)
 plain = JanusVQVAE.from_pretrained(folder / "pipeline", subfolder="vq").eval()
@@ -226,7 +230,8 @@ def test_a_pushed_pipeline_draws_the_same(hub):
     written = load_file(hub[1] / "written.safetensors")
     assert torch.equal(written["hub codes"], written["made codes"])
     assert torch.equal(written["hub images"], written["made images"])
-    assert hub[0].commits["tester/pipeline"] == 1 and hub[0].requests["tester/pipeline"]["visibility"] == "private"
+    request = hub[0].requests["tester/pipeline"]  # older clients say `private`
+    assert hub[0].commits["tester/pipeline"] == 1 and (request.get("visibility") == "private" or request["private"])
     card = ModelCard(hub[0].repositories["tester/pipeline"]["README.md"].decode())
     assert 'FPMaskGITPipeline.from_pretrained("tester/pipeline")' in card.text
     assert card.data.library_name == "fpmgm"
@@ -248,7 +253,7 @@ def test_the_parts_of_a_pipeline_work_the_same_where_fpmgm_is_not_installed(hub,
     images = ((loaded[f"{source} pixels"] + 1) * 127.5).round().byte()
     assert torch.equal(images, written[f"{source} images"])
     assert len(images.unique()) > 20  # something that could differ
-    assert json.loads((hub[1] / "facts.json").read_text())[f"{source} pipeline"] == [12, "LABEL_2"]
+    assert json.loads((hub[1] / "facts.json").read_text())[f"{source} pipeline"] == "LABEL_2"
 
 
 def test_a_part_of_a_pipeline_is_a_checkpoint_of_its_own(hub):

@@ -24,7 +24,7 @@ from fpmgm.trainers import (
     SDTTConfig,
     SDTTTrainer,
 )
-from tests.testing_utils import tiny_image_model, tiny_model
+from tests.testing_utils import checkpoint_activations, tiny_image_model, tiny_model
 from tests.trainers.training_utils import image_rows, make_trainer, training_model
 
 
@@ -113,7 +113,7 @@ def test_an_ordinary_copy_waits():
 def test_a_loss_on_text(tmp_path, checkpointing, kept):
     model = training_model(dropout=0.1)
     if checkpointing:
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model)
     check_loss(make_trainer(tmp_path, model, num_kept_iterations=kept))
 
 

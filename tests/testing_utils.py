@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from fpmgm import FPMaskGITConfig, FPMaskGITModel, FPMDLMConfig, FPMDLMForMaskedDiffusion
 from fpmgm.models.modeling_xqgan import XQGANConfig, XQGANModel
@@ -16,6 +17,16 @@ SHARED = Path(os.environ.get("FPMGM_SHARED", Path(__file__).parents[2] / "shared
 needs_shared = pytest.mark.skipif(
     not (SHARED / "parity").is_dir(), reason="needs the fixtures of the original implementations (FPMGM_SHARED)"
 )
+
+
+# The option that makes blocks run again in the backward pass: transformers renamed it after 5.17.
+RENAMED = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+CHECKPOINTING = "activation_checkpointing" if RENAMED else "gradient_checkpointing"
+
+
+def checkpoint_activations(model: torch.nn.Module, **options) -> None:
+    """Make blocks run again in the backward pass."""
+    getattr(model, f"{CHECKPOINTING}_enable")(**options)
 
 
 def tiny_config(**overrides) -> FPMDLMConfig:

@@ -349,8 +349,8 @@ class MGMPreTrainedModel(PreTrainedModel):
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """As `is_activation_checkpointing`: PEFT asks by this name, which transformers warns of."""
-        return self.is_activation_checkpointing
+        """Whether blocks run again in the backward pass: PEFT asks by this name, which transformers warns of."""
+        return self.gradient_checkpointing
 
     @staticmethod
     def _finalize_model_loading(model, load_config, loading_info):

@@ -177,15 +177,16 @@ class AtomicCheckpointTrainer(Trainer):
         finally:
             set_random_states(states)
 
-    def _run_epoch(self, *args, resume_from_checkpoint=None, **kwargs):
+    def _run_epoch(self, *args, epoch, epochs_trained, resume_from_checkpoint=None, **kwargs):
         # resumed from the last step, where `Trainer` would add one, or from where a rule ended it
         if self.state.global_step >= self.state.max_steps or self._stopped:
             self.control.should_training_stop = True
         if self.control.should_training_stop:
             return
-        if resume_from_checkpoint is not None and self.state.global_step == self._initial_global_step:
+        if resume_from_checkpoint is not None and epoch == epochs_trained:
             self._load_log(Path(resume_from_checkpoint))
-        super()._run_epoch(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        where = {"epoch": epoch, "epochs_trained": epochs_trained, "resume_from_checkpoint": resume_from_checkpoint}
+        super()._run_epoch(*args, **where, **kwargs)
 
     # --- what the next log line is made of ----------------------------------------------------------------------
 

@@ -128,7 +128,7 @@ class MGMTrainingConfig(TrainingArguments):
         if self.num_kept_iterations is not None:
             if self.num_kept_iterations < 0:
                 raise ValueError(f"`num_kept_iterations`={self.num_kept_iterations} must be at least 0.")
-            if self.activation_checkpointing:
+            if self.gradient_checkpointing:  # the older name of `activation_checkpointing`, and equal to it
                 raise ValueError(
                     f"`num_kept_iterations`={self.num_kept_iterations} with `activation_checkpointing`=True, which "
                     "runs all iterations again: give one of them."

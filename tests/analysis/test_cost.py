@@ -35,7 +35,7 @@ from fpmgm.trainers import (
 )
 from fpmgm.trainers.batch import Noise
 
-from ..testing_utils import tiny_config, tiny_image_config, tiny_image_model, tiny_model
+from ..testing_utils import checkpoint_activations, tiny_config, tiny_image_config, tiny_image_model, tiny_model
 from ..trainers.training_utils import token_rows
 
 
@@ -111,7 +111,7 @@ def test_flops_are_those_that_pytorch_counts(name):
     assert counted_flops(lambda: call(model, iterations, True)) == computed(model.config, iterations, training=True)
     expected = computed(model.config, iterations, training=True, iterations_again=max(0, iterations[1] - 1))
     assert counted_flops(lambda: call(model, iterations, True, kept=1)) == expected
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     expected = computed(model.config, iterations, training=True, checkpointing=True)
     assert counted_flops(lambda: call(model, iterations, True)) == expected
 

@@ -13,6 +13,8 @@ from fpmgm.analysis.measured import allocated_peak
 from fpmgm.analysis.memory import ENGINES, training_memory
 from fpmgm.models.noise import arccos_ratio
 
+from ..testing_utils import checkpoint_activations
+
 
 MDLM = {"num_pre_layers": 4, "num_fixed_point_layers": 0, "num_post_layers": 0}
 LENGTH, BATCH = 64, 4
@@ -37,7 +39,7 @@ def train(
     model = (FPMaskGITModel if is_image else FPMDLMForMaskedDiffusion)(config).train()
     classes = {"class_labels": torch.arange(len(masked)) % 10} if is_image else {}
     if checkpointing:
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     average = [p.detach().clone() for p in model.parameters()]
     options = {} if model.fixed_point is None else {"num_no_grad_iterations": 1, "num_iterations": 3}

@@ -9,7 +9,7 @@ from transformers import AutoModel
 from fpmgm import FPMaskGITConfig, FPMaskGITModel
 from fpmgm.models.block_fpmaskgit import FPMaskGITBlock
 from tests.models.reference_maskgit import reference_forward
-from tests.testing_utils import tiny_image_config, tiny_image_model
+from tests.testing_utils import checkpoint_activations, tiny_image_config, tiny_image_model
 
 
 MASK, LENGTH, CLASSES = 7, 9, 3  # of tiny_image_config
@@ -159,7 +159,7 @@ def test_checkpointing_recomputes_and_keeps_the_gradients():
     for checkpointing in (False, True):
         model = tiny_image_model(dropout=0.3).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            checkpoint_activations(model)
         torch.manual_seed(7)
         model(**batch, num_iterations=3, num_no_grad_iterations=2).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})

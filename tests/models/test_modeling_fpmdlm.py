@@ -11,7 +11,7 @@ from transformers import AutoModelForMaskedLM
 from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion
 from fpmgm.models.block_fpmdlm import FPMDLMBlock
 from tests.models.reference_mdlm import reference_forward
-from tests.testing_utils import tiny_config, tiny_model
+from tests.testing_utils import checkpoint_activations, tiny_config, tiny_model
 
 
 MASK = 10  # of tiny_config
@@ -329,7 +329,7 @@ def test_checkpointing_recomputes_solver_iterations_and_keeps_the_gradients(drop
     batch, iterations = corrupted(), {"num_iterations": 3, "num_no_grad_iterations": 2}
     model = tiny_model(dropout=dropout)
     plain, run_once = train_gradients(copy.deepcopy(model), batch, **iterations)
-    model.activation_checkpointing_enable(every_n_layers=every)
+    checkpoint_activations(model, every_n_layers=every)
     checkpointed, run_again = train_gradients(model, batch, **iterations)
     for name in plain:
         torch.testing.assert_close(checkpointed[name], plain[name], rtol=0, atol=1e-6)
@@ -346,7 +346,7 @@ def test_iterations_that_are_not_kept_run_again_and_give_the_same_gradients(kept
     gradients, run_again = train_gradients(copy.deepcopy(model), batch, **iterations, num_kept_iterations=kept)
     torch.testing.assert_close(gradients, plain, rtol=0, atol=1e-6)
     assert len(run_again) == len(run_once) + iterations_again
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     _, all_again = train_gradients(model, batch, **iterations, num_kept_iterations=kept)
     assert len(all_again) == len(run_once) + 1 + 3 + 1
 

@@ -27,6 +27,7 @@ from fpmgm.trainers import (
 )
 from fpmgm.trainers.shards import part_of
 
+from ..testing_utils import CHECKPOINTING
 from .training_utils import make_trainer, record_calls, token_rows, training_model, weights
 
 
@@ -107,8 +108,8 @@ def post_train(folder: Path, ranks: int, name: str, **arguments) -> dict:
 def adam(folder: Path, ranks: int, resume_from: Path | None = None) -> dict:
     """AdamW with recomputed activations, evaluated in between; the share of weights and state that this rank holds."""
     trainer = build(
-        folder, ranks, activation_checkpointing=True, eval_strategy="steps", eval_steps=1, eval_dataset=token_rows(6),
-        **ADAM,
+        folder, ranks, eval_strategy="steps", eval_steps=1, eval_dataset=token_rows(6),
+        **{CHECKPOINTING: True}, **ADAM,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     total = sum(p.numel() for p in training_model().parameters())

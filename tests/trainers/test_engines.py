@@ -8,6 +8,7 @@ import torch
 
 from fpmgm.trainers.engines import check_engine, skips_bad_steps
 
+from ..testing_utils import CHECKPOINTING
 from .training_utils import make_trainer, training_model, weights
 
 
@@ -61,7 +62,7 @@ def test_float16_skips_bad_steps_whoever_scales_the_loss():
         assert skips_bad_steps(trainer) == enabled
 
 
-@pytest.mark.parametrize("again", [{"activation_checkpointing": True}, {"num_kept_iterations": 1}])
+@pytest.mark.parametrize("again", [{CHECKPOINTING: True}, {"num_kept_iterations": 1}])
 def test_compiled_blocks_under_a_loop_of_any_length_train_alike(tmp_path, again):
     # `backend="eager"` captures the graphs without generating code; steps 1 to 5 take 6, 10, 7, 10 and 4 iterations.
     arguments = {"max_steps": 5, **again}

@@ -27,7 +27,7 @@ from fpmgm import FPMDLMForMaskedDiffusion
 from fpmgm.models.noise import stream_generator
 from fpmgm.trainers import MGMTrainingConfig
 
-from ..testing_utils import tiny_config
+from ..testing_utils import CHECKPOINTING, tiny_config
 from .training_utils import (
     LENGTH,
     MASK,
@@ -161,7 +161,7 @@ def test_activation_checkpointing_recomputes_and_gives_the_same_weights(tmp_path
         model, blocks = training_model(dropout=0.1), []
         # before the call: recomputation leaves a block as soon as it has what the backward pass needs
         model.pre_layers[0].register_forward_pre_hook(lambda *_, blocks=blocks: blocks.append(1))
-        make_trainer(tmp_path, model, activation_checkpointing=checkpointing).train()
+        make_trainer(tmp_path, model, **{CHECKPOINTING: checkpointing}).train()
         results.append(weights(model))
         calls.append(len(blocks))
     assert calls == [3, 6]
@@ -182,7 +182,7 @@ def test_kept_iterations_give_the_same_weights_and_those_that_drew_more_run_agai
         calls.append(len(blocks))
     assert calls[1] - calls[0] == sum(grad - 1 for _, grad in drawn) > 0
     assert_close(results[1], results[0])
-    for arguments in ({"num_kept_iterations": -1}, {"num_kept_iterations": 1, "activation_checkpointing": True}):
+    for arguments in ({"num_kept_iterations": -1}, {"num_kept_iterations": 1, CHECKPOINTING: True}):
         with pytest.raises(ValueError, match="`num_kept_iterations`="):
             make_trainer(tmp_path, **arguments)
 

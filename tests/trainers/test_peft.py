@@ -17,6 +17,7 @@ from fpmgm.models.kinds import KINDS
 from fpmgm.trainers import peft as ours
 from fpmgm.trainers.peft import LoraArguments
 
+from ..testing_utils import CHECKPOINTING
 from .training_utils import LENGTH, MASK, VOCABULARY, make_trainer, token_rows, training_model, weights
 
 
@@ -194,8 +195,8 @@ def test_activation_checkpointing_recomputes_and_gives_the_same_adapter(tmp_path
         base.pre_layers[0].register_forward_pre_hook(lambda *_, blocks=blocks: blocks.append(1))
         torch.manual_seed(0)
         trainer = make_trainer(
-            tmp_path, base, peft_config=lora(), activation_checkpointing=checkpointing,
-            activation_checkpointing_kwargs={"use_reentrant": reentrant},
+            tmp_path, base, peft_config=lora(),
+            **{CHECKPOINTING: checkpointing, f"{CHECKPOINTING}_kwargs": {"use_reentrant": reentrant}},
         )  # fmt: skip
         trainer.train()
         results.append(weights(trainer.model))
