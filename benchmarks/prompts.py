@@ -22,6 +22,7 @@ import fpmgm  # noqa: F401  (registers the models)
 from fpmgm.command_line import parse_arguments
 from fpmgm.evaluation import provenance
 from fpmgm.evaluation.report import table, write_report
+from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
 from made_models import ROOT, make, parameters_of
 
 
@@ -31,9 +32,8 @@ MODELS = {  # overrides of the YAML
 }
 QUIET = "--disable_tqdm True --report_to none --dataloader_pin_memory False --save_total_limit 1 --logging_steps 100"
 ANSWER = 12  # tokens of an answer with its end, the YAML's `completion_multiple`
-# An order, and the share of the tokens that a step of the fixed plan reveals: adaptive ones may take one at a time.
+STEP = 4  # block evaluations of a step, as long as there are no more steps than tokens to write
 ORDERS = ("ancestral", "confidence", "entropy", "threshold", "margin")
-ADAPTIVE = ("entropy", "threshold", "margin")
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Arguments:
     num_words: int = field(default=20_000, metadata={"help": "Words to train on."})
     num_prompts: int = field(default=200, metadata={"help": "Prompts to answer, of other words."})
     max_steps: int = field(default=1500, metadata={"help": "Optimizer steps of each model."})
-    budgets: list[int] = field(default_factory=lambda: [12, 24, 48, 96], metadata={"help": "Block evaluations."})
+    budgets: list[int] = field(default_factory=lambda: [4, 12, 24, 48, 96], metadata={"help": "Block evaluations."})
     seed: int = field(default=0, metadata={"help": "Of the words, the training and the answers."})
     work_dir: str = field(default="outputs/prompts", metadata={"help": "Keeps the words and the models."})
     output: str = field(default="benchmarks/results/prompts_cpu.json", metadata={"help": "JSON to write."})
@@ -64,22 +64,27 @@ def train(name: str, args: Arguments, file: Path) -> tuple[Path, dict]:
     argv = ["--config", f"{ROOT}/recipes/configs/sft_small.yaml", *MODELS[name].split(), *QUIET.split()]
     argv += ["--max_steps", str(args.max_steps), "--seed", str(args.seed), "--output_dir", str(folder)]
     made = make("train_sft", argv, ["--text_files", str(file)], folder, {args.work_dir: "WORK"})
-    kept = {key: made[key] for key in ("command", "commit", "steps", "train_runtime", "eval_loss")}
+    kept = {key: made[key] for key in ("command", "commit", "steps", "eval_loss")}
     return folder, {**kept, "parameters": parameters_of(folder)}
 
 
-def steps_of(order: str, budget: int, model: PreTrainedModel) -> dict:
-    """The plan of a budget: what the model takes by itself, or as many steps as adaptive orders may need."""
-    explicit = model.config.num_pre_layers + model.config.num_post_layers
-    blocks = explicit + model.config.num_fixed_point_layers
-    return {"num_steps": min(ANSWER, budget // blocks)} if order in ADAPTIVE else {}
+def training_seconds(folder: Path, rows: list[dict], steps: int = 20) -> float:
+    """CPU time of an optimizer step, whatever else the machine does."""
+    options = {"completion_multiple": ANSWER, "per_device_train_batch_size": 64, "save_strategy": "no"}
+    args = MGMTrainingConfig(str(folder / "timing"), max_steps=steps, report_to="none", disable_tqdm=True, **options)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    trainer = MGMTrainer(folder, args, rows[: 64 * steps], processing_class=tokenizer)
+    start = time.process_time()
+    trainer.train()
+    return (time.process_time() - start) / steps
 
 
-@torch.no_grad()
 def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], **options) -> tuple:
     """The texts behind `prompts`, to their first EOS, and what `generate` says of its work."""
     given = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
-    out = model.generate(**given, max_new_tokens=ANSWER, stop_at_eos=True, return_dict_in_generate=True, **options)
+    out = model.generate(
+        **given, max_new_tokens=ANSWER, stop_at_eos=True, temperature=0.0, return_dict_in_generate=True, **options
+    )
     written = out.sequences[:, given["input_ids"].shape[1] :]
     return tokenizer.batch_decode(written, skip_special_tokens=True), out
 
@@ -89,9 +94,9 @@ def judge(model: PreTrainedModel, tokenizer, rows: list[dict], args: Arguments) 
     found, prompts = [], [row["prompt"] for row in rows]
     for order in ORDERS:
         for budget in args.budgets:
-            options = {"order": order, "budget": budget, **steps_of(order, budget, model)}
+            options = {"order": order, "budget": budget, "num_steps": min(ANSWER, budget // STEP)}
             start = time.process_time()
-            texts, out = answers(model, tokenizer, prompts, seed=args.seed, temperature=0.0, **options)
+            texts, out = answers(model, tokenizer, prompts, seed=args.seed, **options)
             seconds = time.process_time() - start
             right = sum(text == row["completion"] for text, row in zip(texts, rows, strict=True))
             found.append(
@@ -99,7 +104,8 @@ def judge(model: PreTrainedModel, tokenizer, rows: list[dict], args: Arguments) 
                     **options,
                     "exact_match": right / len(rows),
                     "tokens_per_step": out.tokens_per_step,
-                    "num_steps": out.num_steps,
+                    "num_steps": options["num_steps"],
+                    "steps_taken": out.num_steps,
                     "block_evaluations": out.block_evaluations,
                     "cpu_milliseconds_per_answer": 1000 * seconds / len(rows),
                 }
@@ -110,7 +116,13 @@ def judge(model: PreTrainedModel, tokenizer, rows: list[dict], args: Arguments) 
 def markdown(result: dict) -> str:
     """A table of the models, and one of the answers."""
     trained = [
-        [name, f"{run['parameters']:,}", run["steps"], f"{run['eval_loss']:.4f}"]
+        [
+            name,
+            f"{run['parameters']:,}",
+            run["steps"],
+            f"{run['steps'] * run['cpu_seconds_per_training_step'] / 60:.1f}",
+            f"{run['eval_loss']:.4f}",
+        ]
         for name, run in result["models"].items()
     ]
     rows = [
@@ -119,6 +131,7 @@ def markdown(result: dict) -> str:
             row["order"],
             row["budget"],
             row["num_steps"],
+            row["steps_taken"],
             row["block_evaluations"],
             f"{row['tokens_per_step']:.2f}",
             f"{row['cpu_milliseconds_per_answer']:.1f}",
@@ -127,9 +140,18 @@ def markdown(result: dict) -> str:
         for name, run in result["models"].items()
         for row in run["answers"]
     ]
-    columns = ["model", "order", "budget", "steps", "block evaluations", "tokens per step", "CPU ms per answer"]
+    columns = [
+        "model",
+        "order",
+        "budget",
+        "steps",
+        "taken",
+        "block evaluations",
+        "tokens per step",
+        "CPU ms per answer",
+    ]
     return (
-        table(["model", "parameters", "training steps", "validation loss"], trained)
+        table(["model", "parameters", "training steps", "CPU minutes", "validation loss"], trained)
         + "\n\n"
         + table([*columns, "exact match"], rows)
     )
@@ -150,7 +172,9 @@ def main() -> None:
     }
     for name in MODELS:
         folder, measured = train(name, args, file)
-        model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+        model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        tokenizer.pad_token = tokenizer.eos_token
+        measured["cpu_seconds_per_training_step"] = training_seconds(folder, rows)
         result["models"][name] = {**measured, "answers": judge(model, tokenizer, others, args)}
     write_report(args.output, result, markdown(result))
     print(markdown(result))
