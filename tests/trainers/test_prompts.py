@@ -176,6 +176,7 @@ class Map(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index):
+        torch.rand(1)  # as what varies pictures
         return self.rows[index]
 
 
@@ -193,6 +194,8 @@ def test_rows_of_every_source_become_the_same_ids(tmp_path):
     assert encoded(file, num_proc=2) == expected
     ids = token_rows(3)
     assert encode_prompts(ids, None, 16) is ids and encode_prompts(None, None, 16) is None
+    state, drawn_rows = torch.get_rng_state(), Map([{"input_ids": [1]}])
+    assert encode_prompts(drawn_rows, None, 16) is drawn_rows and torch.equal(torch.get_rng_state(), state)
 
 
 # --- refused ---------------------------------------------------------------------------------------------------------
