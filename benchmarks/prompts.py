@@ -41,9 +41,9 @@ class Arguments:
     """How much."""
 
     num_words: int = field(default=20_000, metadata={"help": "Words to train on."})
-    num_prompts: int = field(default=200, metadata={"help": "Prompts to answer, of other words."})
+    num_prompts: int = field(default=100, metadata={"help": "Prompts to answer, of other words."})
     max_steps: int = field(default=1500, metadata={"help": "Optimizer steps of each model."})
-    budgets: list[int] = field(default_factory=lambda: [4, 12, 24, 48, 96], metadata={"help": "Block evaluations."})
+    budgets: list[int] = field(default_factory=lambda: [4, 12, 24, 48], metadata={"help": "Block evaluations."})
     seed: int = field(default=0, metadata={"help": "Of the words, the training and the answers."})
     work_dir: str = field(default="outputs/prompts", metadata={"help": "Keeps the words and the models."})
     output: str = field(default="benchmarks/results/prompts_cpu.json", metadata={"help": "JSON to write."})
@@ -68,7 +68,7 @@ def train(name: str, args: Arguments, file: Path) -> tuple[Path, dict]:
     return folder, {**kept, "parameters": parameters_of(folder)}
 
 
-def training_seconds(folder: Path, rows: list[dict], steps: int = 20) -> float:
+def training_seconds(folder: Path, rows: list[dict], steps: int = 10) -> float:
     """CPU time of an optimizer step, whatever else the machine does."""
     options = {"completion_multiple": ANSWER, "per_device_train_batch_size": 64, "save_strategy": "no"}
     args = MGMTrainingConfig(str(folder / "timing"), max_steps=steps, report_to="none", disable_tqdm=True, **options)
