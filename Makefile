@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := $(VENV)/extras
 
-.PHONY: docs quickstart test test-distributed test-extras test-wheel style check clean
+.PHONY: docs quickstart test test-distributed test-extras test-demo test-wheel style check clean
 
 $(BIN)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,15 @@ test-distributed: $(EXTRAS)/.installed  ## two processes under DDP, ZeRO-1, 2, 3
 
 test-extras: $(EXTRAS)/.installed  ## what needs optional packages; Liger's kernel is interpreted, without a GPU
 	TRITON_INTERPRET=1 $(EXTRAS)/bin/python -m pytest tests/models/test_head.py tests/evaluation/test_image_metrics.py
+
+# Gradio stands apart as well: it wants an older Pillow than the one that the tests of pictures ran with.
+test-demo: $(BIN)/.installed  ## the demonstration; with Chromium and its driver (playwright), in a browser too
+	$(PYTHON) -m venv $(VENV)/demo
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		$$($(VENV)/demo/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/venv.pth
+	sed /^pillow/d constraints.txt > $(VENV)/demo/constraints.txt
+	$(VENV)/demo/bin/python -m pip install --quiet -c $(VENV)/demo/constraints.txt -e '.[demo]' playwright
+	OMP_NUM_THREADS=1 $(VENV)/demo/bin/python -m pytest tests/test_demo.py
 
 test-wheel:  ## sdist and wheel, and the wheel with each extra in an empty environment
 	PYTHON=$(PYTHON) .ci/wheel

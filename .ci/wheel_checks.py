@@ -101,10 +101,18 @@ def images() -> None:
 
 def demo() -> None:
     """The demonstration builds for a model."""
-    from fpmgm.demo import build
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    from fpmgm.demo import build, reveal
 
     tiny_model().save_pretrained(FOLDER / "model")
-    assert build is not None
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(10)} | {"<mask>": 10}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, mask_token="<mask>").save_pretrained(FOLDER / "model")
+    frames = list(reveal(str(FOLDER / "model"), "", None, budget=12, seed=0))
+    assert "fp-masked" in frames[0][0] and "fp-masked" not in frames[-1][0]
+    assert build([str(FOLDER / "model")])
 
 
 if __name__ == "__main__":

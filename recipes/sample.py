@@ -6,19 +6,16 @@ python recipes/sample.py --model quickstart/fp_mdlm --prompt "The function retur
 """
 
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoModel, PreTrainedTokenizerBase
+from transformers import AutoModel
 
 import fpmgm  # noqa: F401  (registers the models)
 from fpmgm.command_line import ModelName, parse_arguments
-from fpmgm.models.text_input import boundary_ids, read_tokenizer
-
-
-BLANK = "<|mask|>"  # in prompts, whatever the tokenizer calls it
+from fpmgm.models.text_input import read_tokenizer
+from fpmgm.prompt import encode_prompt
 
 
 @dataclass
@@ -66,32 +63,6 @@ def main(argv: list[str] | None = None) -> list[str]:
             print(f"\n{text}")
     print(f"\n{len(texts)} text(s), {out.num_steps} steps, {out.block_evaluations} block evaluations each")
     return texts
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, mask_token_id: int) -> torch.Tensor:
-    """(1, L) ids of a prompt between BOS and EOS, where there are such; `<|mask|*N>` stands for N blanks.
-
-    A space before a blank is left out: in text it belongs to the token of the next word, which is to be written.
-    """
-    names = {re.escape(name) for name in (BLANK, tokenizer.mask_token) if name is not None}
-    blank = re.compile(rf" ?(?:{'|'.join(names)}|<\|mask\|\*(?P<count>\d+)>)")
-    bos, eos = boundary_ids(tokenizer)
-    ids, end = [bos], 0
-    for found in blank.finditer(prompt):
-        ids += encode_part(tokenizer, prompt[end : found.start()], first=end == 0)
-        ids += [mask_token_id] * int(found["count"] or 1)
-        end = found.end()
-    ids += [*encode_part(tokenizer, prompt[end:], first=end == 0), eos]
-    return torch.tensor([[token for token in ids if token is not None]])
-
-
-def encode_part(tokenizer: PreTrainedTokenizerBase, text: str, first: bool) -> list[int]:
-    """Ids of a part of a prompt; what stands behind a blank gets no space of its own, as a text's beginning may."""
-    line_end = [] if first else tokenizer("\n", add_special_tokens=False)["input_ids"]
-    ids = tokenizer("\n" * (not first) + text, add_special_tokens=False)["input_ids"]
-    if ids[: len(line_end)] == line_end:
-        return ids[len(line_end) :]
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ SMALLER = {
     r'"vq_ds16_c2i.pt"': '"vq"',
 }
 
-# What needs a download that no folder stands in for: it must compile.
-NOT_RUN = ("lm_eval.simple_evaluate", "InceptionExtractor()")
+# What needs a download that no folder stands in for, or serves a page: it must compile.
+NOT_RUN = ("lm_eval.simple_evaluate", "InceptionExtractor()", "from fpmgm.demo")
 
 
 def make_world() -> None:

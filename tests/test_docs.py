@@ -8,11 +8,11 @@ import re
 import shlex
 import subprocess
 import sys
-from importlib.metadata import entry_points, metadata
 from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
+from setuptools.config.pyprojecttoml import load_file
 from transformers import TrainingArguments
 
 from fpmgm import command_line
@@ -21,6 +21,7 @@ from .hub_server import HubServer
 
 
 ROOT = Path(__file__).parents[1]
+PROJECT = load_file(ROOT / "pyproject.toml")["project"]
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -107,7 +108,7 @@ def check_command(line: str, monkeypatch) -> None:
         check_script(words, monkeypatch)
     elif words[0] == "pip":
         extras = {extra for found in re.findall(r"\[([\w,-]+)\]", line) for extra in found.split(",")}
-        assert extras <= set(metadata("fpmgm").get_all("Provides-Extra")), line
+        assert extras <= set(PROJECT["optional-dependencies"]), line
     elif words[0] == "make":
         assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text(encoding="utf-8"), line
     elif words[0] in ("python", "accelerate"):
@@ -115,7 +116,7 @@ def check_command(line: str, monkeypatch) -> None:
     elif (ROOT / words[0]).is_file():
         assert os.access(ROOT / words[0], os.X_OK), line
     else:
-        assert words[0] in {script.name for script in entry_points(group="console_scripts")}, line
+        assert words[0] in PROJECT["scripts"], line
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -140,6 +141,14 @@ def test_files_that_a_page_names_are_there(page):
 def test_links_between_files_lead_somewhere(page):
     targets = re.findall(r"\]\((?!https?:)([^)#\s]+)", PAGES[page])
     assert [target for target in targets if not (ROOT / page).parent.joinpath(target).exists()] == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_picture_of_the_method_is_the_one_that_its_script_draws(theme):
+    spec = importlib.util.spec_from_file_location("method", ROOT / "docs/method.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert (ROOT / f"docs/method_{theme}.svg").read_text(encoding="utf-8") == script.method(theme)
 
 
 def test_the_site_builds_without_a_warning(tmp_path):

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demonstration: what it draws, what it says of mistakes, and a page that a browser shows."""
+
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from fpmgm.data import train_tokenizer
+from fpmgm.demo_html import WORDS, Token, draw_residuals, draw_tokens
+
+from .testing_utils import tiny_model
+
+
+EVIL = "<img src=x onerror=alert(1)>"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def test_texts_are_escaped_and_every_state_has_a_colour():
+    shown = draw_tokens([Token(EVIL, "given"), Token("a\tb\n", "changed"), Token("secret", "masked")])
+    assert "<img" not in shown and "&lt;img src=x" in shown
+    assert "a·b\n" in shown and "secret" not in shown
+    assert re.findall(r'class="fp-(\w+)"', draw_tokens(Token("", state) for state in WORDS)) == ["text", *WORDS]
+
+
+def test_residuals_are_placed_by_what_was_spent_and_on_a_logarithmic_scale():
+    picture = draw_residuals([(1, [1.0, 0.1, 0.01]), (6, [float("nan"), 0.1])], budget=12)
+    first, second = ([p.split(",") for p in found.split()] for found in re.findall(r'points="([^"]*)"', picture))
+    x, y = ([float(point[i]) for point in first] for i in (0, 1))
+    assert x[2] - x[1] == pytest.approx(x[1] - x[0], abs=0.2) and y[2] - y[1] == pytest.approx(y[1] - y[0], abs=0.2)
+    assert y[0] < y[1] < y[2] and float(second[0][1]) == y[1]
+    assert "1e-2" in picture and "1e0" in picture
+    assert "polyline" not in draw_residuals([], 96) and "nan" not in picture
+    assert "no solver" in draw_residuals([(12, [])], 96) and "no solver" not in picture
+
+
+gradio = pytest.importorskip("gradio", reason="needs `pip install 'fpmgm[demo]'`: make test-demo")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = train_tokenizer(["the cat sat on the mat, and the other cat sat on the other mat"] * 4, 270)
+    model = tiny_model(
+        scale=0.05, vocab_size=270, mask_token_id=269, max_position_embeddings=96, input_injection="diagonal"
+    )
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def test_a_text_is_revealed_step_by_step_within_its_budget(folder):
+    from fpmgm.demo import reveal
+
+    frames = list(reveal(folder, "the cat <|mask|*20> mat", None, budget=48, seed=0))
+    masked = [text.count("fp-masked") for text, _, _ in frames]
+    assert masked[0] == 20 and masked[-1] == 0 and masked == sorted(masked, reverse=True)
+    assert "fp-changed" in frames[1][0] and "fp-unchanged" in frames[-1][0] and 'fp-given">the' in frames[-1][0]
+    spent = [int(re.search(r"(\d+) of 48 block", facts)[1]) for _, facts, _ in frames[1:]]
+    assert spent == sorted(spent) and spent[-1] == 48
+    assert frames[-1][2].count("polyline") == len(frames) - 1
+
+
+@pytest.mark.parametrize(
+    ("model", "prompt", "words"),
+    [(None, "no blanks", "input_ids"), (None, "<|mask|*200>", "200|96"), (f"org/{EVIL}", "", "img src")],
+)
+def test_mistakes_show_the_librarys_own_message_and_no_html_of_the_visitors(folder, model, prompt, words):
+    from fpmgm.demo import write
+
+    with pytest.raises(gradio.Error) as error:
+        list(write(model or folder, None, prompt, 0, 12, 0, "3sr", 1.0, "ancestral", 0, 0.0))
+    assert re.search(words, str(error.value)) and "<img" not in str(error.value)
+
+
+def test_a_token_keeps_its_space_where_a_text_would_lose_it():
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    from fpmgm.demo import text_of
+
+    words = Tokenizer(models.WordLevel({"a": 0, "▁cat": 1, "s": 2}, unk_token="a"))
+    words.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    assert [text_of(tokenizer, token) for token in (1, 2)] == [" cat", "s"]
+
+
+def test_who_leaves_ends_the_run(folder):
+    from fpmgm.demo import read, steps_of
+
+    model, _ = read(folder)
+    calls = []
+    model.post_layers[-1].register_forward_hook(lambda *_: calls.append(1))
+    steps = steps_of(lambda callback: model.generate(num_steps=400, iterations=1, callback=callback, seed=0))
+    next(steps)
+    steps.close()
+    time.sleep(1)
+    seen = len(calls)
+    time.sleep(0.5)
+    assert len(calls) == seen < 400
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_browser_shows_two_models_and_a_mistake(folder, tmp_path):
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs `pip install playwright`")
+    from fpmgm.demo import build
+
+    page_of = build([folder, folder]).queue()
+    _, url, _ = page_of.launch(prevent_thread_lock=True, server_name="127.0.0.1", quiet=True)
+    shots = Path(os.environ.get("FPMGM_SCREENSHOTS", tmp_path))
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        for theme, width in (("light", 1200), ("dark", 1200), ("light", 400)):
+            page = browser.new_page(viewport={"width": width, "height": 1100})
+            alerts = []
+            page.on("dialog", lambda dialog, alerts=alerts: (alerts.append(dialog.message), dialog.dismiss()))
+            page.goto(f"{url}?__theme={theme}")
+            page.get_by_label("Prompt").fill(f"the cat {EVIL} <|mask|*12>")
+            page.get_by_role("button", name="Write").click()
+            page.wait_for_function("document.querySelectorAll('.fp-changed').length > 0", timeout=60_000)
+            page.wait_for_function("document.querySelectorAll('.fp-masked').length == 0", timeout=60_000)
+            assert page.locator(".fp-text").count() == 2 and page.locator("polyline").count() > 2
+            assert EVIL in page.locator(".fp-text").first.inner_text().replace("\n", "")
+            page.screenshot(path=shots / f"demo_{theme}_{width}.png", full_page=True)
+            assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+            page.get_by_label("Prompt").fill("no blanks")
+            page.get_by_role("button", name="Write").click()
+            page.wait_for_selector("text=input_ids", timeout=60_000)
+            assert alerts == []
+            page.close()
+        browser.close()
+    page_of.close()
