@@ -41,7 +41,7 @@ class Arguments:
     """How much."""
 
     num_words: int = field(default=20_000, metadata={"help": "Words to train on."})
-    num_prompts: int = field(default=100, metadata={"help": "Prompts to answer, of other words."})
+    num_prompts: int = field(default=200, metadata={"help": "Prompts to answer, of other words."})
     max_steps: int = field(default=1500, metadata={"help": "Optimizer steps of each model."})
     budgets: list[int] = field(default_factory=lambda: [4, 12, 24, 48], metadata={"help": "Block evaluations."})
     seed: int = field(default=0, metadata={"help": "Of the words, the training and the answers."})
