@@ -12,8 +12,11 @@ from .models.text_input import boundary_ids
 BLANK = "<|mask|>"  # in prompts, whatever the tokenizer calls it
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, mask_token_id: int) -> torch.Tensor:
-    """(1, L) ids of a prompt between BOS and EOS, where there are such; `<|mask|*N>` stands for N blanks.
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, mask_token_id: int, closed: bool = True
+) -> torch.Tensor:
+    """(1, L) ids of a prompt behind BOS and, if it is `closed`, before EOS, where there are such; `<|mask|*N>` stands
+    for N blanks.
 
     A space before a blank is left out: in text it belongs to the token of the next word, which is to be written.
     """
@@ -25,7 +28,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, mask_token_id
         ids += encode_part(tokenizer, prompt[end : found.start()], first=end == 0)
         ids += [mask_token_id] * int(found["count"] or 1)
         end = found.end()
-    ids += [*encode_part(tokenizer, prompt[end:], first=end == 0), eos]
+    ids += [*encode_part(tokenizer, prompt[end:], first=end == 0), *([eos] if closed else [])]
     return torch.tensor([[token for token in ids if token is not None]])
 
 

@@ -3,6 +3,7 @@
 
 python recipes/sample.py --model org/cofre-owt --budget 96 --num_samples 4
 python recipes/sample.py --model quickstart/fp_mdlm --prompt "The function returns <|mask|*20> of the list."
+python recipes/sample.py --model quickstart/fp_mdlm --prompt "The function" --max_new_tokens 20 --order threshold
 """
 
 import json
@@ -14,7 +15,7 @@ from transformers import AutoModel
 
 import fpmgm  # noqa: F401  (registers the models)
 from fpmgm.command_line import ModelName, parse_arguments
-from fpmgm.models.text_input import read_tokenizer
+from fpmgm.models.text_input import boundary_ids, read_tokenizer
 from fpmgm.prompt import encode_prompt
 
 
@@ -25,6 +26,9 @@ class SampleArguments:
     model: ModelName = field(metadata={"help": "Folder or hub name."})
     prompt: str | None = field(default=None, metadata={"help": "Text with <|mask|> or <|mask|*N> where to write."})
     num_samples: int = field(default=1, metadata={"help": "Texts to write."})
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Write behind the prompt, which has no blanks."}
+    )
     length: int | None = field(default=None, metadata={"help": "Tokens of a text; null: the model's longest."})
     budget: int | None = field(default=None, metadata={"help": "Block evaluations per text."})
     num_steps: int | None = field(default=None, metadata={"help": "Denoising steps; null: from the budget."})
@@ -33,6 +37,12 @@ class SampleArguments:
     temperature: float | None = field(default=None, metadata={"help": "0: most likely tokens."})
     top_k: int | None = field(default=None, metadata={"help": "Draw among the k most likely tokens."})
     top_p: float | None = field(default=None, metadata={"help": "Draw among tokens that hold this probability."})
+    order: str | None = field(default=None, metadata={"help": "ancestral, confidence, entropy, threshold, margin."})
+    entropy_bound: float | None = field(default=None, metadata={"help": "Of the entropy order, in nats."})
+    confidence_threshold: float | None = field(default=None, metadata={"help": "Of the threshold order."})
+    margin_threshold: float | None = field(default=None, metadata={"help": "Of the margin order."})
+    block_length: int | None = field(default=None, metadata={"help": "Write in blocks of so many tokens."})
+    stop_at_eos: bool | None = field(default=None, metadata={"help": "End each text where it says so."})
     seed: int = field(default=0, metadata={"help": "Text k uses the stream (seed, k)."})
     output: str | None = field(default=None, metadata={"help": "A .jsonl to write to; null: the terminal."})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Where to run."})
@@ -43,10 +53,16 @@ def main(argv: list[str] | None = None) -> list[str]:
     (args,) = parse_arguments((SampleArguments,), __doc__, argv)
     tokenizer = read_tokenizer(args.model)
     model = AutoModel.from_pretrained(args.model).to(args.device)
-    names = ("budget", "num_steps", "allocation", "reuse", "temperature", "top_k", "top_p")
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    own = ("model", "prompt", "num_samples", "length", "seed", "output", "device")
+    options = {name: x for name, x in vars(args).items() if name not in own and x is not None}
+    if options.get("stop_at_eos"):
+        options["eos_token_id"] = boundary_ids(tokenizer)[1]
+    prompt = None
+    if args.prompt is not None:
+        closed = args.max_new_tokens is None  # an end of text behind the prompt
+        prompt = encode_prompt(tokenizer, args.prompt, model.config.mask_token_id, closed)
     out = model.generate(
-        input_ids=None if args.prompt is None else encode_prompt(tokenizer, args.prompt, model.config.mask_token_id),
+        input_ids=prompt,
         batch_size=args.num_samples,
         length=args.length,
         seed=args.seed,
@@ -61,7 +77,10 @@ def main(argv: list[str] | None = None) -> list[str]:
     else:
         for text in texts:
             print(f"\n{text}")
-    print(f"\n{len(texts)} text(s), {out.num_steps} steps, {out.block_evaluations} block evaluations each")
+    print(
+        f"\n{len(texts)} text(s), {out.num_steps} steps of {out.tokens_per_step:.1f} tokens, "
+        f"{out.block_evaluations} block evaluations each"
+    )
     return texts
 
 

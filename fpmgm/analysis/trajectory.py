@@ -24,7 +24,6 @@ NOTHING_REUSED = {
     "gamma_changed": 0.0,
     "gamma_remasked": 0.0,
 }
-WHOLE_TEXTS = {"block_length": None, "stop_at_eos": False}  # of one length, whatever the checkpoint's defaults
 
 
 class Trajectory(NamedTuple):
@@ -59,7 +58,7 @@ def sampled_trajectory(
         iterations=iterations if shared else 0,
         class_labels=class_labels,
         callback=lambda step: after.update({step.step: step.sequences.cpu()}),
-        **{**NOTHING_REUSED, **WHOLE_TEXTS, **options},
+        **{**NOTHING_REUSED, **_whole_texts(model), **options},
     ).cpu()  # (B, L)
     states = [torch.full_like(written, model.config.mask_token_id)]
     for step in range(num_steps):
@@ -116,7 +115,7 @@ def masked_trajectory(
     name, order = next(iter(model.orders.items()))
     if remask is not None and name != "ancestral":
         raise ValueError(f"`remask`={remask} needs a model of the order 'ancestral', not {name!r}: leave it out.")
-    config = model.generation_config.updated(remask=remask, final="sample", order=None, **WHOLE_TEXTS)
+    config = model.generation_config.updated(remask=remask, final="sample", order=None, **_whole_texts(model))
     schedule = order(RevealTask(wanted, wanted, num_steps, mask_token_id, config, seed, None)).schedule
     masked, states = wanted.flatten(), []
     for reveals, remasks in zip(schedule.reveals, schedule.remasks, strict=True):
@@ -124,3 +123,9 @@ def masked_trajectory(
         masked = masked.index_fill(0, reveals, False).index_fill(0, remasks, True)
     labels = None if class_labels is None else torch.as_tensor(class_labels).cpu()
     return Trajectory(torch.stack([*states, tokens]), time_grid(num_steps)[:-1], labels)
+
+
+def _whole_texts(model: nn.Module) -> dict[str, Any]:
+    """What makes texts of one length, written at once, of a checkpoint with other defaults."""
+    wanted = {"block_length": None, "stop_at_eos": False}
+    return {name: value for name, value in wanted.items() if getattr(model.generation_config, name, value) != value}

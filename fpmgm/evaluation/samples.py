@@ -22,9 +22,11 @@ class Samples:
 
     Args:
         sequences (`torch.LongTensor`): (N, L) token ids.
-        num_steps (`int`): Denoising steps.
+        num_steps (`int`): Denoising steps, of the sequence that took most.
         iterations (`list[int]`): Fixed-point iterations of each step.
+        tokens_per_step (`float`): Tokens over the steps that ran to write them.
         block_evaluations (`int`): Of the most costly sequence.
+        mean_block_evaluations (`float`): Of a sequence.
         milliseconds_per_sequence (`float`): Median over batches of their time over their size; the first batch of
             each process, which warms up, is left out where there are others.
         tuned_plan (`dict`, *optional*): The checkpoint's tuned plan for this budget, where it was used.
@@ -34,7 +36,9 @@ class Samples:
     sequences: torch.LongTensor
     num_steps: int
     iterations: list[int]
+    tokens_per_step: float
     block_evaluations: int
+    mean_block_evaluations: float
     milliseconds_per_sequence: float
     tuned_plan: dict | None
     protocol: dict[str, Any]
@@ -90,12 +94,17 @@ def sample_sequences(
     title = f"sampling {', '.join(f'{name} {value}' for name, value in options.items())}"
     found = finish(store, [[key] for key in keys], run, title if progress_bar else None)
     batches = [found[key] for key in keys]
+    steps = sum(batch.get("steps", batch["num_steps"] * len(batch["sequences"])) for batch in batches)
+    spent = sum(batch.get("spent", batch["block_evaluations"] * len(batch["sequences"])) for batch in batches)
+    longest = max(batches, key=lambda batch: batch["num_steps"])
     warm = [batch for batch in batches if not batch["warms_up"]] or batches
     return Samples(
         sequences=torch.tensor([row for batch in batches for row in batch["sequences"]]),
-        num_steps=batches[0]["num_steps"],
-        iterations=batches[0]["iterations"],
+        num_steps=longest["num_steps"],
+        iterations=longest["iterations"],
+        tokens_per_step=sum(len(row) for batch in batches for row in batch["sequences"]) / steps,
         block_evaluations=max(batch["block_evaluations"] for batch in batches),
+        mean_block_evaluations=spent / num_samples,
         milliseconds_per_sequence=1000 * statistics.median(b["seconds"] / len(b["sequences"]) for b in warm),
         tuned_plan=batches[0]["tuned_plan"],
         protocol=protocol,
@@ -117,6 +126,8 @@ def sampling_protocol(
             raise ValueError(f"`{name}` is of type {type(value).__name__}: give values that JSON can hold.") from error
     if "return_dict_in_generate" in options:
         raise ValueError("`return_dict_in_generate` is set here, whose output is read: leave it out.")
+    if options.get("stop_at_eos"):
+        raise ValueError("`stop_at_eos`=True cuts texts, but these are of one length: leave it out.")
     defaults = model.generation_config.to_dict()
     unused = {"transformers_version", *options}  # a default that an option replaces changes nothing
     return {
@@ -146,17 +157,22 @@ def check_plan(model: PreTrainedModel, options: dict[str, Any], length: int | No
 
 def timed_batch(model: PreTrainedModel, seeds: list[int], length: int | None, options: dict[str, Any]) -> dict:
     """One call of `generate` by the clock, as plain values: from masked ids to the last token, nothing else."""
+    if getattr(model.generation_config, "stop_at_eos", False):  # the model's default for single texts
+        options = {**options, "stop_at_eos": False}
     _wait(model.device)
     start = time.perf_counter()
     out = model.generate(batch_size=len(seeds), length=length, seed=seeds, return_dict_in_generate=True, **options)
     _wait(model.device)
+    steps = getattr(out, "num_steps_per_sequence", None)  # a checkpoint's own code may be older
     return {
         "seconds": time.perf_counter() - start,
         "sequences": out.sequences.tolist(),
         "num_steps": out.num_steps,
         "iterations": out.iterations,
+        "steps": out.num_steps * len(seeds) if steps is None else int(steps.sum()),
         "block_evaluations": out.block_evaluations,
-        "tuned_plan": getattr(out, "tuned_plan", None),  # a checkpoint's own code may be older
+        "spent": int(out.block_evaluations_per_sequence.sum()),
+        "tuned_plan": getattr(out, "tuned_plan", None),
     }
 
 

@@ -73,8 +73,9 @@ def sweep(
 
     Returns:
         `list[dict]`: Rows with the setting, the measures of [`measure_samples`], `num_steps`, `iterations` (of each
-        step), `block_evaluations`, `milliseconds_per_sequence` (generation only), `tuned_plan`, `sampling` (its
-        protocol, with the setting as `options`) and `sample` (the first text).
+            step), `tokens_per_step`, `block_evaluations`, `mean_block_evaluations`, `milliseconds_per_sequence`
+            (generation only), `tuned_plan`, `sampling` (its protocol, with the setting as `options`) and `sample` (the
+            first text).
 
     Raises:
         `ValueError`: without settings, for one that `generate` would not take, or from [`measure_samples`].
@@ -101,7 +102,9 @@ def sweep(
                 **measures,
                 "num_steps": samples.num_steps,
                 "iterations": samples.iterations,
+                "tokens_per_step": samples.tokens_per_step,
                 "block_evaluations": samples.block_evaluations,
+                "mean_block_evaluations": samples.mean_block_evaluations,
                 "milliseconds_per_sequence": samples.milliseconds_per_sequence,
                 "tuned_plan": samples.tuned_plan,
                 "sampling": samples.protocol,

@@ -31,6 +31,7 @@ class MGMGenerationOutput(ModelOutput):
         guidance_evaluations (`int`): Further block evaluations of the most costly sequence without its class, for
             guidance; 0 without guidance. The budget does not count them.
         num_steps (`int`): Denoising steps T taken: fewer than planned where an order was certain earlier.
+        num_steps_per_sequence (`torch.LongTensor`): (B,) steps that ran for each sequence.
         tokens_per_step (`float`): Tokens written, over the steps that ran to write them, all sequences together.
         tokens_per_second (`float`): Tokens written by the batch, over the time of its steps.
         iterations (`list[int]`): Fixed-point iterations planned for each step taken.
@@ -51,6 +52,7 @@ class MGMGenerationOutput(ModelOutput):
     full_block_evaluations: int | None = None
     guidance_evaluations: int | None = None
     num_steps: int | None = None
+    num_steps_per_sequence: torch.LongTensor | None = None
     tokens_per_step: float | None = None
     tokens_per_second: float | None = None
     iterations: list | None = None
@@ -179,6 +181,7 @@ class Ledger:
             full_block_evaluations=int(blocks.sum(dim=0)[own].max()),
             guidance_evaluations=int(cost[self.batch_size :].max()) if self.rows > self.batch_size else 0,
             num_steps=len(self.idle),
+            num_steps_per_sequence=steps[own],
             tokens_per_step=written / max(1, int(steps[own].sum())),
             tokens_per_second=written / seconds,
             iterations=self.plan.iterations[: len(self.idle)],

@@ -36,6 +36,14 @@ RULES = [  # beside the number of steps
     {"remask": 0.2, "top_p": 0.9},
     {"order": "confidence"},
     {"order": "confidence", "temperature": 0.8},
+    {"order": "entropy", "entropy_bound": 0.0},
+    {"order": "entropy", "entropy_bound": 0.1},
+    {"order": "entropy", "entropy_bound": 1.0},
+    {"order": "threshold", "confidence_threshold": 0.9},
+    {"order": "threshold", "confidence_threshold": 0.7},
+    {"order": "margin", "margin_threshold": 0.8},
+    {"order": "entropy", "entropy_bound": 0.1, "block_length": 8},
+    {"block_length": 8},
 ]
 
 
@@ -146,6 +154,8 @@ def main(argv: list[str] | None = None) -> dict:
     model = PerfectDenoiser(chain, args.length)
     for rule in RULES:
         for steps in args.num_steps:
+            if -(-args.length // rule.get("block_length", args.length)) > steps:
+                continue  # each block needs a step
             found["rows"].append({**rule, "num_steps": steps, **measure(model, rule, steps, args, rates)})
             print(json.dumps(found["rows"][-1]), flush=True)
     target = Path(args.output)
@@ -157,9 +167,15 @@ def main(argv: list[str] | None = None) -> dict:
 
 def measure(model: PerfectDenoiser, rule: dict, steps: int, args: SamplerErrorArguments, rates: torch.Tensor) -> dict:
     """Excess, entropy and repetition of samples by a rule, in as many steps."""
-    drawn = model.generate(batch_size=args.num_samples, seed=args.seed, budget=steps, num_steps=steps, **rule)
+    out = model.generate(
+        batch_size=args.num_samples, seed=args.seed, budget=steps, num_steps=steps, return_dict_in_generate=True,
+        **rule,
+    )  # fmt: skip
+    drawn = out.sequences
     losses = -model.chain.log_probability(drawn) / args.length
     return {
+        "mean_steps": out.num_steps_per_sequence.double().mean().item(),
+        "tokens_per_step": out.tokens_per_step,
         "excess": losses.mean().item() - rates.mean().item(),
         "excess_standard_error": math.hypot(losses.std().item() / math.sqrt(len(losses)),
                                             rates.std().item() / math.sqrt(len(rates))),
@@ -175,21 +191,25 @@ def markdown(found: dict) -> str:
     lines = [f"| rule | {' | '.join(f'{s} steps' for s in steps)} |", f"|---|{'---|' * len(steps)}"]
     for rule in RULES:
         rows = [row for row in found["rows"] if all(row.get(name) == rule.get(name) for name in names())]
-        cells = [
-            f"{row['excess']:+.3f} ± {row['excess_standard_error']:.3f}; "
-            f"{row['unigram_entropy'] - found['unigram_entropy']:+.3f}"
-            for row in rows
-        ]
+        cells = {row["num_steps"]: cell(row, found["unigram_entropy"]) for row in rows}
         title = ", ".join(f"{name} {value}" for name, value in rule.items()) or "ancestral (the default)"
-        lines.append(f"| {title} | {' | '.join(cells)} |")
+        lines.append(f"| {title} | {' | '.join(cells.get(s, '') for s in steps)} |")
     lines.append(
-        "\nExcess in nats per symbol ± standard error; then the unigram entropy of a text less the truth's. The truth "
+        "\nExcess in nats per symbol ± standard error; then the unigram entropy of a text less the truth's; then, "
+        "where an order that adapts took fewer than allowed, the mean number of its steps. The truth "
         f"is a hidden Markov chain of {args['num_states']} states and {args['num_symbols']} symbols, texts of "
         f"{args['length']}; entropy rate {found['entropy_rate']:.4f} ± {found['entropy_rate_standard_error']:.4f}, "
         f"unigram entropy {found['unigram_entropy']:.3f}; {args['num_samples']} texts each. "
         f"`{found['provenance']['command']}`\n"
     )
     return "\n".join(lines)
+
+
+def cell(row: dict, entropy: float) -> str:
+    """Excess, entropy, and the steps of an order that ended early."""
+    text = f"{row['excess']:+.3f} ± {row['excess_standard_error']:.3f}; {row['unigram_entropy'] - entropy:+.3f}"
+    early = row["mean_steps"] < row["num_steps"] and row.get("order") in ("entropy", "threshold", "margin")
+    return f"{text}; {row['mean_steps']:.1f}" if early else text
 
 
 def names() -> set[str]:

@@ -194,6 +194,15 @@ def test_rolling_is_the_sum_over_windows_in_nats(protocol):
     assert rolled == [pytest.approx(expected, rel=1e-12), 0]
 
 
+def answered(sequences: torch.Tensor, tokens: int) -> SimpleNamespace:
+    """What `generate` gives of rows with so many new tokens, in two steps of six blocks."""
+    steps = torch.full((len(sequences),), 2)
+    return SimpleNamespace(
+        sequences=sequences, lengths=torch.full_like(steps, tokens), num_steps_per_sequence=steps,
+        block_evaluations_per_sequence=6 * steps,
+    )  # fmt: skip
+
+
 def write(lm: MGMLM, *requests: tuple[str, dict]) -> list[str]:
     return lm.generate_until([Instance("generate_until", {}, r, i) for i, r in enumerate(requests)], disable_tqdm=True)
 
@@ -204,7 +213,8 @@ def test_text_ends_at_stop_strings_and_at_the_end_of_text(monkeypatch):
     def generate(input_ids, attention_mask=None, seed=None, **options):
         calls.append((input_ids.tolist(), attention_mask, options))
         story = torch.tensor([[1, 2, 3, EOS, 5], [1, 2, 3, 4, 5]])[: len(input_ids)]
-        return input_ids.masked_scatter(input_ids == MASK, story.flatten())
+        assert options.pop("return_dict_in_generate")
+        return answered(input_ids.masked_scatter(input_ids == MASK, story.flatten()), 5)
 
     monkeypatch.setattr(lm.model, "generate", generate)
     until = {"max_gen_toks": 5, "until": ["d e", "c"]}
@@ -219,6 +229,19 @@ def test_text_ends_at_stop_strings_and_at_the_end_of_text(monkeypatch):
     assert calls[0][2] == {"temperature": 0.0}
     write(lm, ("h", {"do_sample": True, "top_p": 0.9, "max_gen_toks": 5}))
     assert calls[2][2] == {"temperature": 1.0, "top_p": 0.9}
+    written = lm.get_model_info()["written"]
+    assert written.pop("tokens_per_second") > 0
+    assert written == {"texts": 4, "num_steps": 2, "block_evaluations": 12, "tokens_per_step": 2.5}
+
+
+def test_any_order_and_an_early_end_can_be_asked_for_and_cost_less():
+    lm = evaluated(budget=24, num_steps=4, reuse="none")
+    assert lm.get_model_info()["written"] == {}
+    options = {"max_gen_toks": 4, "order": "threshold", "confidence_threshold": 0.0, "stop_at_eos": True}
+    texts = write(lm, ("a b c", options), ("d", options))
+    written = lm.get_model_info()["written"]
+    assert len(texts) == 2 and written["texts"] == 2 and written["num_steps"] == 1
+    assert 0 < written["tokens_per_step"] <= 4 and written["block_evaluations"] < 24
 
 
 def test_a_text_does_not_depend_on_its_batch_and_repeats_differ():
@@ -302,7 +325,9 @@ def test_every_argument_matters(name, value, where, monkeypatch):
         lm, calls = MGMLM(**{"pretrained": tiny_model().double(), "tokenizer": tiny_tokenizer(), **arguments}), []
         lm.model.register_forward_hook(lambda *_: calls.append(1))
         if where == "options":
-            monkeypatch.setattr(lm.model, "generate", lambda ids, **options: calls.append(options) or ids.clamp(max=9))
+            monkeypatch.setattr(
+                lm.model, "generate", lambda ids, **options: calls.append(options) or answered(ids.clamp(max=9), 2)
+            )
             write(lm, ("a", {"max_gen_toks": 2}))
             return repr(calls)
         found = scores(lm, ("a b c", " d e f"))
@@ -359,7 +384,7 @@ def test_the_masks_name_in_a_task_is_text(protocol, monkeypatch):
 
     def generate(input_ids, **options):
         seen.append(input_ids.tolist()[0])
-        return input_ids.clamp(max=257)
+        return answered(input_ids.clamp(max=257), 3)
 
     monkeypatch.setattr(lm.model, "generate", generate)
     write(lm, (f"a {mask} b", {"max_gen_toks": 3}))
@@ -393,7 +418,7 @@ def test_a_continuation_that_melts_into_the_context_is_tokenized_apart():
 
 def test_stop_strings_may_be_none(monkeypatch):
     lm = evaluated()
-    monkeypatch.setattr(lm.model, "generate", lambda input_ids, **_: input_ids.masked_fill(input_ids == MASK, 4))
+    monkeypatch.setattr(lm.model, "generate", lambda ids, **_: answered(ids.masked_fill(ids == MASK, 4), 2))
     texts = write(lm, *(("a", {"max_gen_toks": 2, "until": until}) for until in (None, [], [None, "x"], "", ["d"])))
     assert texts == ["d d"] * 4 + [""]
 

@@ -17,6 +17,7 @@ from fpmgm.evaluation import (
 )
 from fpmgm.evaluation.store import ResultStore, fingerprint
 from tests.evaluation.helpers import tiny_judge
+from tests.models.helpers import lively_model
 from tests.testing_utils import tiny_model
 
 
@@ -30,6 +31,23 @@ def test_fewer_samples_are_the_first_of_more_and_rows_alone_are_the_same():
     other = sample_sequences(model, 7, seed=3, budget=12, reuse="full").sequences
     assert not set(map(tuple, other.tolist())) & set(map(tuple, many.sequences.tolist()))  # no stream is shared
     assert not torch.equal(sample_sequences(model, 7, seed=2, budget=24, reuse="full").sequences, many.sequences)
+
+
+def test_what_orders_that_adapt_took_is_counted_over_all_batches():
+    model = lively_model()
+    call = {"budget": 60, "order": "threshold", "confidence_threshold": 0.43}
+    samples = sample_sequences(model, 7, batch_size=3, **call)
+    model.generation_config.eos_token_id, model.generation_config.stop_at_eos = 1, True  # not for texts of one length
+    again = sample_sequences(model, 7, batch_size=7, **call)
+    assert torch.equal(samples.sequences, again.sequences)
+    seeds = list(range(7))
+    out = model.generate(batch_size=7, seed=seeds, return_dict_in_generate=True, stop_at_eos=False, **call)
+    steps, spent = out.num_steps_per_sequence, out.block_evaluations_per_sequence
+    assert samples.num_steps == out.num_steps > steps.min() and samples.iterations == out.iterations
+    assert samples.tokens_per_step == pytest.approx(7 * 8 / int(steps.sum()))
+    assert samples.mean_block_evaluations == pytest.approx(spent.float().mean().item())
+    with pytest.raises(ValueError, match="`stop_at_eos`=True cuts texts"):
+        sample_sequences(model, 7, stop_at_eos=True)
 
 
 def test_interrupted_sampling_goes_on_to_the_same_samples(tmp_path, monkeypatch):

@@ -39,7 +39,7 @@ from .loading import (
 )
 from .protocols import PROTOCOLS, Request, assemble, thinned
 from .scoring import Block, Denoiser, collate, greedy_matches, weighted_sums
-from .writing import Job, write
+from .writing import Job, Written, write
 
 
 logger = logging.get_logger(__name__)
@@ -143,6 +143,7 @@ class MGMLM(TemplateLM):
         }
         self.begin, self.end = boundary_ids(self.tokenizer)
         self.chat = False  # whether prompts come from a chat template
+        self.written = Written()
         self.truncated = 0  # requests so far that were longer than `max_length`
 
     # --- what lm-eval asks for besides answers ---
@@ -168,6 +169,7 @@ class MGMLM(TemplateLM):
             **self._procedure(),
             "protocol_description": self.protocol.description,
             "truncated_requests": self.truncated,  # of this process
+            "written": self.written.report(),  # of this process
             "model_num_parameters": self.model.num_parameters(),
             "fpmgm_version": version("fpmgm"),
         }
@@ -377,7 +379,7 @@ class MGMLM(TemplateLM):
                 alike = list(alike)
                 for first in range(0, len(alike), self.batch_size):
                     group = alike[first : first + self.batch_size]
-                    for job, text in zip(group, write(self.model, self.tokenizer, group), strict=True):
+                    for job, text in zip(group, write(self.model, self.tokenizer, group, self.written), strict=True):
                         texts[job.number] = text
                         self.cache_hook.add_partial("generate_until", requests[job.number].args, text)
                     bar.update(len(group))

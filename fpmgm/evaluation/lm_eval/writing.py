@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Continuations of prompts: masks after each prompt are filled by the model's `generate`."""
 
+import time
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -29,20 +31,59 @@ class Job(NamedTuple):
         return repr((self.new_tokens, sorted(self.options.items())))
 
 
-def write(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, jobs: list[Job]) -> list[str]:
-    """The texts of jobs that one call of `generate` can do; a text does not depend on the others."""
+@dataclass
+class Written:
+    """What texts took so far: how many there are, their tokens, steps and block evaluations, and the seconds of
+    `generate`."""
+
+    texts: int = 0
+    tokens: int = 0
+    steps: int = 0
+    block_evaluations: int = 0
+    seconds: float = 0.0
+
+    def add(self, out: Any, seconds: float) -> None:
+        """Count a call of `generate`."""
+        self.texts += len(out.sequences)
+        self.tokens += int(out.lengths.sum())
+        self.steps += int(out.num_steps_per_sequence.sum())
+        self.block_evaluations += int(out.block_evaluations_per_sequence.sum())
+        self.seconds += seconds
+
+    def report(self) -> dict[str, float]:
+        """Means over the texts and steps. Empty: nothing was written."""
+        if not self.texts:
+            return {}
+        return {
+            "texts": self.texts,
+            "num_steps": self.steps / self.texts,
+            "block_evaluations": self.block_evaluations / self.texts,
+            "tokens_per_step": self.tokens / max(1, self.steps),
+            "tokens_per_second": self.tokens / self.seconds,
+        }
+
+
+def write(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, jobs: list[Job], written: Written) -> list[str]:
+    """The texts of jobs that one call of `generate` can do; a text does not depend on the others. What they took is
+    added to `written`."""
     starts = [len(job.prompt) for job in jobs]
     ends = [start + job.new_tokens for start, job in zip(starts, jobs, strict=True)]
     input_ids = torch.zeros(len(jobs), max(ends), dtype=torch.long)
     for row, job, start, end in zip(input_ids, jobs, starts, ends, strict=True):
         row[:start], row[start:end] = torch.tensor(job.prompt), model.config.mask_token_id
     real = (torch.arange(max(ends)) < torch.tensor(ends)[:, None]).long()
-    tokens = model.generate(
+    began, options = time.perf_counter(), jobs[0].options
+    if options.get("stop_at_eos") and "eos_token_id" not in options:
+        options = {**options, "eos_token_id": boundary_ids(tokenizer)[1]}
+    out = model.generate(
         input_ids,
         attention_mask=None if real.all() else real,
         seed=[job.seed for job in jobs],
-        **jobs[0].options,
-    ).tolist()
+        **{**options, "return_dict_in_generate": True},
+    )
+    tokens = out.sequences.tolist()
+    if hasattr(out, "lengths"):  # a checkpoint's own code may be older
+        written.add(out, time.perf_counter() - began)
     return [
         read(tokenizer, row[start:end], job.until)
         for row, job, start, end in zip(tokens, jobs, starts, ends, strict=True)
