@@ -14,6 +14,7 @@ from transformers import AutoModel
 import budget_report
 import frontier
 import likelihood
+import reveal_orders
 import tune_sampling
 from fpmgm.evaluation import clearly_below, elbo_perplexity, perplexity_at_entropy
 from judged_samples import JudgedSamplesArguments
@@ -99,6 +100,19 @@ def test_the_frontier_compares_at_equal_entropy(folder, tmp_path, capsys):
         assert found["perplexity_at_entropy"][name] == expected and None not in expected
     assert (tmp_path / "frontier.png").stat().st_size > 1000
     assert (tmp_path / "frontier.md").read_text() in capsys.readouterr().out
+
+
+def test_orders_of_revealing_are_compared_by_what_they_cost(folder, tmp_path):
+    argv = arguments(folder, tmp_path, "--model", str(folder / "fp"), "--budgets", "6", "24", "--num_samples", "3")
+    found = reveal_orders.main([*argv, "--output", str(tmp_path / "orders")])
+    for row in found["rows"]:
+        steps = row["num_steps"]
+        assert 3 <= row["mean_block_evaluations"] <= row["block_evaluations"] == 3 * steps <= row["setting"]["budget"]
+    rows = {row["order"]: row for row in found["rows"] if row["setting"]["budget"] == 24}
+    assert [rows[name]["num_steps"] for name in ("ancestral", "confidence", "entropy 120")] == [8, 8, 1]
+    assert rows["entropy 120"]["tokens_per_step"] == 8
+    table = (tmp_path / "orders.md").read_text(encoding="utf-8").splitlines()
+    assert len(table) == 2 + len(found["rows"]) + 2 and json.loads((tmp_path / "orders.json").read_text()) == found
 
 
 def test_likelihood_has_a_row_for_each_model_corpus_and_number_of_iterations(folder, tmp_path):

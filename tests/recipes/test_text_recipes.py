@@ -93,6 +93,8 @@ def test_sampling_needs_neither_bos_nor_eos(tmp_path):
     assert len(text.split()) == 5 and text.split()[:2] == ["a", "b"] and text.split()[-1] == "c"
     saved = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text(encoding="utf-8").splitlines()]
     assert saved == [{"text": text}]
+    (text,) = sample.main([*options, "--prompt", "a b", "--max_new_tokens", "4", "--order", "entropy"])
+    assert len(text.split()) == 6 and text.split()[:2] == ["a", "b"]
     (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match=f"no tokenizer can be read from '{tmp_path}'"):
         sample.main(options)
