@@ -13,6 +13,7 @@ but for `--hardware cpu`, which times a product and a copy. What is exact and wh
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -22,17 +23,21 @@ import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
 from fpmgm import FPMaskGITConfig, FPMDLMConfig, plan_budget
-from fpmgm.analysis.architecture import architecture
-from fpmgm.analysis.cost import Work, count_parameters, training_work
-from fpmgm.analysis.memory import ENGINES, NARROW, training_memory
+from fpmgm.analysis.cost import NARROW, Trace, Work, count_parameters, traced
 from fpmgm.analysis.planning import (
+    AREAS,
+    ENGINES,
     largest_masked_share,
+    masked_positions,
     masked_share,
-    method_work,
+    mixed,
     sampling_steps,
     sampling_work,
     seconds,
     sent_bytes,
+    teacher_work,
+    training_memory,
+    training_work,
 )
 from fpmgm.command_line import LocalPath, ModelName, check_name, parse_arguments
 from fpmgm.evaluation.report import table
@@ -214,44 +219,82 @@ def estimate(name: str, config: PreTrainedConfig, args: CostArguments, hardware:
     """Everything about one model, as plain numbers."""
     length = args.length or config.max_position_embeddings
     speed = hardware.flops[args.dtype] * args.utilisation, hardware.bandwidth
-    step = training_work(
-        config, args.batch_size, length, queries=length, checkpointing=args.checkpointing,
-        kept_iterations=args.num_kept_iterations, value_bytes=NARROW[args.dtype],
-    )  # fmt: skip
+    area, groups = AREAS[config.model_type], args.gpus * args.micro_batches
+
+    def step(share: float) -> dict[str, Work]:
+        return training_work(
+            config, args.micro_batch_size, length, share, args.checkpointing, args.num_kept_iterations, args.dtype
+        )
+
+    whole = slowest = step(area(1))
+    if groups > 1:  # between the mean and the fullest: what it does is linear in the share
+        share, fullest = largest_masked_share(args.gpus, args.micro_batches, area=area), fullest_share(args, area)
+        x = (share - area(1)) / (fullest - area(1))
+        slowest = mixed([(1 - x, whole), (x, step(fullest))])
+    batch = {part: work * (1 if part == "optimizer" else groups) for part, work in whole.items()}
     return {
         "model": name,
         "parameters": count_parameters(config),
-        "step": {part: asdict(work) for part, work in step.items()},
+        "step": {part: asdict(work) for part, work in batch.items()},
         "memory": memory(config, length, args, hardware),
-        "runs": [run(config, kind, length, args, speed) for kind in RUNS[config.model_type] if runs_on(config, kind)],
+        "runs": [
+            run(config, kind, length, args, speed, whole, slowest)
+            for kind in RUNS[config.model_type]
+            if runs_on(config, kind)
+        ],
         "sampling": [sampling(config, budget, length, args, speed) for budget in args.budgets],
     }
 
 
-def memory(config: PreTrainedConfig, length: int, args: CostArguments, hardware: Hardware) -> list[dict]:
-    """The peak on a GPU for each engine, without and with checkpointing, and the largest micro-batch that fits."""
-    groups, area = args.gpus * args.micro_batches, architecture(config).masked_area
-    # Antithetic times: a micro-batch's are neighbours, at worst those next to 0 or 1.
-    largest_share = max(masked_share(area, start, 1 / groups) for start in (0, 1 - 1 / groups))
+def fullest_share(args: CostArguments, area: Callable[[float], float]) -> float:
+    """The masked share of a micro-batch at worst. Antithetic times: its are neighbours, those next to 0 or 1."""
+    groups = args.gpus * args.micro_batches
+    return max(masked_share(area, start, 1 / groups) for start in (0, 1 - 1 / groups))
 
-    def peak(micro_batch_size: int, engine: str, checkpointing: bool) -> dict[str, float]:
-        return training_memory(
-            config, micro_batch_size, length, positions=largest_share * micro_batch_size * length, queries=length,
-            checkpointing=checkpointing, kept_iterations=args.num_kept_iterations, dtype=args.dtype,
-            device="cpu" if args.hardware == "cpu" else "cuda", accumulating=args.micro_batches > 1,
-            engine=engine, gpus=args.gpus,
+
+def memory(config: PreTrainedConfig, length: int, args: CostArguments, hardware: Hardware) -> list[dict]:
+    """The peak on a GPU for each engine, without and with checkpointing, and the largest micro-batch that fits.
+
+    That is read off the step on the micro-batch and, where it must be more or less, on one sequence or on all of a
+    GPU's: the peak is taken to be on a line.
+    """
+    share = fullest_share(args, AREAS[config.model_type])
+    accumulating, most = args.micro_batches > 1, args.batch_size // args.gpus
+    iterations = {"num_iterations": config.grad_iterations[1], "num_kept_iterations": args.num_kept_iterations}
+    iterations["num_no_grad_iterations"] = sum(config.no_grad_iterations) // 2  # as in the mean step
+
+    def step(size: int, checkpointing: bool) -> Trace:
+        return traced(
+            config, size, length, *masked_positions(share, size, length), training=True,
+            checkpointing=checkpointing, accumulating=accumulating, dtype=args.dtype,
+            device="cpu" if args.hardware == "cpu" else "cuda", **iterations,
         )  # fmt: skip
 
-    rows = []
+    def peak(size: int, engine: str, checkpointing: bool) -> dict[str, float]:
+        return training_memory(
+            step(size, checkpointing), parameters, config.num_hidden_layers, engine, args.gpus, NARROW[args.dtype],
+            accumulating,
+        )  # fmt: skip
+
+    def largest(engine: str, checkpointing: bool, found: float) -> int | None:
+        """A power of two."""
+        size = args.micro_batch_size
+        other = 1 if found > hardware.memory else most
+        slope = 0.0
+        if other != size:
+            slope = (peak(other, engine, checkpointing)["peak"] - found) / (other - size)
+        fitting = [n for n in sizes if found + (n - size) * slope <= hardware.memory]
+        return max(fitting, default=None)
+
+    rows, sizes, parameters = [], [2**i for i in range(most.bit_length())], count_parameters(config)
     for engine in ["single"] if args.gpus == 1 else [name for name in ENGINES if name != "single"]:
         for checkpointing in (False, True):
-            sizes = [2**i for i in range(args.batch_size.bit_length()) if 2**i <= args.batch_size // args.gpus]
-            fitting = [n for n in sizes if peak(n, engine, checkpointing)["peak"] <= hardware.memory]
+            found = peak(args.micro_batch_size, engine, checkpointing)
             rows.append({
-                "engine": engine, "checkpointing": checkpointing, **peak(args.micro_batch_size, engine, checkpointing),
-                "largest_micro_batch": max(fitting, default=None),
+                "engine": engine, "checkpointing": checkpointing, **found,
+                "largest_micro_batch": largest(engine, checkpointing, found["peak"]),
                 "sent_bytes": sent_bytes(
-                    count_parameters(config)["total"], engine, args.gpus, NARROW[args.dtype], args.micro_batches
+                    parameters["total"], engine, args.gpus, NARROW[args.dtype], args.micro_batches
                 ),
             })  # fmt: skip
     return rows
@@ -264,27 +307,31 @@ def runs_on(config: PreTrainedConfig, kind: str) -> bool:
     return {"conversion": fixed_point, "consistency": fixed_point, "sdtt": not fixed_point}.get(method, True)
 
 
-def run(config: PreTrainedConfig, kind: str, length: int, args: CostArguments, speed: tuple[float, float]) -> dict:
-    """Hours and cost of a run; every rank waits for the one with most masked positions."""
+def run(
+    config: PreTrainedConfig,
+    kind: str,
+    length: int,
+    args: CostArguments,
+    speed: tuple[float, float],
+    whole: dict[str, Work],
+    slowest: dict[str, Work],
+) -> dict:
+    """Hours and cost of a run from its mean step and the slowest rank's: all wait for the one with most masked."""
     steps, method = RUNS[config.model_type][kind]
     if method == "base" and args.steps is not None:
         steps = args.steps
-    teacher = None
+    teacher = config
     if method == "conversion":
         teacher = type(config)(**{**config.to_dict(), **TEACHERS[config.model_type]})
-
-    def work(share: float) -> dict[str, Work]:
-        return method_work(
-            config, method, args.micro_batch_size, length, share * args.micro_batch_size * length, length, teacher,
-            args.checkpointing, args.num_kept_iterations, NARROW[args.dtype],
-        )  # fmt: skip
-
-    area = architecture(config).masked_area
-    slowest = work(largest_masked_share(args.gpus, args.micro_batches, area=area))
-    optimizer = {"optimizer": slowest.pop("optimizer")}
-    duration = args.micro_batches * seconds(slowest, *speed) + seconds(optimizer, *speed)
+    area = AREAS[config.model_type]
+    shares = area(1), largest_masked_share(args.gpus, args.micro_batches, area=area)
+    taught, slowest_taught = (
+        teacher_work(teacher, method, args.micro_batch_size, length, share, args.dtype) for share in shares
+    )
+    duration = args.micro_batches * seconds({**slowest, "optimizer": slowest_taught}, *speed)
+    duration += seconds({"optimizer": slowest["optimizer"]}, *speed)
     hours = steps * duration / 3600
-    flops = sum(part.flops for part in work(area(1)).values()) * args.gpus * args.micro_batches
+    flops = (sum(part.flops for part in whole.values()) + taught.flops) * args.gpus * args.micro_batches
     return {
         "run": kind,
         "steps": steps,
@@ -302,9 +349,7 @@ def sampling(
 ) -> dict:
     """A sequence under a budget, on one GPU."""
     plan, batch_size = plan_budget(config, budget), args.sampling_batch_size
-    parts = sampling_work(
-        config, sampling_steps(plan.iterations, batch_size, length), length, value_bytes=NARROW[args.dtype]
-    )
+    parts = sampling_work(config, sampling_steps(plan.iterations, batch_size, length), length, args.dtype)
     return {
         "budget": budget,
         "num_steps": plan.num_steps,

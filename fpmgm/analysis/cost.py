@@ -1,25 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a denoiser costs, from its configuration alone: parameters, FLOPs and bytes of a call and of a training step.
+"""What a call of a model costs, asked of the model itself: it runs on PyTorch's fake tensors, which have shapes and no
+values, while a meter watches its operators. Nothing is computed.
 
-FLOPs are those of matrix products and attention, two for each multiply-add, as `torch.utils.flop_counter` counts them.
-Bytes are what the operations read and write when each does so once for each of its tensors, without caches and without
-fused kernels: exact for products, a fixed number of passes for the rest.
+FLOPs are those of PyTorch's counter; bytes are what each operator reads and writes, without caches and fused kernels;
+memory is what the tensors alive hold. All of it is a CPU's: its kernels, and its dropout masks.
 
-Shapes: B batch, L length, D hidden size, V vocabulary, N iterations, P positions with logits, Q queries of a sequence
-in the last block.
+Shapes: B batch, L length, P positions with logits, Q queries of a sequence in the last block.
 """
 
-import math
+import functools
+import json
+import weakref
+from collections import Counter
 from dataclasses import dataclass
 
-from .architecture import Architecture, Block, Linear, architecture
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers.initialization import no_init_weights
+
+from ..models.head import chunk_rows
+from .measured import FORMULAS
 
 
-PARTS = ("pre", "injection", "no_grad_iterations", "grad_iterations", "post", "head", "optimizer")
-WIDE = 4  # bytes of a float32
-ATTENTION_PRODUCTS = (2, 5)  # forward; backward, where the scores are made again
-OPTIMIZER_BYTES = 52  # for each weight: clipping's norm and scale, AdamW's seven tensors, the average's three
-LOSS_PASSES = 8  # float32 of the logits that cross-entropy and its gradient read and write
+aten = torch.ops.aten
+UNWRITTEN = (aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided)
+PARTS = {  # by the first words of a module's name, the first that fits; all else is "pre"
+    "post_layers": "post",
+    "fixed_point.layers": "grad_iterations",
+    "fixed_point.": "injection",
+    "final_": "head",
+    "lm_head": "head",
+}
+KINDS = ("activations", "working", "gradients", "copies")  # of storages; copies are weights cast for products
+# Deeper stacks and more iterations run at these depths, and the block or iteration of that name counts for the others
+# like it.
+DEPTHS = {"pre_layers.1": 3, "post_layers.1": 3, "no_grad 2": 2, "grad 2": 3}
+NARROW = {"float32": 4, "bfloat16": 2}  # bytes of a number in the products; bfloat16 is autocast
 
 
 @dataclass(frozen=True)
@@ -36,7 +56,131 @@ class Work:
         return Work(self.flops * times, self.bytes * times)
 
 
-def count_parameters(config) -> dict[str, int]:
+@dataclass(frozen=True)
+class Trace:
+    """`work` by part; `moments`, the bytes alive of each of `KINDS` whenever that changes."""
+
+    work: dict[str, Work]
+    moments: list[tuple[int, ...]]
+
+
+class Meter(TorchDispatchMode):
+    """Watches the operators of a model.
+
+    A module's operators are those after its call, and in the backward pass those after the gradient of its output has
+    come, until another module's turn.
+    """
+
+    def __init__(self, model: torch.nn.Module | None = None):
+        super().__init__()
+        self.formulas = FlopCounterMode(display=False, custom_mapping=FORMULAS).flop_registry
+        self.training = model is not None and model.training
+        self.part, self.place, self.iterations = "pre", "", Counter()
+        self.kinds, self.works, self.changes = {}, [], []
+        for name, module in () if model is None else model.named_modules():
+            module.register_forward_pre_hook(lambda module, args, name=name: self.enter(name))
+            module.register_forward_hook(lambda module, args, output, name=name: self.leave(name, output))
+        for parameter in () if model is None else model.parameters():
+            parameter.register_post_accumulate_grad_hook(self.gradient)
+
+    def enter(self, name: str, place: str | None = None) -> None:
+        """A module is called, or the gradient of its output at a `place` has come."""
+        self.part = next((part for words, part in PARTS.items() if name.startswith(words)), "pre")
+        if self.part == "grad_iterations" and self.training and not (torch.is_grad_enabled() or in_backward()):
+            self.part = "no_grad_iterations"
+        if name == "fixed_point" and not in_backward():
+            self.iterations["grad" if torch.is_grad_enabled() else "no_grad"] += 1
+        self.place = self.place_of(name) if place is None else place
+
+    def place_of(self, name: str) -> str:
+        """A module of a stack, or the latest iteration, by its number."""
+        if name.startswith("fixed_point") and self.iterations:
+            if in_backward():  # what runs again is where the gradient of its output came
+                return self.place
+            kind = next(reversed(self.iterations))
+            return f"{kind} {self.iterations[kind]}"
+        return ".".join(name.split(".")[:2])
+
+    def leave(self, name: str, output) -> None:
+        """A module returns."""
+        place = self.place_of(name)
+        for x in tree_leaves(output):
+            if isinstance(x, torch.Tensor) and x.requires_grad:
+                x.register_hook(lambda slope: self.enter(name, place))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = function(*args, **kwargs)
+        if function is torch.ops.prim.device.default:  # a question, and half of all calls
+            return output
+        given = (args, {name: value for name, value in kwargs.items() if name != "out"})
+        read, written = ([x for x in tree_leaves(v) if isinstance(x, torch.Tensor)] for v in (given, output))
+        known = {x.untyped_storage()._cdata for x in read}
+        fresh = [x for x in written if x.untyped_storage()._cdata not in known]
+        if (fresh or function._schema.is_mutable) and function._overloadpacket not in UNWRITTEN:  # no view
+            formula = self.formulas.get(function._overloadpacket)
+            flops = 0 if formula is None else formula(*args, **kwargs, out_val=output)
+            moved = sum(x.numel() * x.element_size() for x in read + written)
+            self.works.append((self.place, self.part, Work(flops, moved)))
+        kind = "working" if in_backward() or self.part == "head" else "activations"
+        if function is aten._to_copy.default and isinstance(args[0], torch.nn.Parameter):
+            kind = "copies"
+        for x in fresh:
+            self.keep(x.untyped_storage(), kind)
+        return output
+
+    def keep(self, storage: torch.UntypedStorage, kind: str) -> None:
+        """Count a storage until it is freed."""
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.kinds:
+            self.kinds[key] = kind
+            self.changes.append((self.place, kind, size))
+            weakref.finalize(storage, self.free, key, size, self.place)
+
+    def free(self, key: int, size: int, made_at: str) -> None:
+        """A storage is gone. Autocast lets go of all its copies of weights at once: each goes where it was made."""
+        kind = self.kinds.pop(key)
+        self.changes.append((made_at if kind == "copies" else self.place, kind, -size))
+
+    def gradient(self, parameter: torch.Tensor) -> None:
+        """A parameter has its gradient."""
+        key, size = parameter.grad.untyped_storage()._cdata, parameter.grad.untyped_storage().nbytes()
+        if self.kinds.get(key, "gradients") != "gradients":
+            self.changes += [(self.place, self.kinds[key], -size), (self.place, "gradients", size)]
+            self.kinds[key] = "gradients"
+
+
+def summed(works: list, changes: list, times: dict[str, int]) -> Trace:
+    """What a meter saw, some places counted a number of `times`."""
+    work: dict[str, Work] = {}
+    for place, part, done in works:
+        work[part] = work.get(part, Work()) + done * times.get(place, 1)
+    alive, moments, turn = dict.fromkeys(KINDS, 0), [], []
+    for change in [*changes, ("", "working", 0)]:
+        if turn and turn[-1][0] != change[0]:
+            for _, kind, size in turn * times.get(turn[0][0], 1):
+                alive[kind] += size
+                moments.append(tuple(alive.values()))
+            turn = []
+        turn.append(change)
+    return Trace(work, moments)
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def fake_model(config: PreTrainedConfig) -> tuple[torch.nn.Module, FakeTensorMode]:
+    """The model of a configuration, without values, and the mode that makes tensors like its."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, no_init_weights():
+        model = AutoModel.from_config(config)
+    model.tie_weights()
+    return model, mode
+
+
+def count_parameters(config: PreTrainedConfig) -> dict[str, int]:
     """Weights by part, and their `"total"`.
 
     Example:
@@ -48,240 +192,135 @@ def count_parameters(config) -> dict[str, int]:
 
     ```
     """
-    a = architecture(config)
-    head = a.vocabulary * (1 if a.tied else a.hidden + 1)
-    parts = {
-        "embeddings": a.vocabulary * a.hidden + a.embeddings + sum(linear.parameters for linear in a.conditioning),
-        "pre": a.pre * a.block.parameters,
-        "injection": a.injection.parameters if a.injection else 0,
-        "fixed_point": a.shared * a.block.parameters,
-        "post": a.post * a.block.parameters,
-        "head": head + a.final_modulation.parameters + a.final_norm,
-    }
+    names = {**PARTS, "fixed_point.layers": "fixed_point", "pre_layers": "pre"}
+    parts = dict.fromkeys(("embeddings", "pre", "injection", "fixed_point", "post", "head"), 0)
+    for name, parameter in fake_model(config)[0].named_parameters():
+        part = next((part for words, part in names.items() if name.startswith(words)), "embeddings")
+        parts[part] += parameter.numel()
     return {**parts, "total": sum(parts.values())}
 
 
-# --- one call ----------------------------------------------------------------------------------------------------
-
-
-def denoiser_work(
-    config,
+def traced(
+    config: PreTrainedConfig,
     batch_size: int,
     length: int,
-    iterations: float | None = None,
-    no_grad_iterations: float = 0,
-    positions: float | None = None,
-    queries: float | None = None,
+    positions: int | None = None,
+    queries: int | None = None,
     training: bool = False,
     checkpointing: bool = False,
-    iterations_again: float = 0,
+    accumulating: bool = False,
+    dtype: str = "float32",
+    device: str = "cpu",
     head: bool = True,
-    value_bytes: int = WIDE,
-) -> dict[str, Work]:
-    """One call of the denoiser by part: `"pre"` (with embedding and conditioning), `"injection"` (G and what every
-    iteration adds), `"no_grad_iterations"`, `"grad_iterations"` (the shared blocks), `"post"`, `"head"`.
+    num_iterations: int | None = None,
+    num_no_grad_iterations: int = 0,
+    num_kept_iterations: int | None = None,
+) -> Trace:
+    """A call of the model, with its loss and backward pass in `training`.
 
     Args:
         config: A model configuration.
         batch_size, length (`int`): B and L.
-        iterations (`float`, *optional*): Iterations with gradient, or all without; a mean may be a fraction. `None`:
-            the configuration's.
-        no_grad_iterations (`float`, defaults to 0): Iterations without gradient before them.
-        positions (`float`, *optional*): P positions of the batch with logits. `None`: all, and no block is pruned.
-        queries (`float`, *optional*): The most of them in one sequence. `None`: P/B, rounded up.
-        training (`bool`, defaults to `False`): Whether there is a backward pass.
-        checkpointing (`bool`, defaults to `False`): Whether blocks run again in the backward pass.
-        iterations_again (`float`, defaults to 0): Without it, how many of the iterations do.
-        head (`bool`, defaults to `True`): Whether logits are made.
-        value_bytes (`int`, defaults to 4): Bytes of a number in the products: 2 in bfloat16.
-
-    Raises:
-        `ValueError`: names the argument that is not allowed.
-    """
-    a = architecture(config)
-    iterations = config.num_fixed_point_iterations if iterations is None else iterations
-    check_call(a, batch_size, length, iterations, no_grad_iterations, positions, queries)
-    pruned = positions is not None
-    positions = batch_size * length if positions is None else positions
-    queries = math.ceil(positions / batch_size) if queries is None else queries
-    tokens = batch_size * (length + a.registers)
-    rows = batch_size if a.per_sequence else 1
-    costs = _Costs(value_bytes, training)
-    again = 2 if training and checkpointing else 1
-
-    def blocks(count: int, prune: bool) -> Work:
-        """Explicit blocks, the last of them with outputs at the positions only."""
-        if count == 0:
-            return Work()
-        whole = costs.block(a.block, batch_size, length + a.registers, again)
-        last = costs.block(a.block, batch_size, length + a.registers, again, positions, queries) if prune else whole
-        return whole * (count - 1) + last + costs.linear(a.block.modulation, rows) * count
-
-    pre = blocks(a.pre, pruned and not a.shared and not a.post) + costs.conditioning(a, rows)
-    parts = {"pre": pre + costs.embedding(a, tokens), "post": blocks(a.post, pruned)}
-    parts |= {"injection": Work(), "no_grad_iterations": Work(), "grad_iterations": Work()}
-    if a.shared:
-        without = _Costs(value_bytes, training=False)
-        cold, warm = (c.block(a.block, batch_size, length + a.registers, n) for c, n in ((without, 1), (costs, again)))
-        parts["no_grad_iterations"] = cold * (a.shared * no_grad_iterations)
-        parts["grad_iterations"] = warm * (a.shared * iterations) + costs.linear(a.block.modulation, rows) * a.shared
-        parts["grad_iterations"] += cold * (a.shared * iterations_again)
-        parts["injection"] = costs.linears(a.injection.once, tokens)
-        parts["injection"] += without.injection(a, tokens, no_grad_iterations + iterations_again)
-        parts["injection"] += costs.injection(a, tokens, iterations, again)
-    parts["head"] = costs.linear(a.final_modulation, rows) + costs.head(a, positions) * head
-    return {name: parts[name] for name in PARTS if name in parts}
-
-
-def logits_work(config, positions: float, value_bytes: int = WIDE) -> Work:
-    """Logits at P positions, from the head's input; without gradient."""
-    return _Costs(value_bytes, training=False).head(architecture(config), positions)
-
-
-class _Costs:
-    """Work of the pieces of a call, with numbers of `value_bytes` in products; forward, and backward in training."""
-
-    def __init__(self, value_bytes: int, training: bool):
-        self.value_bytes, self.training = value_bytes, training
-
-    def product(self, rows: float, inner: float, columns: float) -> Work:
-        """(rows, inner) times (inner, columns)."""
-        numbers = rows * inner + inner * columns + rows * columns
-        return Work(2 * rows * inner * columns, self.value_bytes * numbers)
-
-    def linear(self, linear: Linear, rows: float, forwards: int = 1, input_grad: bool = True) -> Work:
-        """A linear map of `rows` tokens; its backward pass has a product for the input and one for the weight."""
-        product = self.product(rows, linear.inputs, linear.outputs)
-        return product * (forwards + (1 + input_grad if self.training else 0))
-
-    def linears(self, linears: tuple[Linear, ...], rows: float, forwards: int = 1) -> Work:
-        """Several linear maps of the same tokens."""
-        return sum((self.linear(linear, rows, forwards) for linear in linears), Work())
-
-    def attention(self, width: int, batch_size: int, queries: float, length: int, forwards: int) -> Work:
-        """Q queries of each sequence over L keys and values; scores stay in the kernel."""
-        products = ATTENTION_PRODUCTS[0] * forwards + ATTENTION_PRODUCTS[1] * self.training
-        numbers = 2 * (queries + length) * (forwards + 2 * self.training)
-        flops = 2 * batch_size * queries * length * width * products
-        return Work(flops, self.value_bytes * batch_size * numbers * width)
-
-    def block(
-        self,
-        block: Block,
-        batch_size: int,
-        length: int,
-        forwards: int,
-        positions: float | None = None,
-        queries: float | None = None,
-    ) -> Work:
-        """A block at all positions, or with its output at P of them and Q queries a sequence; no modulation."""
-        tokens = batch_size * length
-        selected = tokens if positions is None else positions
-        work = self.linears(block.everywhere, tokens, forwards) + self.linears(block.selected, selected, forwards)
-        work += self.attention(block.width, batch_size, length if queries is None else queries, length, forwards)
-        return work + self.passes(block.passes, (tokens + selected) / 2, forwards)
-
-    def passes(self, passes: tuple[int, int], tokens: float, forwards: int) -> Work:
-        """What is not a product: in float32, or with casts to it and back that cost as much."""
-        return Work(0, WIDE * (passes[0] * forwards + passes[1] * self.training) * tokens)
-
-    def injection(self, a: Architecture, tokens: int, iterations: float, forwards: int = 1) -> Work:
-        """The maps of `iterations`; the first with gradient starts from a state that has none."""
-        work = self.linears(a.injection.each, tokens, forwards) * iterations
-        if self.training and a.injection.each:
-            work += self.product(tokens, a.injection.each[0].inputs, a.injection.each[0].outputs) * -1
-        return work + self.passes(a.injection.passes, tokens, forwards) * iterations
-
-    def conditioning(self, a: Architecture, rows: int) -> Work:
-        """The maps that make the conditioning vector; the first one's input has no gradient."""
-        maps = (self.linear(linear, rows, input_grad=i > 0) for i, linear in enumerate(a.conditioning))
-        return sum(maps, Work())
-
-    def embedding(self, a: Architecture, tokens: int) -> Work:
-        """Rows of a table; backward they are added to a gradient of its size."""
-        rows = 2 * tokens * a.hidden
-        return Work(0, WIDE * (rows + self.training * (rows + a.vocabulary * a.hidden)))
-
-    def head(self, a: Architecture, positions: float) -> Work:
-        """Logits; in training with a loss, in the same pass as its gradient."""
-        logits = positions * a.vocabulary
-        passes = LOSS_PASSES if self.training else 0
-        return self.linear(Linear(a.hidden, a.vocabulary), positions) + Work(0, WIDE * passes * logits)
-
-
-def check_call(
-    a: Architecture,
-    batch_size: int,
-    length: int,
-    iterations: float,
-    no_grad: float,
-    positions: float | None,
-    queries: float | None,
-) -> None:
-    """Raise a `ValueError` for a call that no model of this architecture could make."""
-    for name, value, least in (
-        ("batch_size", batch_size, 1),
-        ("length", length, 1),
-        ("iterations", iterations, 1 if a.shared else 0),
-        ("no_grad_iterations", no_grad, 0),
-        ("positions", 0 if positions is None else positions, 0),
-    ):
-        if not value >= least:
-            raise ValueError(f"`{name}`={value!r} must be at least {least}.")
-    if positions is not None and positions > batch_size * length:
-        raise ValueError(f"`positions`={positions} must be at most the {batch_size * length} positions of the batch.")
-    if queries is not None and (positions is None or not positions / batch_size <= queries <= length):
-        raise ValueError(
-            f"`queries`={queries} must be the most of the `positions`={positions} in one sequence, at most "
-            f"`length`={length}."
-        )
-
-
-# --- a training step ----------------------------------------------------------------------------------------------
-
-
-def training_work(
-    config,
-    batch_size: int,
-    length: int,
-    iterations: float | None = None,
-    no_grad_iterations: float | None = None,
-    positions: float | None = None,
-    queries: float | None = None,
-    checkpointing: bool = False,
-    kept_iterations: int | None = None,
-    value_bytes: int = WIDE,
-) -> dict[str, Work]:
-    """A training step on one micro-batch by part, the `"optimizer"` (with clipping and the average) last.
-
-    Args:
-        config, batch_size, length, queries, checkpointing, value_bytes: As for [`denoiser_work`].
-        iterations, no_grad_iterations (`float`, *optional*): With and without gradient. `None`: the mean that SJFB
-            draws; the work is linear in both, so that it is the mean work.
-        positions (`float`, *optional*): P masked positions. `None`: the mean over times, half of all for text, 2/π
-            for images.
-        kept_iterations (`int`, *optional*): Iterations with gradient that do not run again in the backward pass; the
-            others' mean number is that of what SJFB draws. `None`: all.
+        positions (`int`, *optional*): P positions of the batch with logits. `None`: all, and no block is pruned.
+        queries (`int`, *optional*): The most of them in one sequence. `None`: as few as can be.
+        training, checkpointing (`bool`, default to `False`): Whether there is a backward pass, and blocks run again.
+        accumulating (`bool`, defaults to `False`): Whether gradients are there already; they are not counted then.
+        dtype (`str`, defaults to `"float32"`): Of the products: a key of `NARROW`.
+        device (`str`, defaults to `"cpu"`): Whose chunks the head's loss takes: `"cpu"` or `"cuda"`.
+        head (`bool`, defaults to `True`): Whether there are logits without a loss.
+        num_iterations, num_no_grad_iterations, num_kept_iterations: As in the model's call.
 
     Example:
 
     ```python
     >>> from fpmgm import FPMDLMConfig
-    >>> parts = training_work(FPMDLMConfig(), batch_size=8, length=1024)
-    >>> round(sum(work.flops for work in parts.values()) / 1e12, 2)
-    4.57
+    >>> trace = traced(FPMDLMConfig(), 1, 1024, positions=512, training=True, num_iterations=4)
+    >>> round(sum(work.flops for work in trace.work.values()) / 1e12, 2), max(map(sum, trace.moments)) // 10**6
+    (0.5, 1152)
 
     ```
     """
-    iterations = sum(config.grad_iterations) / 2 if iterations is None else iterations
-    no_grad_iterations = sum(config.no_grad_iterations) / 2 if no_grad_iterations is None else no_grad_iterations
-    positions = batch_size * length * architecture(config).masked_area(1) if positions is None else positions
-    again = 0.0
-    if kept_iterations is not None and not checkpointing:
-        low, high = config.grad_iterations
-        again = sum(max(0, drawn - kept_iterations) for drawn in range(low, high + 1)) / (high + 1 - low)
-    parts = denoiser_work(
-        config, batch_size, length, iterations, no_grad_iterations, positions, queries,
-        training=True, checkpointing=checkpointing, iterations_again=again, value_bytes=value_bytes,
+    grad = config.num_fixed_point_iterations if num_iterations is None else num_iterations
+    wanted = {"pre_layers.1": config.num_pre_layers, "post_layers.1": config.num_post_layers}
+    wanted |= {"no_grad 2": num_no_grad_iterations, "grad 2": grad}
+    if not training:
+        wanted |= {"no_grad 2": num_no_grad_iterations + grad, "grad 2": 0}
+    run = {place: min(n, DEPTHS[place]) for place, n in wanted.items()}
+    if num_kept_iterations is not None and num_kept_iterations < grad and not checkpointing:
+        run["grad 2"] = wanted["grad 2"]  # they are not alike
+    shallow = {"num_pre_layers": run["pre_layers.1"], "num_post_layers": run["post_layers.1"]}
+    kept = None if num_kept_iterations is None or num_kept_iterations >= grad else num_kept_iterations
+    works, changes = metered(
+        type(config)(**{**config.to_dict(), **shallow}).to_json_string(use_diff=False),
+        batch_size, length, positions, queries, training, checkpointing, accumulating, dtype, device, head,
+        run["no_grad 2"], run["grad 2"], kept,
     )  # fmt: skip
-    return {**parts, "optimizer": Work(0, OPTIMIZER_BYTES * count_parameters(config)["total"])}
+    times = {place: n - run[place] + 1 for place, n in wanted.items() if n > run[place]}
+    return summed(works, changes, times)
+
+
+@functools.lru_cache(maxsize=32)
+def metered(
+    described,
+    batch_size,
+    length,
+    positions,
+    queries,
+    training,
+    checkpointing,
+    accumulating,
+    dtype,
+    device,
+    head,
+    no_grad,
+    grad,
+    kept,
+) -> tuple[list, list]:
+    """What a meter saw of a call of the model that a configuration in JSON describes."""
+    described = json.loads(described)
+    config = AutoConfig.for_model(**described)
+    model, mode = fake_model(config)
+    model.train(training)
+    with mode:
+        arguments = {
+            "input_ids": torch.zeros(batch_size, length, dtype=torch.long),
+            "timesteps": torch.ones(batch_size),
+        }
+        if config.num_classes:
+            arguments["class_labels"] = torch.zeros(batch_size, dtype=torch.long)
+        if training:
+            arguments["labels"] = arguments["input_ids"]
+        for parameter in model.parameters() if accumulating else ():
+            parameter.grad = torch.zeros_like(parameter)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    if config.num_fixed_point_layers:
+        arguments |= {"num_iterations": grad or no_grad, "num_no_grad_iterations": no_grad if grad else 0}
+        arguments |= {"num_kept_iterations": kept}
+    if positions is not None:
+        arguments["logits_positions"] = places(batch_size, length, positions, queries)
+    model.lm_head.chunk_rows = chunk_rows(config.vocab_size, torch.device(device))
+    with Meter(model) as meter, torch.set_grad_enabled(training):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            output = model(**arguments, output_logits=head and not training)
+        if training:
+            output.loss.backward()
+    return meter.works, list(meter.changes)  # before what is still alive is freed
+
+
+def places(batch_size: int, length: int, positions: int, queries: int | None = None) -> torch.Tensor:
+    """P indices into B·L, Q of them in the first sequence and the others in equal numbers. `None`: P/B, rounded up.
+
+    >>> places(3, 8, 7, 5).tolist()
+    [0, 1, 2, 3, 4, 8, 16]
+    """
+    queries = -(-positions // batch_size) if queries is None else queries
+    if not 0 <= positions <= batch_size * length or not positions <= batch_size * queries <= batch_size * length:
+        raise ValueError(
+            f"`positions`={positions} and `queries`={queries} must be positions of the batch, at most "
+            f"{batch_size * length}, and the most of them in one sequence, at most {length}."
+        )
+    others = max(1, batch_size - 1)
+    rest = positions - queries
+    counts = [queries, *(rest // others + (i < rest % others) for i in range(batch_size - 1))]
+    return torch.cat([row * length + torch.arange(count) for row, count in enumerate(counts)])

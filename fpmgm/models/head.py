@@ -135,7 +135,11 @@ class LMHead(nn.Linear):
     Args:
         hidden_size, vocab_size (`int`): D and V.
         tied (`bool`): Whether the weight is the embedding's, whose start it keeps; otherwise it starts at 0.
+
+    `chunk_rows` may be set to the positions whose logits a loss holds at once. `None`: what suits the device.
     """
+
+    chunk_rows: int | None = None
 
     def __init__(self, hidden_size: int, vocab_size: int, tied: bool):
         super().__init__(hidden_size, vocab_size)
@@ -149,7 +153,7 @@ class LMHead(nn.Linear):
 
     def forward(self, h: torch.Tensor, loss: HeadLoss | None = None):
         # A loss goes through the module's call like any other use of its weights: engines that shard them gather here.
-        return super().forward(h) if loss is None else chunked_loss(h, self.weight, self.bias, loss)
+        return super().forward(h) if loss is None else chunked_loss(h, self.weight, self.bias, loss, self.chunk_rows)
 
 
 def head_loss(head: nn.Module, h: torch.Tensor, loss: HeadLoss) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -161,7 +165,7 @@ def head_loss(head: nn.Module, h: torch.Tensor, loss: HeadLoss) -> tuple[torch.T
 
 @torch.compiler.disable
 def chunked_loss(
-    h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, loss: HeadLoss
+    h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, loss: HeadLoss, rows: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`loss.of_chunk` summed over chunks, with exact gradients; its hits of all positions, (P,), and its further loss,
     both without gradient.
@@ -170,6 +174,7 @@ def chunked_loss(
         h (`torch.Tensor`): (P, D) the head's input.
         weight, bias (`torch.Tensor`): (V, D) and (V,).
         loss ([`HeadLoss`]): Of logits in the products' type.
+        rows (`int`, *optional*): R positions of a chunk. `None`: what suits the device.
 
     Example:
 
@@ -184,18 +189,18 @@ def chunked_loss(
     """
     if not torch.is_grad_enabled():  # which a function's own forward cannot see
         h, weight, bias = h.detach(), weight.detach(), bias.detach()
-    return _ChunkedLoss.apply(h, weight, bias, loss)
+    return _ChunkedLoss.apply(h, weight, bias, loss, rows or chunk_rows(len(weight), h.device))
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, weight, bias, loss):
+    def forward(ctx, h, weight, bias, loss, size):
         needed = ctx.needs_input_grad[:3]
         dtype = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else weight.dtype
         h, weight_, bias_ = h.to(dtype), weight.to(dtype), bias.to(dtype)
         grads = [torch.zeros_like(x) if wanted else None for x, wanted in zip((h, weight, bias), needed, strict=True)]
         total, further = h.new_zeros(2, dtype=wide(dtype))
-        hits, size = [], chunk_rows(len(weight), h.device)
+        hits = []
         with torch.autocast(h.device.type, enabled=False):
             for start in range(0, max(1, len(h)), size):  # without any position the loss is 0, and so are gradients
                 rows = slice(start, start + size)
@@ -217,7 +222,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_total, *_):
         grads = [None if grad is None else (grad * grad_total).to(grad.dtype) for grad in ctx.saved_tensors]
-        return *grads, None
+        return *grads, None, None
 
 
 def _accumulate(grads: list, slope: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, rows: slice) -> None:

@@ -28,7 +28,7 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
 
 def draw_kept(x: torch.Tensor, size: int, p: float) -> torch.Tensor:
     """What a dropout with probability `p` keeps of something like `x` (…, D) with `size` channels: (…, size), bool."""
-    return torch.rand(*x.shape[:-1], size, dtype=torch.float32, device=x.device) >= p
+    return x.new_empty((*x.shape[:-1], size), dtype=torch.float32).uniform_() >= p
 
 
 def linear_of(linear: nn.Module, activation: Callable, *inputs: torch.Tensor) -> torch.Tensor:

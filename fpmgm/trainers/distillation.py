@@ -50,7 +50,8 @@ def nested_states(
 @torch.no_grad()
 def denoise(model: Callable, **arguments: Any) -> ModelOutput:
     """The model's output without graph, dropout or head. A teacher of its own is in evaluation already and is not
-    touched; a model that teaches itself trains on afterwards."""
+    touched; a model that teaches itself trains on afterwards. Modes are set, because an adapter's dropout knows of no
+    argument."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
