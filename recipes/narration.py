@@ -62,7 +62,9 @@ def say_what_came_of_it(trainer: Trainer, metrics: dict[str, float], data: list[
         result = f"validation perplexity {shown['eval']}"
     say(f"exported to {folder}: {result}")
     if has_prompts(trainer):
-        say("next: docs/sft.md says how to write answers with it")
+        length = str(trainer.args.completion_multiple)
+        words = ["--prompt", "...", "--max_new_tokens", length, "--stop_at_eos", "True"]
+        say(f"next:\n    {shlex.join(['python', 'recipes/sample.py', '--model', folder, *words])}")
         return
     commands = [] if config.model_type == "fpmaskgit" else [["recipes/sample.py", "--model", folder]]
     for recipe, name in AFTER_TRAINING[config.num_fixed_point_layers > 0].items():
