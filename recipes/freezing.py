@@ -48,18 +48,53 @@ def settings_of(every: int, reuse: str, budget: int) -> dict:
     return {"budget": budget, "reuse": reuse, **frozen}
 
 
-def markdown(rows: list[dict], budgets: list[int]) -> str:
-    """Perplexity, entropy and steps, a line for each model, reuse and `refresh_every`."""
+def named(every: int) -> str:
+    """What `refresh_every` does, in words."""
     names = {1: "nothing frozen", NEVER: "frozen, never refreshed"}
+    return names.get(every, f"frozen, refreshed every {every}")
+
+
+def lines_of(rows: list[dict]) -> dict[tuple, list[dict]]:
+    """Rows by model, reuse and `refresh_every`."""
     lines = {}
     for row in rows:
-        key = (row["model"], row["reuse"], row["refresh_every"])
-        every = names.get(row["refresh_every"], f"frozen, refreshed every {row['refresh_every']}")
-        cell = f"{shown_perplexity(row)}, {row['unigram_entropy']:.3f}, {row['num_steps']}"
-        lines.setdefault(key, [*key[:2], every]).append(cell)
-    blank = len(budgets) + 3
-    columns = ["model", "reuse", "positions", *(f"{budget}: perplexity, entropy, steps" for budget in budgets)]
-    return table(columns, [line + [""] * (blank - len(line)) for line in lines.values()])
+        lines.setdefault((row["model"], row["reuse"], row["refresh_every"]), []).append(row)
+    return lines
+
+
+def markdown(rows: list[dict], budgets: list[int]) -> str:
+    """Perplexity, entropy and steps, a line for each model, reuse and `refresh_every`."""
+    lines = []
+    for (model, reuse, every), found in lines_of(rows).items():
+        cells = [f"{shown_perplexity(row)}, {row['unigram_entropy']:.3f}, {row['num_steps']}" for row in found]
+        lines.append([model, reuse, named(every), *cells])
+    return table(["model", "reuse", "positions", *(f"{b}: perplexity, entropy, steps" for b in budgets)], lines)
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Perplexity with its standard error against the budget, a panel for each model and reuse."""
+    from matplotlib.figure import Figure
+
+    lines = lines_of(rows)
+    panels = list(dict.fromkeys(key[:2] for key in lines))
+    figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
+    for place, panel in enumerate(panels, start=1):
+        axes = figure.add_subplot(1, len(panels), place, xscale="log", yscale="log")
+        for (model, reuse, every), found in lines.items():
+            if (model, reuse) == panel:
+                x, y = [row["budget"] for row in found], [row["generative_perplexity"] for row in found]
+                error = [row["generative_perplexity_standard_error"] for row in found]
+                axes.errorbar(x, y, error, marker="o", markersize=4, capsize=2, label=named(every))
+        budgets = sorted({row["budget"] for row in rows})
+        axes.set_xticks(budgets, [str(budget) for budget in budgets])
+        axes.minorticks_off()
+        axes.set_title(f"{panel[0]}, reuse {panel[1]}", fontsize=10)
+        axes.set_xlabel("budget (block evaluations per text)")
+        axes.grid(alpha=0.3)
+        if place == 1:
+            axes.set_ylabel("generative perplexity")
+            axes.legend(fontsize=8)
+    figure.savefig(path, dpi=160)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -83,6 +118,7 @@ def main(argv: list[str] | None = None) -> dict:
                     found |= {"budget": setting["budget"]}
                     rows.append(found | {name: row[name] for name in KEPT if name in row})
                 write_report(args.output, result, markdown(rows, args.budgets))
+    draw(rows, Path(args.output).with_suffix(".png"))
     print(markdown(rows, args.budgets))
     return result
 
