@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoModel
 
 import budget_report
+import freezing
 import frontier
 import likelihood
 import reveal_orders
@@ -221,3 +222,17 @@ def test_two_processes_report_what_one_does(folder, tmp_path):
     (row,), (expected,) = several["rows"], single["fp"]["rows"]
     del row["milliseconds_per_sequence"], expected["milliseconds_per_sequence"]
     assert row == expected
+
+
+def test_frozen_positions_buy_steps_with_each_model_and_reuse(folder, tmp_path):
+    models, output = [str(folder / name) for name in ("fp", "plain")], tmp_path / "freezing.json"
+    options = ["--budgets", "24", "--refresh_every", "1", "2", "0", "--num_samples", "3", "--output", str(output)]
+    found = freezing.main(arguments(folder, tmp_path, "--model", *models, *options))
+    assert json.loads(output.read_text())["rows"] == found["rows"] and output.with_suffix(".png").is_file()
+    rows = {(row["model"], row["reuse"], row["refresh_every"]): row for row in found["rows"]}
+    assert len(rows) == 9  # nothing is reused without fixed-point layers
+    for model, reuse in (("fp", "3sr"), ("fp", "none"), ("plain", "none")):
+        full, often, never = (rows[model, reuse, every] for every in (1, 2, 0))
+        assert full["num_steps"] < often["num_steps"] < never["num_steps"]
+        assert max(row["block_evaluations"] for row in (full, often, never)) <= 24
+    assert "| fp | 3sr | frozen, never refreshed |" in output.with_suffix(".md").read_text()
