@@ -41,7 +41,7 @@ class Frozen:
     def __init__(self, wanted: torch.Tensor, real: torch.Tensor, plan: BudgetPlan, model_config, config):
         self.states = FrozenStates.empty(model_config)
         self.registers = model_config.num_register_tokens
-        self.every, self.tolerance, self.plan, self.real = config.refresh_every, config.freeze_tolerance, plan, real
+        self.every, self.tolerance, self.real = config.refresh_every, config.freeze_tolerance, real
         self.reusing = config.reuse != "none" and model_config.num_fixed_point_layers > 0
         self.begun = torch.zeros(len(wanted), 1, dtype=torch.bool, device="cpu")  # rows whose positions were computed
         self.masked = wanted
