@@ -18,6 +18,7 @@ from .models.generation_mgm import GenerationStep, MGMGenerationConfig, MGMGener
 from .models.modeling_fpmaskgit import FPMaskGITModel
 from .models.modeling_fpmdlm import FPMDLMForMaskedDiffusion
 from .models.modeling_mgm import MGMOutput
+from .notebook import RevealAnimation
 from .pictures import make_grid, reveal_frames, save_animation
 from .pipeline_fpmaskgit import FPMaskGITPipeline, FPMaskGITPipelineOutput
 from .streamers import TextStreamer
@@ -72,6 +73,7 @@ __all__ = [
     "MGMGenerationMixin",
     "MGMGenerationOutput",
     "MGMOutput",
+    "RevealAnimation",
     "TextStreamer",
     "convert_to_fixed_point",
     "load_halton_maskgit",

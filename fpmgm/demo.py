@@ -27,14 +27,14 @@ import torch
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from .command_line import ModelName, parse_arguments
-from .demo_html import STYLE, WORDS, Token, draw_facts, draw_legend, draw_residuals, draw_tokens
 from .models.budget import explicit_plan, plan_budget
 from .models.ledger import GenerationStep
-from .models.reuse import REUSE_STATES, REUSES, reuse_states
+from .models.reuse import REUSE_STATES, REUSES
 from .models.text_input import read_tokenizer
 from .pictures import reveal_frames
 from .pipeline_fpmaskgit import FPMaskGITPipeline
 from .prompt import encode_prompt
+from .reveal_html import STYLE, WORDS, draw_facts, draw_legend, draw_residuals, draw_tokens, tokens_of
 
 
 MOST_TOKENS = 1024
@@ -121,11 +121,13 @@ def reveal(name: str, prompt: str, length: int | None, **options: Any) -> Iterat
     mask = model.config.mask_token_id
     ids = encode_prompt(tokenizer, prompt, mask) if prompt.strip() else None
     plan = plan_of(model, options)
-    given = torch.zeros(0, dtype=torch.bool) if ids is None else ids[0] != mask
-    previous = torch.full((1, length or model.config.max_position_embeddings), mask) if ids is None else ids
-    if ids is None:
-        given = torch.zeros(previous.shape[1], dtype=torch.bool)
-    yield frame(tokenizer, previous, previous, given, mask), "", draw_residuals([], plan.block_evaluations)
+    previous = torch.full((length or model.config.max_position_embeddings,), mask) if ids is None else ids[0]
+    given = previous != mask
+    yield (
+        draw_tokens(tokens_of(tokenizer, previous, previous, given, mask)),
+        "",
+        draw_residuals([], plan.block_evaluations),
+    )
     solves, spent = [], 0
     arguments = {"input_ids": ids} if ids is not None else {"length": length}
     for step in steps_of(functools.partial(model.generate, **arguments, **options)):
@@ -134,9 +136,9 @@ def reveal(name: str, prompt: str, length: int | None, **options: Any) -> Iterat
         spent += block_evaluations(model.config, iterations)
         masked = int((step.sequences == mask).sum())
         facts = draw_facts(step.step + 1, step.num_steps, spent, plan.block_evaluations, masked)
-        tokens = frame(tokenizer, previous, step.sequences.cpu(), given, mask)
-        previous = step.sequences.cpu()
-        yield tokens, facts, draw_residuals(solves, plan.block_evaluations)
+        tokens = tokens_of(tokenizer, previous, step.sequences[0].cpu(), given, mask)
+        previous = step.sequences[0].cpu()
+        yield draw_tokens(tokens), facts, draw_residuals(solves, plan.block_evaluations)
 
 
 def plan_of(model: PreTrainedModel, options: dict[str, Any]) -> Any:
@@ -153,22 +155,6 @@ def block_evaluations(config: Any, iterations: int) -> int:
 def residuals_of(step: GenerationStep) -> list[float]:
     """Residuals of the iterations of the first sequence."""
     return [] if step.residuals is None else step.residuals[:, 0].tolist()
-
-
-def frame(tokenizer: PreTrainedTokenizerBase, previous: torch.Tensor, ids: torch.Tensor, given: Any, mask: int) -> str:
-    """The first sequence as HTML, each token in the colour of what happened to it since `previous`."""
-    states = reuse_states(previous, ids, mask)[0].tolist()
-    tokens = []
-    for token, state, kept in zip(ids[0].tolist(), states, given.tolist(), strict=True):
-        kind = "given" if kept else "masked" if token == mask else REUSE_STATES[state]
-        tokens.append(Token("" if token in tokenizer.all_special_ids else text_of(tokenizer, token), kind))
-    return draw_tokens(tokens)
-
-
-def text_of(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """The text of a token inside a text: at the beginning of one, some tokenizers drop its space."""
-    before = tokenizer("a", add_special_tokens=False)["input_ids"]
-    return tokenizer.decode([*before, token])[len(tokenizer.decode(before)) :]
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demonstration: what it draws, what it says of mistakes, and a page that a browser shows."""
+"""The demonstration: a run, what it says of mistakes, and a page that a browser shows."""
 
 import os
 import re
@@ -10,31 +10,12 @@ from pathlib import Path
 import pytest
 
 from fpmgm.data import train_tokenizer
-from fpmgm.demo_html import WORDS, Token, draw_residuals, draw_tokens
 
 from .testing_utils import tiny_model
 
 
 EVIL = "<img src=x onerror=alert(1)>"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-def test_texts_are_escaped_and_every_state_has_a_colour():
-    shown = draw_tokens([Token(EVIL, "given"), Token("a\tb\n", "changed"), Token("secret", "masked")])
-    assert "<img" not in shown and "&lt;img src=x" in shown
-    assert "a·b\n" in shown and "secret" not in shown
-    assert re.findall(r'class="fp-(\w+)"', draw_tokens(Token("", state) for state in WORDS)) == ["text", *WORDS]
-
-
-def test_residuals_are_placed_by_what_was_spent_and_on_a_logarithmic_scale():
-    picture = draw_residuals([(1, [1.0, 0.1, 0.01]), (6, [float("nan"), 0.1])], budget=12)
-    first, second = ([p.split(",") for p in found.split()] for found in re.findall(r'points="([^"]*)"', picture))
-    x, y = ([float(point[i]) for point in first] for i in (0, 1))
-    assert x[2] - x[1] == pytest.approx(x[1] - x[0], abs=0.2) and y[2] - y[1] == pytest.approx(y[1] - y[0], abs=0.2)
-    assert y[0] < y[1] < y[2] and float(second[0][1]) == y[1]
-    assert "1e-2" in picture and "1e0" in picture
-    assert "polyline" not in draw_residuals([], 96) and "nan" not in picture
-    assert "no solver" in draw_residuals([(12, [])], 96) and "no solver" not in picture
 
 
 gradio = pytest.importorskip("gradio", reason="needs `pip install 'fpmgm[demo]'`: make test-demo")
@@ -74,18 +55,6 @@ def test_mistakes_show_the_librarys_own_message_and_no_html_of_the_visitors(fold
     with pytest.raises(gradio.Error) as error:
         list(write(model or folder, None, prompt, 0, 12, 0, "3sr", 1.0, "ancestral", 0, 0.0))
     assert re.search(words, str(error.value)) and "<img" not in str(error.value)
-
-
-def test_a_token_keeps_its_space_where_a_text_would_lose_it():
-    from tokenizers import Tokenizer, decoders, models
-    from transformers import PreTrainedTokenizerFast
-
-    from fpmgm.demo import text_of
-
-    words = Tokenizer(models.WordLevel({"a": 0, "▁cat": 1, "s": 2}, unk_token="a"))
-    words.decoder = decoders.Metaspace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
-    assert [text_of(tokenizer, token) for token in (1, 2)] == [" cat", "s"]
 
 
 def test_who_leaves_ends_the_run(folder):

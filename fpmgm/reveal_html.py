@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demonstration draws: tokens in the colours of their reuse state, residuals against block evaluations.
+"""A text while it is revealed, as HTML: tokens in the colours of their reuse state, residuals of the solver.
 
 Pure functions of numbers and strings to HTML; every text is escaped.
 """
@@ -8,6 +8,11 @@ import html
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .models.reuse import REUSE_STATES, reuse_states
 
 
 WORDS = {
@@ -56,6 +61,31 @@ def draw_tokens(tokens: Iterable[Token]) -> str:
     """
     spans = [f'<span class="fp-{token.state}">{html.escape(_shown(token))}</span>' for token in tokens]
     return f'<div class="fp"><div class="fp-text">{"".join(spans)}</div></div>'
+
+
+def tokens_of(
+    tokenizer: PreTrainedTokenizerBase, previous: torch.Tensor, ids: torch.Tensor, given: torch.Tensor, mask: int
+) -> list[Token]:
+    """The tokens of a sequence, each with what happened to it since the step before.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Decodes single tokens.
+        previous, ids (`torch.Tensor`): (L,) ids before and after the step.
+        given (`torch.Tensor`): (L,) whether a token was given, in a prompt.
+        mask (`int`): Id of the mask.
+    """
+    states = reuse_states(previous, ids, mask).tolist()
+    tokens = []
+    for token, state, kept in zip(ids.tolist(), states, given.tolist(), strict=True):
+        kind = "given" if kept else "masked" if token == mask else REUSE_STATES[state]
+        tokens.append(Token("" if token in tokenizer.all_special_ids else text_of(tokenizer, token), kind))
+    return tokens
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """The text of a token inside a text: at the beginning of one, some tokenizers drop its space."""
+    before = tokenizer("a", add_special_tokens=False)["input_ids"]
+    return tokenizer.decode([*before, token])[len(tokenizer.decode(before)) :]
 
 
 def draw_legend(states: Iterable[str] = ("masked", "changed", "unchanged")) -> str:
