@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fpmgm import MGMGenerationConfig, plan_budget
-from fpmgm.models import block_fpmaskgit, block_fpmdlm
+from fpmgm.models import block_mgm
 from fpmgm.models.freeze import expected_shares
 from fpmgm.models.frozen_states import FrozenStates
 from fpmgm.models.layers import eager_attention_forward
@@ -93,10 +93,7 @@ def test_a_call_is_a_dense_one_with_old_keys_and_values(name):
         if solution is not None:
             call |= {"fixed_point_state": solution, "reuse_weights": torch.rand(3, width)}
         attention.active = active if step else None
-        with (
-            patch.object(block_fpmdlm, "eager_attention_forward", attention),
-            patch.object(block_fpmaskgit, "eager_attention_forward", attention),
-        ):
+        with patch.object(block_mgm, "eager_attention_forward", attention):
             expected = model(**call)
         positions = {"active_positions": active.flatten().nonzero().squeeze(1)} if step else {}
         found = model(**call, frozen_states=states, **positions)
