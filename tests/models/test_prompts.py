@@ -262,3 +262,47 @@ def test_rows_in_blocks_are_the_rows_alone(order):
     together = model.generate(ids, attention_mask=real, seed=[1, 2], **call)
     assert torch.equal(model.generate(ids[:1], seed=[1], **call)[0], together[0])
     assert torch.equal(model.generate(ids[1:, :1], seed=[2], **call)[0], together[1, :6])
+
+
+# --- frozen positions ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_frozen_blocks_cost_themselves_and_not_the_length_of_the_text(order):
+    model, B = lively_model(max_position_embeddings=48), 4
+    call = {"block_length": B, "iterations": 2, "order": order, "freeze": True, "return_dict_in_generate": True}
+    calls = record_calls(model)
+    for length in (16, 48):
+        calls.clear()
+        out = model.generate(batch_size=2, length=length, num_steps=length // 2, seed=[1, 2], **call)
+        assert out.sequences.ne(M).all() and out.positions_computed[0].eq(length).all()
+        # what is masked of a block, and what the step before has written
+        assert out.positions_computed[1:].max() <= 2 * B
+        asked = [call["active_positions"] for call in calls[1:]]
+        assert max(len(positions) for positions in asked) <= 2 * 2 * B
+        assert out.block_evaluations <= 4 * (1 + -(-2 * B * (length // 2) // length)) < out.full_block_evaluations
+    every = model.generate(length=16, num_steps=8, seed=[1], refresh_every=1, **call)
+    unfrozen = model.generate(length=16, num_steps=8, seed=[1], **{**call, "freeze": False})
+    assert torch.equal(every.sequences, unfrozen.sequences)
+
+
+@pytest.mark.parametrize("order", ["ancestral", "threshold"])
+def test_what_is_behind_an_end_of_text_is_frozen(order):
+    model = lively_model(vocab_size=4, mask_token_id=3, max_position_embeddings=24)
+    after = {}  # a step that was idle is not there
+    out = model.generate(
+        batch_size=6, num_steps=12, iterations=1, order=order, freeze=True, stop_at_eos=True, eos_token_id=2,
+        pad_token_id=0, seed=0, return_dict_in_generate=True,
+        callback=lambda step: after.update({step.step: step.sequences}),
+    )  # fmt: skip
+    seen = [torch.full((6, 24), 3)]  # before each step
+    for step in range(len(out.iterations)):
+        seen.append(after.get(step, seen[-1]))
+    for row, length in enumerate(out.lengths.tolist()):
+        for step in range(1, len(seen) - 1):
+            tokens = seen[step][row]
+            end = next((i for i, token in enumerate(tokens.tolist()) if token == 2), 24)
+            most = int(tokens[:end].eq(3).sum()) + int(tokens.ne(seen[step - 1][row]).sum())
+            assert out.positions_computed[step, row] <= most
+        assert out.sequences[row, length:].eq(0).all()
+    assert len(set(out.lengths.tolist())) > 1 and out.lengths.min() < 12
