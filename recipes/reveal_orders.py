@@ -35,20 +35,27 @@ class RevealOrdersArguments(JudgedSamplesArguments):
     """What is compared."""
 
     model: ModelName = field(metadata={"help": "Folder or hub name."})
+    orders: list[str] = field(default_factory=lambda: list(ADAPTIVE), metadata={"help": "Orders that adapt."})
     budgets: list[int] = field(default_factory=lambda: [48, 96, 192, 384], metadata={"help": "Block evaluations."})
     num_samples: int = field(default=64, metadata={"help": "Texts a row."})
     output_dir: str = field(default="outputs/reveal_orders", metadata={"help": "Keeps finished batches."})
     output: str = field(default="reveal_orders", metadata={"help": "Written with .json and .md."})
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.orders or set(self.orders) - set(ADAPTIVE):
+            raise ValueError(f"`orders`={self.orders} must be some of {list(ADAPTIVE)}.")
 
-def settings(model_config, budgets: list[int]) -> list[tuple[str, dict]]:
+
+def settings(model_config, budgets: list[int], orders: list[str]) -> list[tuple[str, dict]]:
     """A name for each row, and its arguments of `generate`."""
     step = model_config.num_pre_layers + model_config.num_fixed_point_layers + model_config.num_post_layers
     most = {budget: {"budget": budget, "num_steps": budget // step} for budget in sorted(budgets)}
     rows = [(name, limits | options) for name, options in PACED.items() for limits in most.values()]
-    for order, (bound, values) in ADAPTIVE.items():
+    adaptive = {order: ADAPTIVE[order] for order in orders}
+    for order, (bound, values) in adaptive.items():
         rows += [(f"{order} {value:g}", most[max(most)] | {"order": order, bound: value}) for value in values]
-    order, (bound, (value, *_)) = next(iter(ADAPTIVE.items()))
+    order, (bound, (value, *_)) = next(iter(adaptive.items()))
     return rows + [(f"{order} {value:g}", most[b] | {"order": order, bound: value}) for b in most if b != max(most)]
 
 
@@ -57,7 +64,7 @@ def main(argv: list[str] | None = None) -> dict:
     (args,) = parse_arguments((RevealOrdersArguments,), __doc__, argv)
     device = device_of(args)
     (model, tokenizer), judge = open_model(args.model, device), open_judge(args, [args.model], device)
-    chosen = settings(model.config, args.budgets)
+    chosen = settings(model.config, args.budgets, args.orders)
     measured = sweep(
         model, tokenizer, judge, [setting for _, setting in chosen], num_samples=args.num_samples, progress_bar=True,
         **args.sampling,
