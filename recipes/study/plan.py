@@ -32,13 +32,15 @@ class Row:
         trainer (`str`): One of `TRAINERS`.
         start (`str`, *optional*): Row whose export it goes on from; for `"conversion"` it is the teacher. `None`:
             fresh weights.
-        model (`dict`): Fields of the configuration beside the shared ones; for `"conversion"` arguments of
-            `convert_to_fixed_point`.
+        model (`dict`): Fields of the configuration beside the shared ones, or beside those of `start`; for
+            `"conversion"` arguments of `convert_to_fixed_point`.
         training (`dict`): Fields of the trainer's configuration beside the shared ones.
         judged (`str`): `"none"`, by `"likelihood"` only, or by `"samples"` too.
         settings (`list[dict]`, *optional*): Settings of `generate`. `None`: the study's.
         budgets (`list[int]`, *optional*): Block evaluations. `None`: the study's.
         num_samples (`int`, *optional*): Texts of each setting and budget. `None`: the study's.
+        texts (`list[int]`, *optional*): First text and end of the texts that it reads, in another order each time
+            it is through with them. `None`: fresh ones, after those of the rows it goes on from.
         seed (`int`): Of weights and noise.
     """
 
@@ -53,6 +55,7 @@ class Row:
     settings: list[dict] | None = None
     budgets: list[int] | None = None
     num_samples: int | None = None
+    texts: list[int] | None = None
     seed: int = 0
 
 
@@ -71,7 +74,9 @@ class Plan:
         return next(row for row in self.rows if row.name == name)
 
     def texts(self, row: Row) -> range:
-        """Which texts of the world a row trains on: fresh ones, after those of the rows it goes on from."""
+        """Which texts of the world a row trains on."""
+        if row.texts is not None:
+            return range(*row.texts)
         first = self.texts(self.row(row.start)).stop if row.start is not None else 0
         options = {**self.training, **row.training}
         return range(first, first + options["max_steps"] * options["per_device_train_batch_size"])

@@ -87,7 +87,8 @@ def start_model(plan: Plan, row: Row, folder: Path) -> tuple[torch.nn.Module, di
             **{**plan.model, **row.model},
         )
         return FPMDLMForMaskedDiffusion(config), {}
-    model = AutoModel.from_pretrained(folder / "runs" / row.start)
+    start = folder / "runs" / row.start
     if row.trainer == "conversion":
-        return convert_to_fixed_point(model, **row.model), {"teacher": model}
-    return model, {}
+        teacher = AutoModel.from_pretrained(start)
+        return convert_to_fixed_point(teacher, **row.model), {"teacher": teacher}
+    return AutoModel.from_pretrained(start, **row.model), {}
