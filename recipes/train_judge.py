@@ -4,8 +4,8 @@
     python recipes/train_judge.py --world studies/small/world --held_out studies/small/held_out --output_dir judge
     python recipes/budget_report.py --model outputs/cofre --judge judge --max_length 128
 
-A Llama in the world's own tokens. Writes the model, its tokenizer and eval_results.json; `eval_excess` there is what it
-lacks of the truth, in nats per token.
+A Llama in the world's own tokens. Writes the model, its tokenizer and eval_results.json; `eval_excess` there is what
+it lacks of the truth, in nats per token.
 """
 
 import math
