@@ -61,13 +61,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """A study. `world`, `model`, `training` and `judging` are what its rows share."""
+    """A study. `world`, `model`, `training` and `judging` are what its rows share; `release` names the folders that
+    are published, and the row of each."""
 
     world: dict[str, Any]
     model: dict[str, Any]
     training: dict[str, Any]
     judging: dict[str, Any]
     rows: list[Row]
+    release: dict[str, str] = field(default_factory=dict)
 
     def row(self, name: str) -> Row:
         """The row of this name."""
@@ -91,7 +93,8 @@ def load_plan(path: str | Path) -> Plan:
     """Read and check a study.
 
     Raises:
-        `ValueError`: for names that a row does not have, two rows of one name, or a start that is no earlier row.
+        `ValueError`: for names that a row does not have, two rows of one name, a start that is no earlier row, or a
+        `release` of no row.
     """
     values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     known = {f.name for f in fields(Row)}
@@ -113,4 +116,8 @@ def load_plan(path: str | Path) -> Plan:
         if row.start is None and row.trainer != "base":
             raise ValueError(f"`rows`: `trainer`={row.trainer!r} of {row.name!r} needs `start`, a row to go on from.")
         rows.append(row)
-    return Plan(rows=rows, **values)
+    plan = Plan(rows=rows, **values)
+    unknown = sorted(set(plan.release.values()) - {row.name for row in rows})
+    if unknown:
+        raise ValueError(f"`release` names {unknown}, which are none of {[row.name for row in rows]}.")
+    return plan

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make the folders that are published of a study's finished rows, each with its card.
+
+    python recipes/study/release.py --plan recipes/study/small.yaml --truth stories260K --study studies/small
+
+The plan's `release` says which row becomes which folder. Weights are rounded to bfloat16 on disk and load as float32,
+as CPUs want them; the likelihood in the card is measured again with the rounded ones. `results.json` holds every number
+of the card, and tokens that the folder must give again.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the other recipes
+
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import AutoModel, AutoTokenizer
+
+from fpmgm.evaluation import TruthJudge
+from fpmgm.evaluation.provenance import provenance
+from fpmgm.evaluation.report import write_report
+from fpmgm.model_cards.escape import PLACES
+from study.judge import open_truth
+from study.plan import Plan, Row, load_plan
+from study.tables import setting_name
+
+
+TEMPLATE = Path(__file__).with_name("card.md")
+SAMPLE_FIELDS = (
+    "budget", "num_steps", "block_evaluations", "excess", "excess_standard_error", "generative_perplexity",
+    "generative_perplexity_standard_error", "unigram_entropy", "repetition_4",
+)  # fmt: skip
+SHOWN_BUDGETS, SHOWN_TEXTS = (96, 192), 2
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write a folder for each entry of `release` whose row is trained and judged."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", required=True, help="YAML of the study")
+    parser.add_argument("--study", type=Path, required=True, help="folder that run.py wrote")
+    parser.add_argument("--truth", required=True, help="causal language model: folder or hub name")
+    parser.add_argument("--target", type=Path, default=Path("model_cards"), help="where the folders are made")
+    args = parser.parse_args(argv)
+    plan, judge = load_plan(args.plan), open_truth(args.truth, args.study, "cpu")
+    for name, row in plan.release.items():
+        folder = args.target / name
+        save_rounded(args.study / "runs" / row, folder)
+        results = describe(plan, plan.row(row), args.study, folder, judge)
+        write_report(folder / "results.json", results)
+        write_card(folder, results)
+        print(f"{folder}: ELBO excess {results['likelihood_excess']:.3f} nats per token")
+
+
+def save_rounded(export: Path, folder: Path) -> None:
+    """The model with its weights in bfloat16, which load as float32; its code and tokenizer beside them."""
+    model = AutoModel.from_pretrained(export)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(export).save_pretrained(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
+
+
+def describe(plan: Plan, row: Row, study: Path, folder: Path, judge: TruthJudge) -> dict:
+    """Everything that the card says."""
+    found = json.loads((study / "results" / "rows" / f"{row.name}.json").read_text(encoding="utf-8"))
+    model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    runs = history(plan, row)
+    trained = [json.loads((study / "runs" / r.name / "training.json").read_text(encoding="utf-8")) for r in runs]
+    options = {"batch_size": plan.judging["batch_size"], "num_draws": plan.judging["likelihood_draws"]}
+    texts = {
+        str(budget): tokenizer.batch_decode(
+            model.generate(batch_size=SHOWN_TEXTS, budget=budget, seed=0), skip_special_tokens=True
+        )
+        for budget in SHOWN_BUDGETS
+    }
+    return {
+        "name": folder.name,
+        "title": row.title,
+        "parameters": model.num_parameters(),
+        "rows": [r.name for r in runs],
+        "steps": [run["steps"] for run in trained],
+        "core_hours": sum(run["cpu_seconds"] for run in trained) / 3600,
+        "tokens": sum(run["steps"] for run in trained) * plan.training["per_device_train_batch_size"] * judge.length,
+        "truth": {"name": judge.name, "entropy_rate": judge.entropy_rate},
+        **judge.likelihood_excess(model, plan.judging["likelihood_texts"], **options),
+        "samples": [
+            {**{name: sample[name] for name in SAMPLE_FIELDS}, "setting": setting_name(sample)}
+            for sample in found["samples"]
+        ],
+        "texts": texts,
+        "tokens_of_budget_24": model.generate(batch_size=2, budget=24, seed=0).tolist(),
+        "provenance": {"release": provenance("cpu"), "study": found["provenance"]},
+    }
+
+
+def history(plan: Plan, row: Row) -> list[Row]:
+    """The rows that a row's weights went through, the first one first; a conversion's teacher is none of them."""
+    earlier = [] if row.start is None else history(plan, plan.row(row.start))
+    return [*earlier, row]
+
+
+def write_card(folder: Path, results: dict) -> None:
+    """README.md, from `results` alone."""
+    model = AutoModel.from_pretrained(folder)
+    data = ModelCardData(
+        language="en",
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["fpmgm", "masked-diffusion", "stories"],
+        model_name=results["name"],
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="synthetic",
+                dataset_name="samples of stories260K",
+                metric_type="perplexity",
+                metric_name="upper bound of the perplexity, per token",
+                metric_value=round(math.exp(results["elbo_nats_per_token"]), 3),
+            )
+        ],
+    )
+    card = ModelCard.from_template(
+        card_data=data, template_path=str(TEMPLATE), **PLACES, config=model.config, **results
+    )  # fmt: skip
+    card.save(folder / "README.md")
+
+
+if __name__ == "__main__":
+    main()
