@@ -4,8 +4,8 @@
     python recipes/study/release.py --plan recipes/study/small.yaml --truth stories260K --study studies/small
 
 The plan's `release` says which row becomes which folder. Weights are rounded to bfloat16 on disk and load as float32,
-as CPUs want them; the likelihood in the card is measured again with the rounded ones. `results.json` holds every number
-of the card, and tokens that the folder must give again.
+as CPUs want them; the likelihood in the card is measured again with the rounded ones. `results.json` holds what the
+card says, and tokens that the folder must give again.
 """
 
 import argparse
