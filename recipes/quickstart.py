@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job on a small scale: train an FP-MDLM and an MDLM of equal width, sample both under budgets, compare.
+"""Stories by released models first, then a model of your own: train a small FP-MDLM and sample it under budgets.
 
     make quickstart
     python recipes/quickstart.py --text_files my_text.txt --output_dir quickstart_mine
 
-Writes `table.md`, `results.json`, `denoising.png` and the two model folders to `output_dir`.
+Writes `table.md`, `results.json`, `denoising.png` and the model folder `fp_mdlm` to `output_dir`.
 """
 
 import random
@@ -17,39 +17,38 @@ import torch
 import transformers
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion
 from fpmgm.analysis import plot_denoising
 from fpmgm.command_line import LocalPath, parse_arguments
 from fpmgm.data import load_text, pack, train_tokenizer
-from fpmgm.evaluation import NGramJudge, plus_minus, provenance, unigram_entropy
+from fpmgm.evaluation import NGramJudge, generative_perplexity, load_judge, plus_minus, provenance, unigram_entropy
 from fpmgm.evaluation.report import table, write_report
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
 from installed_english import paragraphs
 
 
-ARCHITECTURES = {
-    # `"diagonal"`: the other injections learn next to nothing in so few steps.
-    "fp_mdlm": {"num_pre_layers": 1, "num_fixed_point_layers": 1, "num_post_layers": 1, "input_injection": "diagonal"},
-    "mdlm": {"num_pre_layers": 12, "num_fixed_point_layers": 0, "num_post_layers": 0},
-}
-TITLES = {"fp_mdlm": "FP-MDLM 1/1/1", "mdlm": "MDLM 12/0/0"}
-REUSES = {"fp_mdlm": ("none", "full", "3sr"), "mdlm": ("none",)}
+MODEL_CARDS = Path(__file__).parents[1] / "model_cards"
+STORYTELLERS = ("stories-mdlm", "stories-cofre")
+PROMPT = "Once upon a time, there was a", "They were happy.", 40  # what is given before and after that many blanks
+REUSES = ("none", "full", "3sr")
 
 
 @dataclass
 class QuickstartArguments:
-    """Sizes that fit ten minutes on two slow cores."""
+    """Sizes that fit five minutes on two slow cores."""
 
     text_files: list[LocalPath] | None = field(default=None, metadata={"help": "Your text; null: what is installed."})
     output_dir: str = field(default="quickstart", metadata={"help": "Where everything is written."})
     vocab_size: int = field(default=320, metadata={"help": "Tokens of the byte-pair tokenizer."})
     length: int = field(default=64, metadata={"help": "Tokens of a text."})
-    hidden_size: int = field(default=64, metadata={"help": "Width of both models."})
-    max_steps: int = field(default=1800, metadata={"help": "Optimizer steps of each model."})
+    hidden_size: int = field(default=64, metadata={"help": "Width of the model."})
+    max_steps: int = field(default=2400, metadata={"help": "Optimizer steps."})
     batch_size: int = field(default=16, metadata={"help": "Texts per step."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of both models."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    stories: LocalPath = field(default=str(MODEL_CARDS), metadata={"help": "Folder of the released models."})
+    num_stories: int = field(default=32, metadata={"help": "Stories of each model under each budget."})
     budgets: list[int] = field(default_factory=lambda: [24, 48, 96, 192], metadata={"help": "Block evaluations."})
     num_samples: int = field(default=256, metadata={"help": "Texts per row of the table."})
     eval_blocks: int = field(default=400, metadata={"help": "Blocks of held-out text."})
@@ -63,12 +62,86 @@ def main(argv: list[str] | None = None) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     transformers.logging.set_verbosity_error()
 
-    tokenizer, train_blocks, eval_blocks = prepare_text(args)
-    judge = NGramJudge(np.array(train_blocks["input_ids"]), len(tokenizer))
-    held_out = np.array(eval_blocks["input_ids"])
     results = {
         "provenance": provenance("cuda" if torch.cuda.is_available() else "cpu"),
         "arguments": vars(args),
+        "stories": tell_stories(args, folder),
+        **train_and_sample(args),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    write_report(folder / "results.json", results)
+    (folder / "table.md").write_text(markdown(results), encoding="utf-8")
+    print(f"\n{markdown(results)}\n{how_to_load(folder)}")
+    return results
+
+
+# ------------------------------------------------------------------------------------ released models: they write
+
+
+def tell_stories(args: QuickstartArguments, folder: Path) -> dict:
+    """Stories of the released models under each budget, one prompt completed, one picture of a story being written."""
+    source = Path(args.stories)
+    judge = load_judge(source / "stories-judge", device="cpu")
+    models = {name: AutoModel.from_pretrained(source / name) for name in STORYTELLERS}
+    tokenizer, rows = AutoTokenizer.from_pretrained(source / STORYTELLERS[0]), []
+    for budget in args.budgets:
+        print(f"\n--- budget {budget}: block evaluations for each text")
+        for name, model in models.items():
+            rows.append(tell(name, model, tokenizer, judge, budget, args))
+            row = rows[-1]
+            print(f"\n{name}, {row['num_steps']} steps, perplexity {shown(row)}:\n    {one_line(row['text'])}")
+    model = models[STORYTELLERS[-1]]
+    before, after, blanks = PROMPT
+    prompt = before + tokenizer.mask_token * blanks + " " + after
+    completed = tokenizer.decode(model.generate(**tokenizer(prompt, return_tensors="pt"), seed=args.seed)[0])
+    print(f"\n--- {blanks} blanks between {before!r} and {after!r}:\n    {one_line(completed)}")
+    draw_picture(model, tokenizer, folder / "denoising.png", args.seed)
+    return {"judge": judge.name, "rows": rows, "prompt": prompt, "completed": completed}
+
+
+def tell(name: str, model, tokenizer, judge, budget: int, args: QuickstartArguments) -> dict:
+    """A row of the table: what one model writes under one budget."""
+    start = time.perf_counter()
+    out = model.generate(batch_size=args.num_stories, budget=budget, seed=args.seed, return_dict_in_generate=True)
+    seconds = time.perf_counter() - start
+    texts = tokenizer.batch_decode(out.sequences, skip_special_tokens=True)
+    longest = judge.model.config.max_position_embeddings
+    found = generative_perplexity(texts, judge, batch_size=32, max_length=longest, add_start_token=True)
+    return {
+        "model": name,
+        "budget": budget,
+        "num_steps": out.num_steps,
+        "block_evaluations": out.block_evaluations,
+        "milliseconds_per_text": 1000 * seconds / args.num_stories,
+        "entropy": unigram_entropy(out.sequences.numpy()),
+        "perplexity": found["generative_perplexity"],
+        "perplexity_standard_error": found["generative_perplexity_standard_error"],
+        "text": texts[0],
+    }
+
+
+def one_line(text: str) -> str:
+    """A text on one line."""
+    return " ".join(text.split())
+
+
+def draw_picture(model, tokenizer, path: Path, seed: int) -> None:
+    """One text being written."""
+    steps = []
+    model.generate(budget=96, seed=seed, callback=steps.append)
+    plot_denoising(steps, tokenizer, path)
+
+
+# ------------------------------------------------------------------------------------ a model of your own
+
+
+def train_and_sample(args: QuickstartArguments) -> dict:
+    """Train on text, sample under each budget and reuse."""
+    tokenizer, train_blocks, eval_blocks = prepare_text(args)
+    judge = NGramJudge(np.array(train_blocks["input_ids"]), len(tokenizer))
+    held_out = np.array(eval_blocks["input_ids"])
+    model, trained = train(args, tokenizer, train_blocks, eval_blocks)
+    return {
         "text": {
             "source": args.text_files or "Python's documentation and docstrings of installed packages",
             "train_tokens": len(train_blocks) * args.length,
@@ -76,20 +149,9 @@ def main(argv: list[str] | None = None) -> dict:
         },
         "judge": "interpolated 4-gram model (Witten-Bell) of the training tokens",
         "held_out": {"entropy": unigram_entropy(held_out), **judged(judge, held_out)},
-        "models": {},
-        "samples": [],
+        "model": trained,
+        "samples": sample(model, args, tokenizer, judge),
     }
-    for name, architecture in ARCHITECTURES.items():
-        model, results["models"][name] = train(name, architecture, args, tokenizer, train_blocks, eval_blocks)
-        results["samples"] += sample(name, model, args, tokenizer, judge)
-        if name == "fp_mdlm":
-            draw_picture(model, tokenizer, folder / "denoising.png", args.seed)
-    results["seconds"] = round(time.perf_counter() - start, 1)
-
-    write_report(folder / "results.json", results)
-    (folder / "table.md").write_text(markdown(results), encoding="utf-8")
-    print(f"\n{markdown(results)}\n{how_to_load(folder / 'fp_mdlm')}")
-    return results
 
 
 def prepare_text(args: QuickstartArguments) -> tuple[PreTrainedTokenizerBase, Dataset, Dataset]:
@@ -106,8 +168,8 @@ def prepare_text(args: QuickstartArguments) -> tuple[PreTrainedTokenizerBase, Da
     return tokenizer, blocks.select(range(split)), blocks.select(range(split, len(blocks)))
 
 
-def train(name, architecture, args, tokenizer, train_blocks, eval_blocks) -> tuple[FPMDLMForMaskedDiffusion, dict]:
-    """Train one model and export it; returns the exported model and what was measured."""
+def train(args, tokenizer, train_blocks, eval_blocks) -> tuple[FPMDLMForMaskedDiffusion, dict]:
+    """Train an FP-MDLM and export it; returns the exported model and what was measured."""
     config = FPMDLMConfig(
         vocab_size=len(tokenizer),
         mask_token_id=tokenizer.mask_token_id,
@@ -120,13 +182,13 @@ def train(name, architecture, args, tokenizer, train_blocks, eval_blocks) -> tup
         rope_theta=100.0,  # short texts
         max_position_embeddings=args.length,
         dropout=0.0,
-        **architecture,
+        input_injection="diagonal",  # the others learn next to nothing in so few steps
     )
     torch.manual_seed(args.seed)
     model = FPMDLMForMaskedDiffusion(config)
-    print(f"\n{TITLES[name]}: {model.num_parameters():,} parameters, {args.max_steps} steps")
+    print(f"\nFP-MDLM 1/1/1: {model.num_parameters():,} parameters, {args.max_steps} steps")
     training = MGMTrainingConfig(
-        output_dir=str(Path(args.output_dir) / name),
+        output_dir=str(Path(args.output_dir) / "fp_mdlm"),
         max_steps=args.max_steps,
         learning_rate=args.learning_rate,
         lr_scheduler_type="cosine",
@@ -162,24 +224,20 @@ def train(name, architecture, args, tokenizer, train_blocks, eval_blocks) -> tup
     return FPMDLMForMaskedDiffusion.from_pretrained(training.output_dir), measured
 
 
-def sample(name, model, args, tokenizer, judge) -> list[dict]:
+def sample(model, args, tokenizer, judge) -> list[dict]:
     """A row for each budget and reuse."""
     rows = []
-    runs = [(budget, reuse) for budget in args.budgets for reuse in REUSES[name]]
+    runs = [(budget, reuse) for budget in args.budgets for reuse in REUSES]
     for budget, reuse in tqdm(runs, desc="sampling"):
-        start = time.perf_counter()
         out = model.generate(
             batch_size=args.num_samples, budget=budget, reuse=reuse, seed=args.seed, return_dict_in_generate=True
         )
-        seconds = time.perf_counter() - start
         rows.append(
             {
-                "model": name,
                 "budget": budget,
                 "reuse": reuse,
                 "num_steps": out.num_steps,
                 "block_evaluations": out.block_evaluations,
-                "milliseconds_per_text": 1000 * seconds / args.num_samples,
                 "entropy": unigram_entropy(out.sequences.numpy()),
                 **judged(judge, out.sequences.numpy()),
                 "text": tokenizer.decode(out.sequences[0], skip_special_tokens=True),
@@ -191,62 +249,62 @@ def sample(name, model, args, tokenizer, judge) -> list[dict]:
 def judged(judge: NGramJudge, sequences: np.ndarray) -> dict[str, float]:
     """Perplexity under the judge, with its standard error over texts."""
     found = judge.generative_perplexity(sequences)
-    return {f"ngram_perplexity{end}": found[f"generative_perplexity{end}"] for end in ("", "_standard_error")}
+    return {f"perplexity{end}": found[f"generative_perplexity{end}"] for end in ("", "_standard_error")}
 
 
-def shown_perplexity(row: dict) -> str:
-    """What [`judged`] found."""
-    return plus_minus(row["ngram_perplexity"], row["ngram_perplexity_standard_error"], 1)
+# ------------------------------------------------------------------------------------ what is printed
 
 
-def draw_picture(model, tokenizer, path: Path, seed: int) -> None:
-    """One text being written."""
-    steps = []
-    model.generate(budget=96, seed=seed, callback=steps.append)
-    plot_denoising(steps, tokenizer, path)
+def shown(row: dict) -> str:
+    """A row's perplexity, with its standard error over texts."""
+    return plus_minus(row["perplexity"], row["perplexity_standard_error"], 1)
 
 
 def markdown(results: dict) -> str:
     """The results in Markdown."""
-    found, text = results["provenance"], results["text"]
-    models = [
+    found, text, model, stories = (results[name] for name in ("provenance", "text", "model", "stories"))
+    told = [
         [
-            TITLES[name],
-            f"{m['parameters']:,}",
-            m["steps"],
-            f"{m['seconds_per_step']:.3f}",
-            plus_minus(m["validation_perplexity"], m["validation_perplexity_standard_error"], 1),
+            row["budget"],
+            row["model"],
+            row["num_steps"],
+            row["block_evaluations"],
+            f"{row['milliseconds_per_text']:.1f}",
+            f"{row['entropy']:.2f}",
+            shown(row),
         ]
-        for name, m in results["models"].items()
+        for row in stories["rows"]
     ]
-    samples = []
-    for row in sorted(results["samples"], key=lambda row: row["budget"]):
-        cost = [row["num_steps"], row["block_evaluations"], f"{row['milliseconds_per_text']:.1f}"]
-        quality = [f"{row['entropy']:.2f}", shown_perplexity(row)]
-        samples.append([row["budget"], TITLES[row["model"]], row["reuse"], *cost, *quality])
+    samples = [
+        [row["budget"], row["reuse"], row["num_steps"], f"{row['entropy']:.2f}", shown(row)]
+        for row in results["samples"]
+    ]
     held_out = results["held_out"]
-    samples.append([None, "held-out text", *[None] * 4, f"{held_out['entropy']:.2f}", shown_perplexity(held_out)])
-    columns = ["budget", "model", "reuse", "steps", "block evaluations", "ms per text", "entropy", "4-gram perplexity"]
+    samples.append([None, "held-out text", None, f"{held_out['entropy']:.2f}", shown(held_out)])
+    perplexity = plus_minus(model["validation_perplexity"], model["validation_perplexity_standard_error"], 1)
+    count, length = (results["arguments"][name] for name in ("num_samples", "length"))
     return (
-        f"Text: {text['source']}; {text['train_tokens']:,} training and {text['held_out_tokens']:,} held-out tokens.\n"
         f"On {found['device']}; torch {found['versions']['torch']}, transformers {found['versions']['transformers']}, "
-        f"commit {found['commit']}; {results['seconds']:.0f} s in all.\n\n"
-        f"{table(['model', 'parameters', 'steps', 'seconds per step', 'validation perplexity'], models)}\n\n"
-        f"{table(columns, samples)}\n\n"
-        f"4-gram perplexity ± standard error over texts: under an {results['judge']}; it sees local fluency only. "
-        f"Each row: {results['arguments']['num_samples']} texts of {results['arguments']['length']} tokens.\n"
+        f"commit {found['commit']}; {results['seconds']:.0f} s in all. ± is one standard error over texts.\n\n"
+        f"Stories, {results['arguments']['num_stories']} of each row, perplexity under {stories['judge']}:\n\n"
+        f"{table(['budget', 'model', 'steps', 'block evaluations', 'ms per text', 'entropy', 'perplexity'], told)}\n\n"
+        f"A model of your own, {model['parameters']:,} parameters, {model['steps']} steps of "
+        f"{model['seconds_per_step']:.3f} s on {text['train_tokens']:,} tokens of {text['source']}: validation "
+        f"perplexity {perplexity}. {count} texts of {length} tokens a row, judged by an {results['judge']}, "
+        "which sees local fluency only:\n\n"
+        f"{table(['budget', 'reuse', 'steps', 'entropy', '4-gram perplexity'], samples)}\n"
     )
 
 
 def how_to_load(folder: Path) -> str:
-    """The three lines that use what was trained."""
+    """The lines that use what was trained."""
+    model = str(folder / "fp_mdlm")
     return (
-        f"The picture of one text being written: {folder.parent / 'denoising.png'}\n"
-        "Use the model:\n\n"
+        f"A story being written, as a picture: {folder / 'denoising.png'}\n"
+        "Use your model:\n\n"
         "    from transformers import AutoModel, AutoTokenizer\n"
-        f"    model = AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True)\n"
-        f"    print(AutoTokenizer.from_pretrained({str(folder)!r}, trust_remote_code=True)"
-        ".batch_decode(model.generate(budget=96)))\n"
+        f"    model = AutoModel.from_pretrained({model!r}, trust_remote_code=True)\n"
+        f"    print(AutoTokenizer.from_pretrained({model!r}).batch_decode(model.generate(budget=96)))\n"
     )
 
 

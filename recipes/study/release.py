@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the other recipes
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from fpmgm.evaluation import TruthJudge
 from fpmgm.evaluation.provenance import provenance
@@ -107,7 +107,6 @@ def history(plan: Plan, row: Row) -> list[Row]:
 
 def write_card(folder: Path, results: dict) -> None:
     """README.md, from `results` alone."""
-    model = AutoModel.from_pretrained(folder)
     data = ModelCardData(
         language="en",
         license="apache-2.0",
@@ -127,7 +126,7 @@ def write_card(folder: Path, results: dict) -> None:
         ],
     )
     card = ModelCard.from_template(
-        card_data=data, template_path=str(TEMPLATE), **PLACES, config=model.config, **results
+        card_data=data, template_path=str(TEMPLATE), **PLACES, config=AutoConfig.from_pretrained(folder), **results
     )  # fmt: skip
     card.save(folder / "README.md")
 

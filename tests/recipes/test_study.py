@@ -2,6 +2,7 @@
 """The study in a tiny world: from the world to the tables, and on from wherever it was cut."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import budget_report
 import sample_world
-from study import run, train
+import train_judge
+from fpmgm.evaluation import load_judge
+from study import release, run, train
 from study.plan import load_plan
 
 
@@ -125,6 +128,21 @@ def test_the_command_for_a_gpu_goes_on_like_the_study(studied, truth):
     load_plan(TINY.parent / "small.yaml")
 
 
+def test_what_is_released_is_the_row_rounded_with_a_card_of_its_results(studied, truth, tmp_path):
+    where = ["--plan", str(TINY), "--study", str(studied), "--truth", truth, "--target", str(tmp_path)]
+    release.main(where)
+    folder, trained = tmp_path / "tiny-cofre", AutoModel.from_pretrained(studied / "runs" / "cofre")
+    stored, released = load_file(folder / "model.safetensors"), AutoModel.from_pretrained(folder)
+    assert released.dtype == torch.float32 and all(weight.dtype == torch.bfloat16 for weight in stored.values())
+    for name, weight in trained.state_dict().items():
+        assert torch.equal(released.state_dict()[name], weight.bfloat16().float())
+    results = json.loads((folder / "results.json").read_text())
+    row = json.loads((studied / "results" / "rows" / "cofre.json").read_text())
+    assert [s["excess"] for s in results["samples"]] == [s["excess"] for s in row["samples"]]
+    assert results["rows"] == ["fp_mdlm", "cofre"] and results["steps"] == [2, 2]
+    assert f"{row['samples'][0]['excess']:.3f}" in (folder / "README.md").read_text()
+
+
 def test_budget_report_judges_by_the_truth(studied, truth, tmp_path):
     options = ["--budgets", "6", "--reuse", "3sr", "--num_samples", "8", "--truth_texts", "30", "--device", "cpu"]
     shared = ["--model", str(studied / "runs" / "fp_mdlm"), "--output_dir", str(tmp_path), *options]
@@ -150,3 +168,20 @@ def test_a_plan_without_sense_is_refused(tmp_path, rows, message):
     (tmp_path / "plan.yaml").write_text(json.dumps({**shared, "rows": rows}))
     with pytest.raises(ValueError, match=message):
         load_plan(tmp_path / "plan.yaml")
+
+
+def test_a_release_of_no_row_is_refused(tmp_path):
+    plan = {"world": {}, "model": {}, "training": {}, "judging": {}, "rows": [{"name": "a"}], "release": {"out": "b"}}
+    (tmp_path / "plan.yaml").write_text(json.dumps(plan))
+    with pytest.raises(ValueError, match=r"`release` names \['b'\]"):
+        load_plan(tmp_path / "plan.yaml")
+
+
+def test_a_judge_learns_the_world(studied, tmp_path):
+    where = ["--world", str(studied / "world"), "--held_out", str(studied / "held_out"), "--output_dir", str(tmp_path)]
+    sizes = "--hidden_size 16 --num_layers 1 --num_attention_heads 2 --max_steps 60 --warmup_steps 5 --use_cpu True"
+    found = train_judge.main([*where, *sizes.split(), "--disable_tqdm", "True"])
+    uniform = math.log(12) - json.loads((studied / "held_out" / "world.json").read_text())["entropy_rate"]
+    assert -0.1 < found["eval_excess"] < 0.8 * uniform
+    judge = load_judge(tmp_path, device="cpu")
+    assert judge.tokenizer.bos_token_id == 0 and judge.model.config.max_position_embeddings == 7

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The released checkpoints in `model_cards/`: they write what they wrote, and their cards say what was found."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from study.release import write_card
+
+
+FOLDERS = sorted(path.parent for path in (Path(__file__).parents[1] / "model_cards").glob("*/results.json"))
+LIMIT = 60e6  # bytes of all of them
+ALONE = """
+import sys
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert "fpmgm" not in sys.modules, "fpmgm is imported"
+print(model.generate(batch_size=2, budget=24, seed=0).tolist())
+"""
+
+
+@pytest.fixture(params=FOLDERS, ids=lambda folder: folder.name)
+def folder(request) -> Path:
+    return request.param
+
+
+@pytest.fixture
+def results(folder) -> dict:
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def test_it_writes_the_tokens_that_it_wrote(folder, results):
+    model = AutoModel.from_pretrained(folder)
+    assert model.dtype == torch.float32 and model.num_parameters() == results["parameters"]
+    assert model.generate(batch_size=2, budget=24, seed=0).tolist() == results["tokens_of_budget_24"]
+    assert AutoTokenizer.from_pretrained(folder).mask_token_id == model.config.mask_token_id
+
+
+def test_it_writes_them_where_fpmgm_is_not_installed(folder, results, tmp_path):
+    command = [sys.executable, "-I", "-c", ALONE, str(folder)]  # -I: neither this folder nor PYTHONPATH
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == results["tokens_of_budget_24"]
+
+
+def test_its_card_says_what_its_results_say(folder, results, tmp_path):
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    write_card(tmp_path, results)
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_all_of_them_are_small():
+    files = [path for path in (Path(__file__).parents[1] / "model_cards").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < LIMIT
