@@ -70,6 +70,7 @@ def make_world() -> None:
     torch.save({"model_state_dict": original_state(depth=24)}, "ImageNet_384_large.pth")
     vq = tiny_image_tokenizer(image_size=16)
     vq.save_pretrained("vq")
+    Path("model_cards").symlink_to(Path(__file__).parents[1] / "model_cards")
     labels = {0: "tench", 1: "springer", 2: "church", 3: "parachute"}
     model = tiny_image_model(num_classes=4, grid_size=4, id2label=labels)
     FPMaskGITPipeline(model, vq).save_pretrained("org/fp-maskgit")

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the other recipes
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from fpmgm.evaluation import TruthJudge
 from fpmgm.evaluation.provenance import provenance
@@ -44,26 +44,47 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--plan", required=True, help="YAML of the study")
     parser.add_argument("--study", type=Path, required=True, help="folder that run.py wrote")
     parser.add_argument("--truth", required=True, help="causal language model: folder or hub name")
+    parser.add_argument(
+        "--judge", type=Path, help="folder that train_judge.py wrote, to be published as stories-judge"
+    )
     parser.add_argument("--target", type=Path, default=Path("model_cards"), help="where the folders are made")
     args = parser.parse_args(argv)
     plan, judge = load_plan(args.plan), open_truth(args.truth, args.study, "cpu")
     for name, row in plan.release.items():
         folder = args.target / name
-        save_rounded(args.study / "runs" / row, folder)
+        save_rounded(AutoModel, args.study / "runs" / row, folder)
         results = describe(plan, plan.row(row), args.study, folder, judge)
         write_report(folder / "results.json", results)
         write_card(folder, results)
         print(f"{folder}: ELBO excess {results['likelihood_excess']:.3f} nats per token")
+    if args.judge is not None:
+        release_judge(args.judge, args.target / "stories-judge")
 
 
-def save_rounded(export: Path, folder: Path) -> None:
+def save_rounded(model_class: type, export: Path, folder: Path) -> None:
     """The model with its weights in bfloat16, which load as float32; its code and tokenizer beside them."""
-    model = AutoModel.from_pretrained(export)
+    model = model_class.from_pretrained(export)
     model.to(torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(export).save_pretrained(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
+
+
+def release_judge(export: Path, folder: Path) -> None:
+    """An autoregressive judge, with a card of what its training measured."""
+    save_rounded(AutoModelForCausalLM, export, folder)
+    found = json.loads((export / "eval_results.json").read_text(encoding="utf-8"))
+    write_report(folder / "eval_results.json", found)
+    data = ModelCardData(
+        language="en", license="apache-2.0", library_name="transformers", pipeline_tag="text-generation",
+        tags=["fpmgm", "stories", "judge"], model_name=folder.name,
+    )  # fmt: skip
+    parameters = AutoModelForCausalLM.from_pretrained(folder).num_parameters()
+    card = ModelCard.from_template(
+        data, template_path=str(TEMPLATE.with_name("judge_card.md")), name=folder.name, parameters=parameters, **found
+    )
+    card.save(folder / "README.md")
 
 
 def describe(plan: Plan, row: Row, study: Path, folder: Path, judge: TruthJudge) -> dict:

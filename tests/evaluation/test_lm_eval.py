@@ -549,14 +549,14 @@ def test_adapters_are_merged(folder, tmp_path):
         assert [s for s, _ in scores(lm, *PAIRS)] == pytest.approx([s for s, _ in expected], rel=1e-4)
 
 
-README_COMMAND = next(
-    line for line in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").splitlines()
+DOCUMENTED_COMMAND = next(
+    line for line in (Path(__file__).parents[2] / "docs/lm_eval.md").read_text(encoding="utf-8").splitlines()
     if line.startswith("fpmgm-eval ")
 )  # fmt: skip
 
 
 def test_the_readmes_command_runs_on_any_machine(folder, tmp_path, monkeypatch, capsys):
-    command = README_COMMAND.replace("quickstart/fp_mdlm", str(folder / "model"))
+    command = DOCUMENTED_COMMAND.replace("quickstart/fp_mdlm", str(folder / "model"))
     command = command.replace("openbookqa,arc_easy", "tiny_choice,tiny_rolling").replace("outputs/", f"{tmp_path}/")
     assert "--device" not in command and "tiny_choice" in command and f"{tmp_path}/" in command
     monkeypatch.setattr("sys.argv", [*command.split(), "--include_path", str(folder)])
