@@ -17,7 +17,9 @@ TEACHERS = ("self", "ema")
 class ConsistencyConfig(MGMTrainingConfig):
     r"""
     Arguments of [`ConsistencyTrainer`], beside those of [`MGMTrainingConfig`]. The defaults are the paper's,
-    but for the mean over channels, which is a width-th of the paper's sum (docs/choices.md).
+    but for the mean over channels, which is a width-th of the paper's sum (docs/choices.md). On a small scale no
+    setting has made samples better, and a larger weight makes them worse: compare with a run without
+    (docs/results/study.md).
 
     Defaults that differ from [`MGMTrainingConfig`]: `max_steps=30_000`, `eval_steps=1000`, `save_steps=1000`;
     `eval_strategy` is `"steps"` where the trainer has an `eval_dataset` and `"no"` where it has none, and
