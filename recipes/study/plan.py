@@ -62,14 +62,14 @@ class Row:
 @dataclass(frozen=True)
 class Plan:
     """A study. `world`, `model`, `training` and `judging` are what its rows share; `release` names the folders that
-    are published, and the row of each."""
+    are published, with the `row` of each and its `generation`, defaults of `generate`."""
 
     world: dict[str, Any]
     model: dict[str, Any]
     training: dict[str, Any]
     judging: dict[str, Any]
     rows: list[Row]
-    release: dict[str, str] = field(default_factory=dict)
+    release: dict[str, dict] = field(default_factory=dict)
 
     def row(self, name: str) -> Row:
         """The row of this name."""
@@ -117,7 +117,7 @@ def load_plan(path: str | Path) -> Plan:
             raise ValueError(f"`rows`: `trainer`={row.trainer!r} of {row.name!r} needs `start`, a row to go on from.")
         rows.append(row)
     plan = Plan(rows=rows, **values)
-    unknown = sorted(set(plan.release.values()) - {row.name for row in rows})
+    unknown = sorted({entry["row"] for entry in plan.release.values()} - {row.name for row in rows})
     if unknown:
         raise ValueError(f"`release` names {unknown}, which are none of {[row.name for row in rows]}.")
     return plan

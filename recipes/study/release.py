@@ -50,10 +50,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--target", type=Path, default=Path("model_cards"), help="where the folders are made")
     args = parser.parse_args(argv)
     plan, judge = load_plan(args.plan), open_truth(args.truth, args.study, "cpu")
-    for name, row in plan.release.items():
-        folder = args.target / name
-        save_rounded(AutoModel, args.study / "runs" / row, folder)
-        results = describe(plan, plan.row(row), args.study, folder, judge)
+    for name, entry in plan.release.items():
+        folder, row = args.target / name, plan.row(entry["row"])
+        save_rounded(AutoModel, args.study / "runs" / row.name, folder, entry.get("generation", {}))
+        results = describe(plan, row, args.study, folder, judge)
         write_report(folder / "results.json", results)
         write_card(folder, results)
         print(f"{folder}: ELBO excess {results['likelihood_excess']:.3f} nats per token")
@@ -61,9 +61,11 @@ def main(argv: list[str] | None = None) -> None:
         release_judge(args.judge, args.target / "stories-judge")
 
 
-def save_rounded(model_class: type, export: Path, folder: Path) -> None:
-    """The model with its weights in bfloat16, which load as float32; its code and tokenizer beside them."""
+def save_rounded(model_class: type, export: Path, folder: Path, generation: dict | None = None) -> None:
+    """The model with its weights in bfloat16, which load as float32, and `generation` as defaults of `generate`; its
+    code and tokenizer beside them."""
     model = model_class.from_pretrained(export)
+    model.generation_config.update(**(generation or {}))
     model.to(torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(export).save_pretrained(folder)
     path = folder / "config.json"
@@ -114,6 +116,7 @@ def describe(plan: Plan, row: Row, study: Path, folder: Path, judge: TruthJudge)
             {**{name: sample[name] for name in SAMPLE_FIELDS}, "setting": setting_name(sample)}
             for sample in found["samples"]
         ],
+        "generation": plan.release[folder.name].get("generation", {}),
         "texts": texts,
         "tokens_of_budget_24": model.generate(batch_size=2, budget=24, seed=0).tolist(),
         "provenance": {"release": provenance("cpu"), "study": found["provenance"]},

@@ -133,6 +133,7 @@ def test_what_is_released_is_the_row_rounded_with_a_card_of_its_results(studied,
     release.main(where)
     folder, trained = tmp_path / "tiny-cofre", AutoModel.from_pretrained(studied / "runs" / "cofre")
     stored, released = load_file(folder / "model.safetensors"), AutoModel.from_pretrained(folder)
+    assert released.generation_config.temperature == 0.5
     assert released.dtype == torch.float32 and all(weight.dtype == torch.bfloat16 for weight in stored.values())
     for name, weight in trained.state_dict().items():
         assert torch.equal(released.state_dict()[name], weight.bfloat16().float())
@@ -171,7 +172,14 @@ def test_a_plan_without_sense_is_refused(tmp_path, rows, message):
 
 
 def test_a_release_of_no_row_is_refused(tmp_path):
-    plan = {"world": {}, "model": {}, "training": {}, "judging": {}, "rows": [{"name": "a"}], "release": {"out": "b"}}
+    plan = {
+        "world": {},
+        "model": {},
+        "training": {},
+        "judging": {},
+        "rows": [{"name": "a"}],
+        "release": {"out": {"row": "b"}},
+    }
     (tmp_path / "plan.yaml").write_text(json.dumps(plan))
     with pytest.raises(ValueError, match=r"`release` names \['b'\]"):
         load_plan(tmp_path / "plan.yaml")
