@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every default of `generate`, saved as `generation_config.json` beside the weights."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import GenerationConfig
+
+from .arguments import Allowed, check_names, checked, either, flag, list_of, number, one_of, optional, shown, whole
+from .budget import ALLOCATIONS, MOST_BLOCK_EVALUATIONS, MOST_STEPS
+from .fixed_point import SOLVERS
+from .guidance import GUIDANCE_SCHEDULES
+from .reuse import REUSES
+
+
+FINALS = ("sample", "argmax", "none")
+GAMMAS = ("gamma_unchanged", "gamma_masked", "gamma_changed", "gamma_remasked")
+FREEZING = ("refresh_every", "freeze_tolerance")  # details of `freeze`
+TUNABLE = ("num_steps", "allocation", "reuse", *GAMMAS, "tolerance", "solver", "freeze", *FREEZING)
+RETIRED = ("carry_over", "skip_idle_steps")  # in files of earlier versions, where they are off
+MOST_TUNED_PLANS = 1000
+MISPLACED = {
+    "max_length": "use `length`, or `max_new_tokens` behind a prompt",
+    "max_new_tokens": "it is an argument of `generate`: give it in the call",
+    "num_beams": "sequences are not written from left to right: there is nothing to beam",
+    "do_sample": "use `temperature=0` for the most likely tokens",
+}
+
+SHARE = number(0, 1)
+TOKEN = whole(0, 2**31 - 1)
+ITERATIONS = whole(0, MOST_BLOCK_EVALUATIONS, "iterations at a step")
+EACH_STEP = list_of(ITERATIONS, 0, MOST_STEPS)
+ALLOWED = {
+    "budget": optional(whole(1, MOST_BLOCK_EVALUATIONS, "block evaluations"), "leaves the cost to `iterations`"),
+    "num_steps": optional(whole(1, MOST_STEPS, "denoising steps"), "derives them from the budget"),
+    "iterations": optional(either(ITERATIONS, EACH_STEP), "plans them from the budget"),
+    "allocation": either(one_of(ALLOCATIONS), EACH_STEP),
+    "reuse": one_of(REUSES),
+    "gamma_unchanged": SHARE,
+    "gamma_masked": list_of(SHARE, 2, 2),
+    "gamma_changed": SHARE,
+    "gamma_remasked": SHARE,
+    "tolerance": optional(number(0, float("inf"), words="be at least 0"), "takes every iteration"),
+    "solver": one_of(SOLVERS),
+    "freeze": flag(),
+    "refresh_every": optional(whole(1, MOST_STEPS, "steps"), "computes all positions at the first step alone"),
+    "freeze_tolerance": optional(number(0, float("inf"), words="be at least 0"), "looks at no movement"),
+    "tuned_plans": Allowed(
+        f"be a dict of at most {MOST_TUNED_PLANS:,} plans",
+        lambda value: isinstance(value, dict) and len(value) <= MOST_TUNED_PLANS,
+    ),
+    "temperature": number(0, float("inf"), words="be a number >= 0 (0: most likely token)"),
+    "top_k": optional(whole(1, unit="tokens"), "keeps all tokens"),
+    "top_p": optional(number(0, 1, "(]"), "keeps all tokens"),
+    "order": optional(Allowed("be a word", lambda value: isinstance(value, str)), "is the model's own"),
+    "entropy_bound": number(0, float("inf"), words="be a number of nats >= 0"),
+    "confidence_threshold": SHARE,
+    "margin_threshold": SHARE,
+    "guidance_scale": number(0, float("inf"), words="be a number >= 0 (1: no guidance)"),
+    "guidance_schedule": one_of(GUIDANCE_SCHEDULES),
+    "remask": optional(number(0, 1, "(]"), "keeps what is revealed"),
+    "final": one_of(FINALS),
+    "block_length": optional(whole(1, 2**31 - 1, "tokens"), "makes no blocks"),
+    "stop_at_eos": flag(),
+    "bos_token_id": optional(TOKEN, "is not set"),
+    "eos_token_id": optional(either(TOKEN, list_of(TOKEN, 1, 64)), "is not set"),
+    "pad_token_id": optional(TOKEN, "is not set"),
+    "progress_bar": flag(),
+    "return_dict_in_generate": flag(),
+}
+
+
+class MGMGenerationConfig(GenerationConfig):
+    """Parameters of [`MGMGenerationMixin.generate`].
+
+    Args:
+        > Parameters that control the computation
+
+        budget (`int`, *optional*, defaults to 96): Block evaluations per sequence; see [`plan_budget`].
+        num_steps (`int`, *optional*): Denoising steps. `None`: chosen from the budget.
+        iterations (`int` or `list[int]`, *optional*): Fixed-point iterations of every step or of each, instead of a
+            budget. `None`: planned from the budget.
+        allocation (`str` or `list[int]`, defaults to `"decreasing"`): How a budget's iterations are shared over steps.
+        reuse (`str`, defaults to `"3sr"`): Start of the solver from the previous step: `"none"`, `"full"`, `"3sr"`.
+            A model without fixed-point layers solves nothing, so that all are the same to it.
+        gamma_unchanged (`float`, defaults to 1.0): Share reused at visible tokens that did not change (3sr).
+        gamma_masked (`list[float]`, defaults to [0.75, 0.9]): Share reused at masked positions, when nothing and when
+            everything is visible (3sr).
+        gamma_changed (`float`, defaults to 0.2): Share reused at tokens that the last step revealed (3sr).
+        gamma_remasked (`float`, defaults to 0.2): Share reused at tokens that were masked again or rewritten (3sr).
+        tolerance (`float`, *optional*): A sequence's solve stops when its relative residual is at most this. `None`:
+            every planned iteration is taken.
+        solver (`str`, defaults to `"picard"`): `"picard"` or `"anderson"`; an iteration of either costs the same.
+        freeze (`bool`, defaults to `False`): Leave positions alone that are not masked, once they were computed with
+            their token: they keep keys, values and solution, and cost nothing. A budget is charged for the positions
+            that are computed, so that it buys more steps. An approximation: frozen positions do not see what changes
+            elsewhere.
+        refresh_every (`int`, *optional*): With `freeze`, compute all positions again every so many steps. 1: at every
+            step, as without `freeze`. `None`: at the first step alone.
+        freeze_tolerance (`float`, *optional*): With `freeze`, leave a position alone only when its solution moved by
+            at most this share of its norm the last time it was computed. `None`: at once.
+        tuned_plans (`dict[str, dict]`, defaults to `{}`): For a budget, as text, the values that were tuned for it, of
+            the names above but `budget` and `iterations` (`recipes/tune_sampling.py` finds them). A call with that
+            budget uses them all, unless it sets one of them itself: then it uses none.
+
+        > Parameters that control the draw
+
+        temperature (`float`, defaults to 1.0): Divides the logits; 0 takes the most likely token.
+        top_k (`int`, *optional*): Draw among the k most likely tokens. `None`: all.
+        top_p (`float`, *optional*): Draw among the most likely tokens that hold this probability. `None`: all.
+        order (`str`, *optional*): Which positions are revealed when. Text: `"ancestral"`, images: `"halton"` (spread
+            over the image by a Halton sequence) or `"random"`, both: `"confidence"`, where each step keeps the most
+            probable of its draws, and three that decide from the predictions how many a step reveals: `"entropy"`,
+            `"threshold"`, `"margin"`. These end when all is revealed: the planned steps are the most that they take,
+            and what is left at the last of them is drawn there. `None`: `"ancestral"` for text, `"halton"` for
+            images.
+        entropy_bound (`float`, defaults to 0.1): The entropy order reveals the most certain positions of which the
+            entropies, but for the largest, add up to at most this, in nats (EB-Sampler; its γ, as recommended for
+            DiffusionGemma). 0: one uncertain position at a step.
+        confidence_threshold (`float`, defaults to 0.9): The threshold order reveals the positions whose most likely
+            token has at least this probability, and at least the most certain one (Fast-dLLM and its default).
+        margin_threshold (`float`, defaults to 0.8): The margin order reveals the positions whose two most likely
+            tokens differ by at least this, and at least the most certain one. What passes 0.9 in the threshold order
+            passes 0.8 here.
+        guidance_scale (`float`, defaults to 1.0): w of classifier-free guidance, at least 0: the logits are
+            unconditional + w · (conditional − unconditional). 1: off, the denoiser runs once per step. Otherwise its
+            batch is doubled, which the budget does not count.
+        guidance_schedule (`str`, defaults to `"constant"`): `"constant"`, or `"linear"`, from 1 at the first step to
+            `guidance_scale` at the last (where the steps are not known beforehand, with the share revealed).
+        remask (`float`, *optional*): Mask a visible token again with at most this probability per step, in (0, 1]
+            (ReMDM's capped schedule; ancestral order only). `None`: what is revealed stays.
+        final (`str`, defaults to `"sample"`): What happens to positions that the last step would leave masked (in the
+            ancestral and the adaptive orders): `"sample"` draws them at that step, `"argmax"` takes their most likely
+            tokens, `"none"` leaves the mask id.
+
+        > Parameters that control the output
+
+        block_length (`int`, *optional*): Write text block by block, each of so many masked positions in their order:
+            a block begins when the one before it is written. The steps, and the iterations of an allocation, are
+            shared over the blocks by their sizes. `None`: no blocks.
+        stop_at_eos (`bool`, defaults to `False`): End a text at the first `eos_token_id` that is written in it:
+            nothing is written behind it any more, the sequence is finished when all before it is written, and what
+            is behind it in the result is `pad_token_id`.
+        progress_bar (`bool`, defaults to `False`): Whether to show the denoising steps.
+        return_dict_in_generate (`bool`, defaults to `False`): Return [`MGMGenerationOutput`] instead of tokens.
+        bos_token_id, eos_token_id, pad_token_id (`int`, *optional*): `eos_token_id` (or a list of them) is read for
+            `stop_at_eos`, `pad_token_id` too (`None`: the first end of text). `None`: the model configuration's.
+
+    Raises:
+        `ValueError`: on an unknown name or a value that is not allowed.
+    """
+
+    def __init__(self, **kwargs):
+        # Not super().__init__(): the fields of left-to-right generation have no meaning here.
+        check_one_cost(kwargs.get("budget"), kwargs.get("iterations"))
+        self.budget: int | None = kwargs.pop("budget", 96 if kwargs.get("iterations") is None else None)
+        self.num_steps: int | None = kwargs.pop("num_steps", None)
+        self.iterations: int | list[int] | None = kwargs.pop("iterations", None)
+        self.allocation: str | list[int] = kwargs.pop("allocation", "decreasing")
+        self.reuse: str = kwargs.pop("reuse", "3sr")
+        self.gamma_unchanged: float = kwargs.pop("gamma_unchanged", 1.0)
+        self.gamma_masked: list[float] = kwargs.pop("gamma_masked", [0.75, 0.9])
+        self.gamma_changed: float = kwargs.pop("gamma_changed", 0.2)
+        self.gamma_remasked: float = kwargs.pop("gamma_remasked", 0.2)
+        self.tolerance: float | None = kwargs.pop("tolerance", None)
+        self.solver: str = kwargs.pop("solver", "picard")
+        self.freeze: bool = kwargs.pop("freeze", False)
+        self.refresh_every: int | None = kwargs.pop("refresh_every", None)
+        self.freeze_tolerance: float | None = kwargs.pop("freeze_tolerance", None)
+        self.tuned_plans: dict[str, dict] = kwargs.pop("tuned_plans", {})
+
+        self.temperature: float = kwargs.pop("temperature", 1.0)
+        self.top_k: int | None = kwargs.pop("top_k", None)
+        self.top_p: float | None = kwargs.pop("top_p", None)
+        self.order: str | None = kwargs.pop("order", None)
+        self.entropy_bound: float = kwargs.pop("entropy_bound", 0.1)
+        self.confidence_threshold: float = kwargs.pop("confidence_threshold", 0.9)
+        self.margin_threshold: float = kwargs.pop("margin_threshold", 0.8)
+        self.guidance_scale: float = kwargs.pop("guidance_scale", 1.0)
+        self.guidance_schedule: str = kwargs.pop("guidance_schedule", "constant")
+        self.remask: float | None = kwargs.pop("remask", None)
+        self.final: str = kwargs.pop("final", "sample")
+
+        self.block_length: int | None = kwargs.pop("block_length", None)
+        self.stop_at_eos: bool = kwargs.pop("stop_at_eos", False)
+        self.progress_bar: bool = kwargs.pop("progress_bar", False)
+        self.return_dict_in_generate: bool = kwargs.pop("return_dict_in_generate", False)
+
+        self.bos_token_id: int | None = kwargs.pop("bos_token_id", None)
+        self.eos_token_id: int | None = kwargs.pop("eos_token_id", None)
+        self.pad_token_id: int | None = kwargs.pop("pad_token_id", None)
+
+        self.transformers_version: str | None = kwargs.pop("transformers_version", None)
+        for name in ("_commit_hash", "_from_model_config", "_original_object_hash"):  # set by the hub's loader
+            setattr(self, name, kwargs.pop(name, None))
+        kwargs = {name: value for name, value in kwargs.items() if value or name not in RETIRED}
+        check_names(kwargs, self.names(), "generation argument(s)", MISPLACED)
+        self.validate()
+
+    def names(self) -> list[str]:
+        """Names of the parameters."""
+        return [name for name in vars(self) if not name.startswith("_")]
+
+    def validate(self, **unused: Any) -> None:
+        """Raise a `ValueError` that names the first value that is not allowed."""
+        vars(self).update(checked(ALLOWED, vars(self)))
+        check_one_cost(self.budget, self.iterations)
+        for name in FREEZING:
+            if not self.freeze and getattr(self, name) is not None:
+                raise ValueError(f"`{name}`={getattr(self, name)} is about frozen positions: give `freeze=True` too.")
+        self.tuned_plans = dict(_tuned_plan(budget, plan) for budget, plan in self.tuned_plans.items())
+
+    def tuned(self, given: Iterable[str] = ()) -> tuple["MGMGenerationConfig", dict[str, Any] | None]:
+        """A copy with the plan that was tuned for the budget, and that plan.
+
+        The plan is a whole: where the caller has `given` one of its values, it is left alone (the config itself and
+        `None` are returned, as for a budget that nothing was tuned for).
+        """
+        plan = self.tuned_plans.get(str(self.budget))
+        if plan is None or set(plan) & set(given):
+            return self, None
+        return self.updated(**plan), dict(plan)
+
+    def updated(self, **kwargs: Any) -> "MGMGenerationConfig":
+        """A copy with `kwargs` set; a budget given here replaces saved iterations, and the other way round;
+        `freeze=False` takes its details with it."""
+        check_one_cost(kwargs.get("budget"), kwargs.get("iterations"))
+        values = {name: value for name, value in self.to_dict().items() if not name.startswith("_")}
+        check_names(kwargs, values, "generation argument(s)", MISPLACED)
+        if kwargs.get("budget") is not None:
+            values["iterations"] = None
+        if kwargs.get("iterations") is not None:
+            values["budget"] = None
+        if "freeze" in kwargs and not kwargs["freeze"]:
+            values |= dict.fromkeys(FREEZING)
+        return type(self)(**{**values, **kwargs})
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """All values: a reader of `generation_config.json` sees every default."""
+        return self.to_dict()
+
+    @classmethod
+    def from_model_config(cls, model_config: Any) -> "MGMGenerationConfig":
+        """The defaults: a model configuration holds no generation parameters."""
+        return cls()
+
+
+def _tuned_plan(budget: str | int, plan: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A budget, as text, and its plan, as the code wants it."""
+    budget = str(budget)
+    if not budget.isdecimal() or len(budget) > 9 or int(budget) < 1 or not isinstance(plan, dict):
+        raise ValueError(f"`tuned_plans` has {budget!r}: {shown(plan)}, but must map budgets, such as '96', to dicts.")
+    unknown = sorted(map(str, set(plan) - set(TUNABLE)))
+    if unknown:
+        raise ValueError(f"`tuned_plans`[{budget!r}] sets {unknown}, but may set {TUNABLE} only.")
+    try:
+        plan = checked(ALLOWED, plan)
+    except ValueError as error:
+        raise ValueError(f"`tuned_plans`[{budget!r}]: {error}") from error
+    return budget, plan
+
+
+def check_one_cost(budget: int | None, iterations: int | list[int] | None) -> None:
+    """Raise a `ValueError` if both a budget and iterations are given."""
+    if budget is not None and iterations is not None:
+        raise ValueError(
+            f"`budget`={shown(budget)} and `iterations`={shown(iterations)} exclude each other: give a budget, or "
+            "`num_steps` with `iterations`."
+        )
+
+
+__all__ = ["MGMGenerationConfig"]
