@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .models.reuse import REUSE_STATES, reuse_states
+from .models.text_input import text_of
 
 
 WORDS = {
@@ -80,12 +81,6 @@ def tokens_of(
         kind = "given" if kept else "masked" if token == mask else REUSE_STATES[state]
         tokens.append(Token("" if token in tokenizer.all_special_ids else text_of(tokenizer, token), kind))
     return tokens
-
-
-def text_of(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """The text of a token inside a text: at the beginning of one, some tokenizers drop its space."""
-    before = tokenizer("a", add_special_tokens=False)["input_ids"]
-    return tokenizer.decode([*before, token])[len(tokenizer.decode(before)) :]
 
 
 def draw_legend(states: Iterable[str] = ("masked", "changed", "unchanged")) -> str:

@@ -8,7 +8,8 @@ import pytest
 
 from fpmgm import RevealAnimation
 from fpmgm.data import train_tokenizer
-from fpmgm.reveal_html import WORDS, Token, draw_residuals, draw_tokens, text_of
+from fpmgm.models.text_input import text_of
+from fpmgm.reveal_html import WORDS, Token, draw_residuals, draw_tokens
 
 from .testing_utils import tiny_model
 

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
 
 from ..models.generation_mgm import GenerationStep
+from ..models.text_input import text_of
 
 
 COLUMNS = 96  # characters per line of text
@@ -63,7 +64,7 @@ def _tokens(step: GenerationStep, tokenizer: PreTrainedTokenizerBase, row: int) 
         if token == tokenizer.mask_token_id:
             tokens.append(("   ", "masked"))
         else:
-            text = "⏎" if token in tokenizer.all_special_ids else tokenizer.decode([token])
+            text = "⏎" if token in tokenizer.all_special_ids else text_of(tokenizer, token)
             text = "".join(c if c.isprintable() else "·" for c in text.replace("\n", "⏎"))
             tokens.append((text.replace("$", r"\$"), "revealed" if new else "visible"))
     return tokens

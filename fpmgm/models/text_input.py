@@ -203,3 +203,9 @@ def _scored(row: Any, ids: list[int], name: str) -> list[bool]:
         raise ValueError(f"{name} has padding, an `attention_mask` of 0: leave the padding out of the row.")
     masks = [columns[column] for column in ("completion_mask", "labels") if column in columns]
     return [all(values) for values in zip(*masks, strict=True)] if masks else [True] * len(ids)
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """The text of a token inside a text: at the beginning of one, some tokenizers drop its space."""
+    before = tokenizer("a", add_special_tokens=False)["input_ids"]
+    return tokenizer.decode([*before, token])[len(tokenizer.decode(before)) :]

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which positions `generate` computes at a step, and which it leaves as they are: frozen positions.
 
-A position is active while it is masked, at the step after it was written, and, with a tolerance, as long as its
-solution moves by more than that each time it is computed. The others are frozen: they have keys and values, but no
-queries, MLP or updates. Their tokens do not change; what changes elsewhere they see when all positions are computed
-again, every `refresh_every` steps. A prompt is frozen from the first step on, which computes everything.
+A position is active while it is masked and its block has begun, at the step after it was written, and, with a
+tolerance, as long as its solution moves by more than that each time it is computed. The others are frozen: they have
+keys and values, but no queries, MLP or updates. Their tokens do not change; what changes elsewhere they see when all
+positions are computed again, every `refresh_every` steps. A prompt is frozen from the first step on, which computes
+everything.
 
 All of it is known on the CPU, without a question to the device, unless there is a tolerance.
 
@@ -58,30 +59,35 @@ class Frozen:
             self.limits = torch.tensor(planned, device="cpu").cumsum(0).tolist()
             self.budget = config.budget * width
 
-    def active(self, step: int, candidates: torch.Tensor, unfinished: torch.Tensor | None) -> torch.Tensor:
+    def active(
+        self, step: int, candidates: torch.Tensor, unfinished: torch.Tensor | None, tokens: torch.Tensor, rule
+    ) -> torch.Tensor:
         """(B, W) bool, on the CPU: what the step computes, whose logits are needed at `candidates` (P,), indices into
-        B·L, in rows that are `unfinished` (B,) bool (`None`: all)."""
+        B·L, in rows that are `unfinished` (B,) bool (`None`: all). Of blocks that have not begun, nothing."""
         needed = torch.zeros_like(self.masked).flatten().index_fill(0, candidates, True).view_as(self.masked)
         refreshed = self.every is not None and step % self.every == 0
-        chosen = self.masked | self.written | self.moving | needed | refreshed | ~self.begun
+        turn = ~rule.waiting(step, tokens)
+        chosen = ((self.masked | self.moving | self.written) & turn) | needed | refreshed | ~self.begun
         if not self.reusing:  # a row that needs no logits is idle, as it is alone
             chosen = chosen & needed.any(dim=1, keepdim=True)
         if unfinished is not None:
             chosen = chosen & unfinished[:, None]
         if self.limits is not None:
-            chosen = self._within_budget(step, chosen, needed)
+            chosen = self._within_budget(step, chosen, needed, self.masked & turn)
         return torch.cat([chosen, chosen.any(dim=1, keepdim=True).expand(-1, self.registers)], dim=1)
 
-    def _within_budget(self, step: int, chosen: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
+    def _within_budget(
+        self, step: int, chosen: torch.Tensor, needed: torch.Tensor, left: torch.Tensor
+    ) -> torch.Tensor:
         """As many of the `chosen` (B, L) as each row can pay: first what is `needed` (B, L), then what was written,
         then what is masked.
 
         A plan expects a number of active positions; that of a row is random. What a row has not used it may use later,
-        and it keeps what its masked positions need to be computed once more, when they are written.
+        and it keeps what those `left` (B, L) to write need to be computed once more, when they are written.
         """
-        later = (self.masked.sum(dim=1) - needed.sum(dim=1)) * max(self.costs[step + 1 :], default=0)
-        left = torch.minimum(self.limits[step] - self.spent, self.budget - self.spent - later)
-        paid = torch.maximum(left // self.costs[step] - self.registers, needed.sum(dim=1))  # (B,)
+        later = (left.sum(dim=1) - needed.sum(dim=1)) * max(self.costs[step + 1 :], default=0)
+        rest = torch.minimum(self.limits[step] - self.spent, self.budget - self.spent - later)
+        paid = torch.maximum(rest // self.costs[step] - self.registers, needed.sum(dim=1))  # (B,)
         fits = (chosen.sum(dim=1, keepdim=True) <= paid[:, None]) | ~self.begun  # (B, 1)
         if fits.all():
             return chosen
@@ -128,7 +134,7 @@ class Frozen:
 class NothingFrozen:
     """The same where all positions are computed, of rows that are not finished."""
 
-    def active(self, step: int, candidates: torch.Tensor, unfinished: torch.Tensor | None) -> None:
+    def active(self, step: int, candidates: torch.Tensor, unfinished, tokens: torch.Tensor, rule) -> None:
         """All."""
 
     def runs(self, active: None, unfinished, copies: int, batch_size: int, classes, alike: bool) -> Runs | None:

@@ -171,7 +171,7 @@ class MGMGenerationMixin:
             unfinished = rule.unfinished(tokens, positions)
             if unfinished is not None and not unfinished.any():
                 break
-            active = frozen.active(step, positions, unfinished)  # (B, L + R), or None: all
+            active = frozen.active(step, positions, unfinished, tokens, rule)  # (B, L + R), or None: all
             if len(positions) == 0 and not (reusing and (active is None or active.any())):
                 tokens, _ = rule.write(step, tokens, positions, None)
                 ledger.skip()

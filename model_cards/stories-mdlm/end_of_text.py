@@ -65,9 +65,13 @@ class StopAtEnd:
         """As the rule does."""
         return self.rule.write(step, tokens, positions, logits)
 
+    def waiting(self, step: int, tokens: torch.Tensor) -> torch.Tensor:
+        """What is behind an end, too: it will not be written."""
+        return self.rule.waiting(step, tokens) | self.behind(tokens)
+
     def masked(self, step: int, tokens: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-        """(B, L) bool on the CPU: what the rule has left that is not behind an end."""
-        return self.rule.masked(step, tokens, before) & ~self.behind(tokens)
+        """As the rule says: to end a text writes nothing."""
+        return self.rule.masked(step, tokens, before)
 
     def cut(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`tokens` (B, L) with the filler behind each end, without the columns that no row needs, and how many of each

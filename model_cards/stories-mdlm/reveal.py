@@ -5,9 +5,9 @@ the model is certain of.
 
 In the first three the reveal steps do not depend on the logits, so they are known beforehand, on the host: a step
 computes its head at the positions that it reveals and nowhere else (exact, not an approximation), and never asks the
-device how many there are. Every rule offers `candidates`, the positions whose logits a step needs, `moment`, at what
-time that is, `write`, which turns logits into tokens, `unfinished`, the rows that have steps before them,
-and `masked`, what is left to write.
+device how many there are. Every rule offers `candidates`, the positions whose logits a step needs, a `clock`, `write`,
+which turns logits into tokens, and `unfinished`, the rows that have steps before them; for frozen positions also
+`masked`, what is left to write, and `waiting`, what of it has blocks before it.
 
 With `block_length` a sequence is written block by block: each order does within the steps of a block what it does
 otherwise within all.
@@ -113,11 +113,13 @@ class Clock(NamedTuple):
 class ScheduledReveal:
     """Reveals, and masks again, the positions that `schedule` names: known before the first step.
 
-    `uniforms` (1 or T, B·L) draw the tokens, one for each position or one for each position and step.
+    `uniforms` (1 or T, B·L) draw the tokens, one for each position or one for each position and step; `first` (B, L)
+    is the step at which each position's block begins.
     """
 
     schedule: RevealSchedule
     uniforms: torch.Tensor
+    first: torch.Tensor
     clock: Clock
     mask_token_id: int
     config: MGMGenerationConfig
@@ -146,6 +148,10 @@ class ScheduledReveal:
             drawn = _likeliest(left_over, drawn, logits, self.mask_token_id)
         tokens, revealed = _write(tokens, to_device(positions, device), drawn)
         return self._remask(step, tokens), revealed
+
+    def waiting(self, step: int, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, L) bool, on the CPU: positions of blocks that have not begun."""
+        return self.first > step
 
     def masked(self, step: int, tokens: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         """(B, L) bool, on the CPU: what is masked after the step, of what was masked `before` it."""
@@ -178,6 +184,10 @@ class ConfidenceReveal:
         masked = self.masked(step, tokens)
         turn = (self.windows.first <= step) & (step <= self.windows.last)
         return (masked & turn).flatten().nonzero().squeeze(1)
+
+    def waiting(self, step: int, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, L) bool, on the CPU: positions of blocks that have not begun."""
+        return self.windows.first > step
 
     def masked(self, step: int, tokens: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
         """(B, L) bool, on the CPU: what is masked in `tokens` (B, L)."""
@@ -223,6 +233,12 @@ class AdaptiveReveal:
         last = self.windows.last.masked_fill(~masked, self.clock.num_steps)
         return (masked & (last == last.amin(dim=1, keepdim=True))).flatten().nonzero().squeeze(1)
 
+    def waiting(self, step: int, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, L) bool, on the CPU: masked positions of blocks behind the first that is not written."""
+        masked = self.masked(step, tokens) & (step <= self.windows.last)
+        last = self.windows.last.masked_fill(~masked, self.clock.num_steps)
+        return masked & (last > last.amin(dim=1, keepdim=True))
+
     def masked(self, step: int, tokens: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
         """(B, L) bool, on the CPU: what is masked in `tokens` (B, L)."""
         return (tokens == self.mask_token_id).cpu() & self.wanted
@@ -257,7 +273,7 @@ def ancestral(task: RevealTask) -> ScheduledReveal:
     else:
         uniforms = task.uniforms(2 * steps)
         schedule, draws = remasking_schedule(uniforms[:steps], task.wanted, steps, remask, windows), uniforms[steps:]
-    return ScheduledReveal(schedule, draws.flatten(1), task.clock, task.mask_token_id, task.config)
+    return ScheduledReveal(schedule, draws.flatten(1), task.windows.first, task.clock, task.mask_token_id, task.config)
 
 
 def confidence(task: RevealTask) -> ConfidenceReveal:
@@ -313,7 +329,7 @@ def random(task: RevealTask) -> ScheduledReveal:
 def _ranked(task: RevealTask, priority: torch.Tensor, draws: torch.Tensor) -> ScheduledReveal:
     """By ascending `priority` (B, L), as many at each step as the arccosine says; `draws` (1, B, L)."""
     schedule = ranked_schedule(priority, task.wanted, arccos_counts(task.wanted, task.num_steps))
-    return ScheduledReveal(schedule, draws.flatten(1), task.clock, task.mask_token_id, task.config)
+    return ScheduledReveal(schedule, draws.flatten(1), task.windows.first, task.clock, task.mask_token_id, task.config)
 
 
 ADAPTIVE_ORDERS = {"entropy": entropy, "threshold": threshold, "margin": two_likeliest}

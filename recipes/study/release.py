@@ -108,7 +108,7 @@ def describe(plan: Plan, row: Row, study: Path, folder: Path, judge: TruthJudge)
         "parameters": model.num_parameters(),
         "rows": [r.name for r in runs],
         "steps": [run["steps"] for run in trained],
-        "core_hours": sum(run["cpu_seconds"] for run in trained) / 3600,
+        "core_hours": sum(map(core_seconds, trained)) / 3600,
         "tokens": sum(run["steps"] for run in trained) * plan.training["per_device_train_batch_size"] * judge.length,
         "truth": {"name": judge.name, "entropy_rate": judge.entropy_rate},
         **judge.likelihood_excess(model, plan.judging["likelihood_texts"], **options),
@@ -121,6 +121,11 @@ def describe(plan: Plan, row: Row, study: Path, folder: Path, judge: TruthJudge)
         "tokens_of_budget_24": model.generate(batch_size=2, budget=24, seed=0).tolist(),
         "provenance": {"release": provenance("cpu"), "study": found["provenance"]},
     }
+
+
+def core_seconds(run: dict) -> float:
+    """Of all steps, also of those before a run's last start, which were not timed."""
+    return run["cpu_seconds"] / (run["steps"] - run["first_step"]) * run["steps"]
 
 
 def history(plan: Plan, row: Row) -> list[Row]:
