@@ -17,7 +17,7 @@ def plot_excess(rows: Sequence[dict], path: Path) -> None:
     groups = list(dict.fromkeys(row["group"] for row in judged))
     if not groups:
         return
-    figure = Figure(figsize=(6.5 * len(groups), 4.8), layout="constrained")
+    figure = Figure(figsize=(6.5 * len(groups), 6.4), layout="constrained")
     for axes, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
         members = [row for row in judged if row["group"] == group]
         for row in members:
@@ -34,4 +34,5 @@ def plot_excess(rows: Sequence[dict], path: Path) -> None:
         )
         logarithmic_values(axes, budgets)
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), fontsize=7)  # below: the lines fill the panel
     figure.savefig(path, dpi=110)

@@ -125,7 +125,7 @@ def describe(plan: Plan, row: Row, study: Path, folder: Path, judge: TruthJudge)
 
 def core_seconds(run: dict) -> float:
     """Of all steps, also of those before a run's last start, which were not timed."""
-    return run["cpu_seconds"] / (run["steps"] - run["first_step"]) * run["steps"]
+    return run["cpu_seconds"] / max(1, run["steps"] - run["first_step"]) * run["steps"]
 
 
 def history(plan: Plan, row: Row) -> list[Row]:

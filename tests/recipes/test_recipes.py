@@ -14,7 +14,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModel
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 import convert_mdlm
 import distill_sdtt
@@ -28,11 +28,11 @@ import train_owt
 import train_vq
 from fpmgm import FPMaskGITPipeline, command_line
 from fpmgm.command_line import parse_arguments
-from fpmgm.data import train_tokenizer
+from fpmgm.data import load_text, train_tokenizer
 from fpmgm.trainers import ConsistencyConfig, ConversionConfig, ImageTokenizerConfig, MGMTrainingConfig, SDTTConfig
 from fpmgm.trainers.peft import LoraArguments
 from image_data import CodesArguments, PictureArguments
-from tests.testing_utils import tiny_config, tiny_image_model, tiny_image_tokenizer
+from tests.testing_utils import tiny_config, tiny_image_model, tiny_image_tokenizer, tiny_model
 from text_data import DataArguments, PromptArguments
 from train_and_export import OptionalStartArguments, StartArguments
 
@@ -208,25 +208,34 @@ def other_tokenizer(folder: Path) -> Path:
     return folder / "tokenizer"
 
 
-def test_the_quickstart_writes_a_table_a_picture_and_models_that_load(tmp_path, text_file, capsys):
-    argv = f"--text_files {text_file} --output_dir {tmp_path} --vocab_size 280 --length 16 --hidden_size 16".split()
-    argv += [
-        "--max_steps",
-        "3",
-        "--batch_size",
-        "4",
-        "--budgets",
-        "24",
-        "48",
-        "--num_samples",
-        "3",
-        "--eval_blocks",
-        "20",
-    ]
-    results = quickstart.main(argv)
-    assert [row["reuse"] for row in results["samples"] if row["model"] == "fp_mdlm"] == ["none", "full", "3sr"] * 2
-    assert all(row["block_evaluations"] <= row["budget"] for row in results["samples"])
-    assert results["models"]["fp_mdlm"]["parameters"] < results["models"]["mdlm"]["parameters"]
+@pytest.fixture
+def stories(tmp_path, text_file) -> Path:
+    """Released models and a judge as the quickstart expects them, tiny ones."""
+    folder = tmp_path / "cards"
+    tokenizer = train_tokenizer(load_text(text_files=[str(text_file)])["text"], 280)
+    ids = {"vocab_size": len(tokenizer), "mask_token_id": tokenizer.mask_token_id}
+    for name, layers in (("stories-mdlm", {"num_pre_layers": 3, "num_fixed_point_layers": 0, "num_post_layers": 0}),
+                         ("stories-cofre", {"input_injection": "diagonal"})):  # fmt: skip
+        tiny_model(**ids, **layers, max_position_embeddings=128).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    judge = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=512, bos_token_id=tokenizer.bos_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(judge).save_pretrained(folder / "stories-judge")
+    tokenizer.save_pretrained(folder / "stories-judge")
+    return folder
+
+
+def test_the_quickstart_tells_stories_and_trains_a_model_that_loads(tmp_path, text_file, stories, capsys):
+    options = "--vocab_size 280 --length 16 --hidden_size 16 --max_steps 3 --batch_size 4 --budgets 24 48"
+    options += f" --num_samples 3 --eval_blocks 20 --num_stories 2 --stories {stories}"
+    results = quickstart.main([*options.split(), "--text_files", str(text_file), "--output_dir", str(tmp_path)])
+    assert [row["model"] for row in results["stories"]["rows"]] == ["stories-mdlm", "stories-cofre"] * 2
+    assert [row["reuse"] for row in results["samples"]] == ["none", "full", "3sr"] * 2
+    assert all(row["block_evaluations"] <= row["budget"] for row in (*results["stories"]["rows"], *results["samples"]))
+    assert "They were happy." in results["stories"]["completed"]
+    assert "mask" not in results["stories"]["completed"]
     assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
     assert (tmp_path / "denoising.png").stat().st_size > 1000
     model = AutoModel.from_pretrained(tmp_path / "fp_mdlm")
