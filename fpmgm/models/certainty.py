@@ -81,6 +81,16 @@ def most_confident(
     return order[rank < counts.to(rows.device)[rows[order]]].sort().values
 
 
+def most_certain(
+    certainties: torch.Tensor, rows: torch.Tensor, steps_left: torch.Tensor, tie: float = TIE
+) -> torch.Tensor:
+    """Ascending indices into P of each row's most certain positions, as many as are due where its positions are
+    revealed evenly in `steps_left` (P,) steps; in the last one all."""
+    order, rank = ranked(certainties, rows, tie)
+    counts = torch.bincount(rows)[rows[order]]
+    return order[rank * steps_left[order] < counts].sort().values
+
+
 def certain_enough(certainties: torch.Tensor, rows: torch.Tensor, least: float, tie: float = TIE) -> torch.Tensor:
     """Ascending indices into P of the positions that are at least so certain, and of each row's most certain one."""
     order, rank = ranked(certainties, rows, tie)

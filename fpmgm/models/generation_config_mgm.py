@@ -118,9 +118,9 @@ class MGMGenerationConfig(GenerationConfig):
             entropies, but for the largest, add up to at most this, in nats (EB-Sampler; its γ, as recommended for
             DiffusionGemma). 0: one uncertain position at a step.
         confidence_threshold (`float`, defaults to 0.9): The threshold order reveals the positions whose most likely
-            token has at least this probability, and at least the most certain one (Fast-dLLM and its default).
+            token has at least this probability, and at least an even share (Fast-dLLM and its default).
         margin_threshold (`float`, defaults to 0.8): The margin order reveals the positions whose two most likely
-            tokens differ by at least this, and at least the most certain one. What passes 0.9 in the threshold order
+            tokens differ by at least this, and at least an even share. What passes 0.9 in the threshold order
             passes 0.8 here.
         guidance_scale (`float`, defaults to 1.0): w of classifier-free guidance, at least 0: the logits are
             unconditional + w · (conditional − unconditional). 1: off, the denoiser runs once per step. Otherwise its

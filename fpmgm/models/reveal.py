@@ -28,6 +28,7 @@ from .certainty import (
     certain_enough,
     certainty,
     margin,
+    most_certain,
     most_confident,
     negative_entropy,
     top_probability,
@@ -211,8 +212,9 @@ class ConfidenceReveal:
 
 @dataclass(frozen=True)
 class AdaptiveReveal:
-    """Reveals at each step the positions that `choose` finds certain enough together by their `measure`, at least one
-    in each row, and at the last step of a window all that are left of it. `uniforms` (B·L,) draw the tokens.
+    """Reveals at each step the positions that `choose` finds certain enough together by their `measure`, and in each
+    row at least as many as leave the last step of its window no more than the others. `uniforms` (B·L,) draw the
+    tokens.
 
     A row goes on to its next block when one is written: steps that it did not need there it may take here.
     """
@@ -251,11 +253,17 @@ class AdaptiveReveal:
         self, step: int, tokens: torch.Tensor, positions: torch.Tensor, logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens after the step, (B, L), and what it revealed, (B, L) bool."""
-        config, device = self.config, tokens.device
+        config, device, tie = self.config, tokens.device, _tie(logits)
         certainties = certainty(logits, self.mask_token_id, self.measure).cpu()
-        sure = self.choose(certainties, positions // tokens.shape[1], self.bound, _tie(logits))
-        left_over = (self.windows.last.flatten()[positions] == step).index_fill(0, sure, False)
-        kept = sure if config.final == "none" else left_over.index_fill(0, sure, True).nonzero().squeeze(1)
+        rows, last = (
+            positions // tokens.shape[1],
+            self.windows.last.flatten()[positions],
+        )  # (P,); last: one of each row
+        sure = self.choose(certainties, rows, self.bound, tie)
+        due = most_certain(certainties, rows, last - step + 1, tie)
+        left_over = (last == step).index_fill(0, sure, False)
+        kept = torch.zeros_like(left_over).index_fill(0, torch.cat([sure, due]), True)
+        kept = (kept & ~left_over if config.final == "none" else kept).nonzero().squeeze(1)
         chosen, logits = positions[kept], logits[to_device(kept, device)]
         uniforms = to_device(self.uniforms[chosen], device)
         drawn, _ = draw_tokens(logits, uniforms, self.mask_token_id, config.temperature, config.top_k, config.top_p)

@@ -12,7 +12,7 @@ from fpmgm.data import train_tokenizer
 from fpmgm.models.blocks import block_windows
 from fpmgm.models.generation_inputs import continued
 from tests.models.helpers import lively_model
-from tests.models.test_adaptive_orders import BOUNDS, chosen
+from tests.models.test_adaptive_orders import BOUNDS, revealed
 from tests.models.test_generation_mgm import KnownDistribution
 from tests.models.test_reveal import record_calls
 from tests.testing_utils import tiny_config
@@ -212,7 +212,7 @@ def test_blocks_equal_a_plain_loop_over_them(order):
                 count = {0: 2, 1: 1, 2: 2, 3: 1, 4: 1}[step]
                 now = sorted(left, key=lambda i: (-round(p[i].max().log().item(), 9), i))[:count]
             else:
-                now = left if step == deadline - 1 else chosen(order, bound, {i: p[i].tolist() for i in left})
+                now = revealed(order, bound, {i: p[i].tolist() for i in left}, deadline - step)
             for i in now:
                 expected[0, i] = p[i].argmax()
             assert steps[step].revealed[0].nonzero().flatten().tolist() == sorted(now)
