@@ -124,7 +124,7 @@ EFFECTIVE_VALUES = {
     "tuned_plans": {"24": {"num_steps": 3, "reuse": "none"}},
     "remask": 0.5,
     "order": "confidence",
-    "entropy_bound": 2.0,
+    "entropy_bound": 5.0,
     "confidence_threshold": 0.2,
     "margin_threshold": 0.01,
     "block_length": 3,
