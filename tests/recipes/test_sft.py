@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModel, AutoTokenizer
 
+import sample
 import train_sft
 
 
@@ -52,6 +53,8 @@ def test_answers_are_learned_from_a_file_and_from_conversations_and_a_run_goes_o
     assert "tokenizer: trained here on 1 local file(s), 258 tokens" in said
     assert "data: 23 rows of at most 64 tokens to train on, 1 rows to validate on" in said
     assert f"recipes/sample.py --model {folder} --prompt ... --max_new_tokens 12 --stop_at_eos True" in said
+    (text,) = sample.main(["--model", str(folder), "--prompt", "stone>", "--max_new_tokens", "12", "--device", "cpu"])
+    assert text.startswith("stone>")  # as training read it: nothing stands before the prompt
     metrics = train_sft.main([*argv, "--max_steps", "4"])
     assert f"resuming from {folder / 'checkpoint-2'}" in capsys.readouterr().out
     straight = train_sft.main([*argv, "--max_steps", "4", "--output_dir", str(tmp_path / "straight")])
