@@ -19,10 +19,13 @@ if [ -n "${2:-}" ]; then
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 : > "$out/parts.txt"
-failed=0
+failed=0 patience=${rehearse:+6}
+patience=${patience:-1}  # the limits are a GPU's
+tests=(tests/test_gpu.py)
+[ -n "$rehearse" ] || tests+=(tests/test_no_waiting.py tests/models/test_head.py)
 
 part() {  # part NAME SECONDS COMMAND...: runs it, and notes how it ended
-    local name=$1 limit=$2 status=0 start=$SECONDS
+    local name=$1 limit=$(($2 * patience)) status=0 start=$SECONDS
     shift 2
     timeout "$limit" "$@" > "$out/$name.log" 2>&1 || status=$?
     [ $status = 0 ] || failed=1
@@ -43,7 +46,7 @@ else
     sampling+=(--dtype bfloat16 --length 1024 --batch_sizes 8 --repetitions 3)
 fi
 
-part tests 60 "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_no_waiting.py tests/models/test_head.py
+part tests 60 "$python" -m pytest -q -p no:cacheprovider "${tests[@]}"
 part training_text 50 "$python" "${training[@]}" --steps "plain MDLM" "MDLM" "FP-MDLM diagonal" \
     --output "$out/training_cost_text.json"
 part sampling 60 "$python" "${sampling[@]}" --budgets 96 384 --output "$out/sampling_speed.json"
