@@ -6,29 +6,29 @@ import re
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .models.text_input import boundary_ids
+from .models.text_input import boundary_ids, framing_ids
 
 
 BLANK = "<|mask|>"  # in prompts, whatever the tokenizer calls it
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, mask_token_id: int, closed: bool = True
+    tokenizer: PreTrainedTokenizerBase, prompt: str, mask_token_id: int, continued: bool = False
 ) -> torch.Tensor:
-    """(1, L) ids of a prompt behind BOS and, if it is `closed`, before EOS, where there are such; `<|mask|*N>` stands
-    for N blanks.
+    """(1, L) ids of a prompt between BOS and EOS, where there are such, as a whole text is, or, if it is to be
+    `continued`, as `tokenizer(prompt)` and training on prompts have it; `<|mask|*N>` stands for N blanks.
 
     A space before a blank is left out: in text it belongs to the token of the next word, which is to be written.
     """
     names = {re.escape(name) for name in (BLANK, tokenizer.mask_token) if name is not None}
     blank = re.compile(rf" ?(?:{'|'.join(names)}|<\|mask\|\*(?P<count>\d+)>)")
-    bos, eos = boundary_ids(tokenizer)
-    ids, end = [bos], 0
+    before, behind = framing_ids(tokenizer) if continued else ([token] for token in boundary_ids(tokenizer))
+    ids, end = [*before], 0
     for found in blank.finditer(prompt):
         ids += encode_part(tokenizer, prompt[end : found.start()], first=end == 0)
         ids += [mask_token_id] * int(found["count"] or 1)
         end = found.end()
-    ids += [*encode_part(tokenizer, prompt[end:], first=end == 0), *([eos] if closed else [])]
+    ids += [*encode_part(tokenizer, prompt[end:], first=end == 0), *behind]
     return torch.tensor([[token for token in ids if token is not None]])
 
 

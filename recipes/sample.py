@@ -59,11 +59,8 @@ def main(argv: list[str] | None = None) -> list[str]:
         options["eos_token_id"] = boundary_ids(tokenizer)[1]
     prompt = None
     if args.prompt is not None:
-        continued, blanks = args.max_new_tokens is not None, "<|mask|" in args.prompt
-        if continued and not blanks:  # as training on prompts reads it
-            prompt = tokenizer(args.prompt, return_tensors="pt")["input_ids"]
-        else:
-            prompt = encode_prompt(tokenizer, args.prompt, model.config.mask_token_id, closed=not continued)
+        continued = args.max_new_tokens is not None
+        prompt = encode_prompt(tokenizer, args.prompt, model.config.mask_token_id, continued)
     out = model.generate(
         input_ids=prompt,
         batch_size=args.num_samples,

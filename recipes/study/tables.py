@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fpmgm.evaluation import plus_minus
+from fpmgm.evaluation.report import table
 from study.plan import Plan
 
 
@@ -42,54 +44,53 @@ def markdown(truth: dict, rows: Sequence[dict]) -> str:
 
 def training_table(rows: Sequence[dict]) -> str:
     """What each run was and what its likelihood is."""
-    lines = [
-        "| row | parameters | steps | rate | seconds of a core per step | validation loss | ELBO excess | residual |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ("row", "parameters", "steps", "rate", "seconds of a core per step", "validation loss", "ELBO excess")
+    lines = []
     for row in rows:
         training, options = row["training"], row["training_options"]
         validation = [line["eval_loss"] for line in training["log"] if "eval_loss" in line]
         residual = [line["residual"] for line in training["log"] if "residual" in line]
-        excess = plus_minus(row, "likelihood_excess") if "likelihood_excess" in row else ""
-        lines.append(
-            f"| {row['title']} | {training['parameters']:,} | {training['steps']} | {options['learning_rate']:g} | "
-            f"{training['cpu_seconds'] / max(1, training['steps'] - training.get('first_step', 0)):.2f} | "
-            f"{validation[-1]:.3f} | {excess} | {f'{residual[-1]:.4f}' if residual else ''} |"
-        )
-    return "\n".join(lines) + "\n"
+        lines.append([
+            row["title"],
+            f"{training['parameters']:,}",
+            training["steps"],
+            f"{options['learning_rate']:g}",
+            f"{training['cpu_seconds'] / max(1, training['steps'] - training.get('first_step', 0)):.2f}",
+            f"{validation[-1]:.3f}",
+            with_error(row, "likelihood_excess") if "likelihood_excess" in row else None,
+            f"{residual[-1]:.4f}" if residual else None,
+        ])  # fmt: skip
+    return table([*columns, "residual"], lines) + "\n"
 
 
 def iterations_table(rows: Sequence[dict]) -> str:
     """Excess of the likelihood by fixed-point iterations."""
     rows = [row for row in rows if "likelihood_by_iterations" in row]
     counts = list(dict.fromkeys(n for row in rows for n in row["likelihood_by_iterations"]))
-    lines = [f"| ELBO excess by iterations | {' | '.join(counts)} |", f"|---|{'---|' * len(counts)}"]
-    for row in rows:
-        cells = [plus_minus(row["likelihood_by_iterations"][n], "likelihood_excess") for n in counts]
-        lines.append(f"| {row['title']} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n" if rows else ""
+    lines = [
+        [row["title"], *(with_error(row["likelihood_by_iterations"][n], "likelihood_excess") for n in counts)]
+        for row in rows
+    ]
+    return table(["ELBO excess by iterations", *counts], lines) + "\n" if rows else ""
 
 
 def samples_table(rows: Sequence[dict]) -> str:
     """Sample excess by budget, with entropy, repetition and distances."""
     budgets = sorted({sample["budget"] for row in rows for sample in row["samples"]})
-    lines = [
-        f"| row | measure | {' | '.join(f'budget {budget}' for budget in budgets)} |",
-        f"|---|---|{'---|' * len(budgets)}",
-    ]
+    lines = []
     for row in rows:
         for setting in dict.fromkeys(setting_name(sample) for sample in row["samples"]):
             samples = {s["budget"]: s for s in row["samples"] if setting_name(s) == setting}
             title = ", ".join(filter(None, (row["title"], setting)))
             for label, cell in (
-                ("excess", lambda s: plus_minus(s, "excess")),
+                ("excess", lambda s: with_error(s, "excess")),
                 ("entropy; rep-4", lambda s: f"{s['unigram_entropy']:.3f}; {s['repetition_4']:.3f}"),
                 ("MAUVE; energy (same)", distances),
             ):
-                cells = [cell(samples[budget]) if budget in samples else "" for budget in budgets]
-                lines.append(f"| {title} | {label} | {' | '.join(cells)} |")
-                title = ""
-    return "\n".join(lines) + "\n"
+                cells = [cell(samples[budget]) if budget in samples else None for budget in budgets]
+                lines.append([title, label, *cells])
+                title = None
+    return table(["row", "measure", *(f"budget {budget}" for budget in budgets)], lines) + "\n"
 
 
 def equal_entropy_table(rows: Sequence[dict], truth: dict) -> str:
@@ -102,14 +103,13 @@ def equal_entropy_table(rows: Sequence[dict], truth: dict) -> str:
             curve = [s for s in row["samples"] if s["budget"] == budget and s.get("reuse", "none") == "none"
                      and "top_p" not in s]  # fmt: skip
             value = excess_at(curve, truth["unigram_entropy"]) if len(curve) > 1 else None
-            cells.append("" if value is None else f"{value:.3f}")
+            cells.append(None if value is None else f"{value:.3f}")
         if any(cells):
-            lines.append(f"| {row['title']} | {' | '.join(cells)} |")
+            lines.append([row["title"], *cells])
     if not lines:
         return ""
     title = f"excess at unigram entropy {truth['unigram_entropy']:.3f}, over temperatures"
-    head = [f"| {title} | {' | '.join(f'budget {b}' for b in budgets)} |", f"|---|{'---|' * len(budgets)}"]
-    return "\n".join([*head, *lines]) + "\n"
+    return table([title, *(f"budget {budget}" for budget in budgets)], lines) + "\n"
 
 
 def excess_at(curve: Sequence[dict], entropy: float) -> float | None:
@@ -124,9 +124,9 @@ def setting_name(sample: dict) -> str:
     return ", ".join(f"{name} {sample[name]}" for name in SETTING if name in sample["sampling"]["options"])
 
 
-def plus_minus(values: dict, name: str) -> str:
+def with_error(values: dict, name: str) -> str:
     """A number and its standard error."""
-    return f"{values[name]:.3f} ± {values[f'{name}_standard_error']:.3f}"
+    return plus_minus(values[name], values[f"{name}_standard_error"], digits=3)
 
 
 def distances(sample: dict) -> str:
