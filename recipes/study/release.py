@@ -8,10 +8,11 @@ as CPUs want them; the likelihood in the card is measured again with the rounded
 card says, and tokens that the folder must give again.
 """
 
-import argparse
 import json
 import math
+import os
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -21,15 +22,17 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from fpmgm.command_line import LocalPath, ModelName, parse_arguments
 from fpmgm.evaluation import TruthJudge
 from fpmgm.evaluation.provenance import provenance
 from fpmgm.evaluation.report import write_report
 from fpmgm.model_cards.escape import PLACES
 from study.judge import open_truth
 from study.plan import Plan, Row, load_plan
-from study.tables import setting_name
+from study.tables import core_seconds, setting_name
 
 
+ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = Path(__file__).with_name("card.md")
 SAMPLE_FIELDS = (
     "budget", "num_steps", "block_evaluations", "excess", "excess_standard_error", "generative_perplexity",
@@ -38,39 +41,53 @@ SAMPLE_FIELDS = (
 SHOWN_BUDGETS, SHOWN_TEXTS = (96, 192), 2
 
 
+@dataclass(kw_only=True)
+class ReleaseArguments:
+    """What to publish, and where."""
+
+    plan: LocalPath = field(metadata={"help": "YAML of the study: see recipes/study/plan.py."})
+    study: LocalPath = field(metadata={"help": "Folder that run.py wrote."})
+    truth: ModelName = field(metadata={"help": "Causal language model: folder or hub name."})
+    judge: LocalPath | None = field(default=None, metadata={"help": "What train_judge.py wrote; null: no judge."})
+    target: str = field(default="model_cards", metadata={"help": "Where the folders are made."})
+
+
 def main(argv: list[str] | None = None) -> None:
     """Write a folder for each entry of `release` whose row is trained and judged."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", required=True, help="YAML of the study")
-    parser.add_argument("--study", type=Path, required=True, help="folder that run.py wrote")
-    parser.add_argument("--truth", required=True, help="causal language model: folder or hub name")
-    parser.add_argument(
-        "--judge", type=Path, help="folder that train_judge.py wrote, to be published as stories-judge"
-    )
-    parser.add_argument("--target", type=Path, default=Path("model_cards"), help="where the folders are made")
-    args = parser.parse_args(argv)
-    plan, judge = load_plan(args.plan), open_truth(args.truth, args.study, "cpu")
+    (args,) = parse_arguments((ReleaseArguments,), __doc__, argv)
+    study, target = Path(args.study), Path(args.target)
+    plan, judge = load_plan(args.plan), open_truth(args.truth, study, "cpu")
     for name, entry in plan.release.items():
-        folder, row = args.target / name, plan.row(entry["row"])
-        save_rounded(AutoModel, args.study / "runs" / row.name, folder, entry.get("generation", {}))
-        results = describe(plan, row, args.study, folder, judge)
+        folder, row = target / name, plan.row(entry["row"])
+        save_rounded(AutoModel, study / "runs" / row.name, folder, entry.get("generation", {}))
+        results = describe(plan, row, study, folder, judge)
         write_report(folder / "results.json", results)
         write_card(folder, results)
         print(f"{folder}: ELBO excess {results['likelihood_excess']:.3f} nats per token")
     if args.judge is not None:
-        release_judge(args.judge, args.target / "stories-judge")
+        release_judge(Path(args.judge), target / "stories-judge")
 
 
 def save_rounded(model_class: type, export: Path, folder: Path, generation: dict | None = None) -> None:
     """The model with its weights in bfloat16, which load as float32, and `generation` as defaults of `generate`; its
-    code and tokenizer beside them."""
+    tokenizer and code beside them."""
     model = model_class.from_pretrained(export)
     model.generation_config.update(**(generation or {}))
     model.to(torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(export).save_pretrained(folder)
+    link_code(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
+
+
+def link_code(folder: Path) -> None:
+    """In this repository the code beside weights is the package's own, not a second copy; elsewhere it is a copy."""
+    if ROOT not in folder.resolve().parents:
+        return
+    for copied in folder.glob("*.py"):
+        copied.unlink()
+        copied.symlink_to(os.path.relpath(ROOT / "fpmgm" / "models" / copied.name, folder.resolve()))
 
 
 def release_judge(export: Path, folder: Path) -> None:
@@ -108,7 +125,7 @@ def describe(plan: Plan, row: Row, study: Path, folder: Path, judge: TruthJudge)
         "parameters": model.num_parameters(),
         "rows": [r.name for r in runs],
         "steps": [run["steps"] for run in trained],
-        "core_hours": sum(map(core_seconds, trained)) / 3600,
+        "core_hours": sum(run["steps"] * core_seconds(run) for run in trained) / 3600,
         "tokens": sum(run["steps"] for run in trained) * plan.training["per_device_train_batch_size"] * judge.length,
         "truth": {"name": judge.name, "entropy_rate": judge.entropy_rate},
         **judge.likelihood_excess(model, plan.judging["likelihood_texts"], **options),
@@ -121,11 +138,6 @@ def describe(plan: Plan, row: Row, study: Path, folder: Path, judge: TruthJudge)
         "tokens_of_budget_24": model.generate(batch_size=2, budget=24, seed=0).tolist(),
         "provenance": {"release": provenance("cpu"), "study": found["provenance"]},
     }
-
-
-def core_seconds(run: dict) -> float:
-    """Of all steps, also of those before a run's last start, which were not timed."""
-    return run["cpu_seconds"] / max(1, run["steps"] - run["first_step"]) * run["steps"]
 
 
 def history(plan: Plan, row: Row) -> list[Row]:
