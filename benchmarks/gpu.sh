@@ -19,10 +19,7 @@ if [ -n "${2:-}" ]; then
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 : > "$out/parts.txt"
-failed=0 patience=${rehearse:+6}
-patience=${patience:-1}  # the limits are a GPU's
-tests=(tests/test_gpu.py)
-[ -n "$rehearse" ] || tests+=(tests/test_no_waiting.py tests/models/test_head.py)
+failed=0 patience=1  # the limits are a GPU's
 
 part() {  # part NAME SECONDS COMMAND...: runs it, and notes how it ended
     local name=$1 limit=$(($2 * patience)) status=0 start=$SECONDS
@@ -33,16 +30,19 @@ part() {  # part NAME SECONDS COMMAND...: runs it, and notes how it ended
 }
 
 # Sizes: MDLM-small at 1,024 tokens in bfloat16; rehearsed with next to nothing.
+tests=(tests/test_gpu.py)
 training=(benchmarks/training_cost.py --device $device --repetitions 3)
 sampling=(benchmarks/sampling_speed.py --device $device)
 scoring=(benchmarks/lm_eval_throughput.py --device $device)
 if [ -n "$rehearse" ]; then
     export FPMGM_REHEARSE=1
+    patience=6
     tiny=(--length 32 --hidden_size 64 --vocab_size 500)
     training+=("${tiny[@]}" --image_hidden_size 64 --batch_size 2 --repetitions 1)
     sampling+=("${tiny[@]}" --batch_sizes 1 --steps 2 --repetitions 1)
     scoring+=(--hidden_size 64 --vocab_size 500 --mc_num 8 --repetitions 1)
 else
+    tests+=(tests/test_no_waiting.py tests/models/test_head.py)
     sampling+=(--dtype bfloat16 --length 1024 --batch_sizes 8 --repetitions 3)
 fi
 

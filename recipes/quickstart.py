@@ -25,6 +25,7 @@ from fpmgm.command_line import LocalPath, parse_arguments
 from fpmgm.data import load_text, pack, train_tokenizer
 from fpmgm.evaluation import NGramJudge, generative_perplexity, load_judge, plus_minus, provenance, unigram_entropy
 from fpmgm.evaluation.report import table, write_report
+from fpmgm.model_cards.escape import one_line
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
 from installed_english import paragraphs
 
@@ -118,11 +119,6 @@ def tell(name: str, model, tokenizer, judge, budget: int, args: QuickstartArgume
         "perplexity_standard_error": found["generative_perplexity_standard_error"],
         "text": texts[0],
     }
-
-
-def one_line(text: str) -> str:
-    """A text on one line."""
-    return " ".join(text.split())
 
 
 def draw_picture(model, tokenizer, path: Path, seed: int) -> None:

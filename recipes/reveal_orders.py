@@ -5,7 +5,7 @@
 
 Orders of a fixed pace spend each budget, at one iteration a step. Those that adapt may spend the largest budget and
 end where they are certain, so that their bounds say what they cost; the first of them is also held to the smaller
-budgets, which shows what it costs to leave much to the last step. Judged by the truth, or by the judges of
+budgets, where the even share that each step must reveal decides. Judged by the truth, or by the judges of
 recipes/budget_report.py.
 """
 

@@ -116,7 +116,7 @@ class MGMGenerationConfig(GenerationConfig):
             images.
         entropy_bound (`float`, defaults to 0.1): The entropy order reveals the most certain positions of which the
             entropies, but for the largest, add up to at most this, in nats (EB-Sampler; its γ, as recommended for
-            DiffusionGemma). 0: one uncertain position at a step.
+            DiffusionGemma), and at least an even share. 0: beside what is certain, that share alone.
         confidence_threshold (`float`, defaults to 0.9): The threshold order reveals the positions whose most likely
             token has at least this probability, and at least an even share (Fast-dLLM and its default).
         margin_threshold (`float`, defaults to 0.8): The margin order reveals the positions whose two most likely

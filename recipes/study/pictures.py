@@ -30,7 +30,11 @@ def plot_excess(rows: Sequence[dict], path: Path) -> None:
                 axes.errorbar(x, y, e, marker="o", capsize=2, label=label)
         budgets = sorted({s["budget"] for row in members for s in row["samples"]})
         finish(
-            axes, title=group, xlabel="block evaluations", ylabel="excess of samples (nats per token); 0 is perfect"
+            axes,
+            legend=False,
+            title=group,
+            xlabel="block evaluations",
+            ylabel="excess of samples (nats per token); 0 is perfect",
         )
         logarithmic_values(axes, budgets)
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))

@@ -55,12 +55,17 @@ def training_table(rows: Sequence[dict]) -> str:
             f"{training['parameters']:,}",
             training["steps"],
             f"{options['learning_rate']:g}",
-            f"{training['cpu_seconds'] / max(1, training['steps'] - training.get('first_step', 0)):.2f}",
+            f"{core_seconds(training):.2f}",
             f"{validation[-1]:.3f}",
             with_error(row, "likelihood_excess") if "likelihood_excess" in row else None,
             f"{residual[-1]:.4f}" if residual else None,
         ])  # fmt: skip
     return table([*columns, "residual"], lines) + "\n"
+
+
+def core_seconds(training: dict) -> float:
+    """Of a step, over those since the run's last start, which are the ones that were timed."""
+    return training["cpu_seconds"] / max(1, training["steps"] - training.get("first_step", 0))
 
 
 def iterations_table(rows: Sequence[dict]) -> str:
