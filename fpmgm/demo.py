@@ -144,7 +144,8 @@ def reveal(name: str, prompt: str, length: int | None, **options: Any) -> Iterat
 def plan_of(model: PreTrainedModel, options: dict[str, Any]) -> Any:
     """The plan that `generate` follows for these options."""
     planned = {name: options[name] for name in ("num_steps", "allocation") if options.get(name) is not None}
-    return plan_budget(model.config, options["budget"], **planned)
+    aim = model.generation_config.iterations_per_step
+    return plan_budget(model.config, options["budget"], **planned, iterations_per_step=aim)
 
 
 def block_evaluations(config: Any, iterations: int) -> int:

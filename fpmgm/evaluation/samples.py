@@ -150,7 +150,8 @@ def check_plan(model: PreTrainedModel, options: dict[str, Any], length: int | No
         if getattr(config, "freeze", False):  # a checkpoint's own code may be older
             length = length or model.config.max_position_embeddings
             shares = expected_shares(config, model.orders, length, model.config.num_register_tokens)
-        plan_budget(model.config, config.budget, config.num_steps, config.allocation, shares=shares)
+        aim = getattr(config, "iterations_per_step", 4)  # a checkpoint's own code may be older
+        plan_budget(model.config, config.budget, config.num_steps, config.allocation, None, shares, aim)
     else:
         explicit_plan(model.config, config.iterations, config.num_steps)
 

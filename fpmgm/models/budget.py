@@ -54,6 +54,7 @@ def plan_budget(
     allocation: str | list[int] = "decreasing",
     starts: Callable[[int], list[int]] | None = None,
     shares: Callable[[int], list[float]] | None = None,
+    iterations_per_step: int = 4,
 ) -> BudgetPlan:
     """Spend `budget` block evaluations on denoising steps, as completely as whole iterations allow.
 
@@ -62,8 +63,8 @@ def plan_budget(
     Args:
         config: A model configuration with the three layer counts.
         budget (`int`): Block evaluations per sequence.
-        num_steps (`int`, *optional*): Denoising steps. `None`: what affords about four iterations per step (for a
-            model without fixed-point layers, all that the budget pays).
+        num_steps (`int`, *optional*): Denoising steps. `None`: what affords about `iterations_per_step` (for
+            a model without fixed-point layers, all that the budget pays).
         allocation (`str` or `list[int]`, defaults to `"decreasing"`): How iterations are shared over the steps:
             `"fixed"`, `"decreasing"`, `"increasing"`, `"cosine"`, `"front_loaded"`, or the iterations themselves,
             which have to be paid at all positions.
@@ -71,6 +72,7 @@ def plan_budget(
             the allocation for itself. `None`: one block.
         shares (`Callable`, *optional*): For a number of steps, the share of positions that each is expected to compute
             and is charged for, where others are frozen. `None`: all.
+        iterations_per_step (`int`, defaults to 4): What the number of steps is chosen for, where it is not given.
 
     Returns:
         [`BudgetPlan`]: `num_steps`, `iterations` and `block_evaluations` (at most `budget`).
@@ -94,6 +96,7 @@ def plan_budget(
     ```
     """
     budget = check_whole("budget", budget, 1, "block evaluations", MOST_BLOCK_EVALUATIONS)
+    aim = check_whole("iterations_per_step", iterations_per_step, 1, "iterations at a step", MOST_BLOCK_EVALUATIONS)
     listed = isinstance(allocation, (list, tuple))
     if not listed and not (isinstance(allocation, str) and allocation in ALLOCATIONS):
         raise ValueError(
@@ -109,10 +112,10 @@ def plan_budget(
             )
         return plan
     if num_steps is None:
-        num_steps = min(MOST_STEPS, max(1, budget // (explicit + 4 * shared)))
+        num_steps = min(MOST_STEPS, max(1, budget // (explicit + aim * shared)))
         if shares is not None:
-            four = 4 if shared else 0
-            num_steps = _most(num_steps, MOST_STEPS, lambda n: _cost(config, [four] * n, shares(n)) <= budget)
+            aim = aim if shared else 0
+            num_steps = _most(num_steps, MOST_STEPS, lambda n: _cost(config, [aim] * n, shares(n)) <= budget)
     num_steps = check_whole("num_steps", num_steps, 1, "denoising steps", MOST_STEPS)
     expected = None if shares is None else shares(num_steps)
     least = _cost(config, [1] * num_steps, expected)

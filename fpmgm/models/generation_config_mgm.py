@@ -34,6 +34,7 @@ ALLOWED = {
     "budget": optional(whole(1, MOST_BLOCK_EVALUATIONS, "block evaluations"), "leaves the cost to `iterations`"),
     "num_steps": optional(whole(1, MOST_STEPS, "denoising steps"), "derives them from the budget"),
     "iterations": optional(either(ITERATIONS, EACH_STEP), "plans them from the budget"),
+    "iterations_per_step": whole(1, MOST_BLOCK_EVALUATIONS, "iterations at a step"),
     "allocation": either(one_of(ALLOCATIONS), EACH_STEP),
     "reuse": one_of(REUSES),
     "gamma_unchanged": SHARE,
@@ -80,6 +81,8 @@ class MGMGenerationConfig(GenerationConfig):
         num_steps (`int`, *optional*): Denoising steps. `None`: chosen from the budget.
         iterations (`int` or `list[int]`, *optional*): Fixed-point iterations of every step or of each, instead of a
             budget. `None`: planned from the budget.
+        iterations_per_step (`int`, defaults to 4): How many iterations the steps of a budget are chosen for, about,
+            where `num_steps` is not given. A model without fixed-point layers has none to choose for.
         allocation (`str` or `list[int]`, defaults to `"decreasing"`): How a budget's iterations are shared over steps.
         reuse (`str`, defaults to `"3sr"`): Start of the solver from the previous step: `"none"`, `"full"`, `"3sr"`.
             A model without fixed-point layers solves nothing, so that all are the same to it.
@@ -156,6 +159,7 @@ class MGMGenerationConfig(GenerationConfig):
         self.budget: int | None = kwargs.pop("budget", 96 if kwargs.get("iterations") is None else None)
         self.num_steps: int | None = kwargs.pop("num_steps", None)
         self.iterations: int | list[int] | None = kwargs.pop("iterations", None)
+        self.iterations_per_step: int = kwargs.pop("iterations_per_step", 4)
         self.allocation: str | list[int] = kwargs.pop("allocation", "decreasing")
         self.reuse: str = kwargs.pop("reuse", "3sr")
         self.gamma_unchanged: float = kwargs.pop("gamma_unchanged", 1.0)

@@ -269,6 +269,11 @@ class MGMGenerationMixin:
                 f"`allocation`={shown(given['allocation'])} shares a budget over the steps, but `iterations` are set: "
                 "leave it out, or give a budget."
             )
+        if "iterations_per_step" in given and (config.iterations is not None or config.num_steps is not None):
+            raise ValueError(
+                f"`iterations_per_step`={given['iterations_per_step']} chooses the number of steps, but "
+                f"`{'num_steps' if config.iterations is None else 'iterations'}` is set: leave one of the two out."
+            )
         if config.freeze_tolerance is not None and self.config.num_fixed_point_layers == 0:
             raise ValueError(
                 f"`freeze_tolerance`={config.freeze_tolerance} is about solutions, but the model has no fixed-point "
@@ -285,7 +290,9 @@ class MGMGenerationMixin:
             raise ValueError("`budget`=None and `iterations`=None: give a budget, or `num_steps` with `iterations`.")
         starts = None if config.block_length is None else partial(block_starts, wanted, config.block_length)
         shares = expected_shares(config, self.orders, wanted.shape[1], self.config.num_register_tokens)
-        return plan_budget(self.config, config.budget, config.num_steps, config.allocation, starts, shares)
+        return plan_budget(
+            self.config, config.budget, config.num_steps, config.allocation, starts, shares, config.iterations_per_step
+        )
 
     def _order(self, config: MGMGenerationConfig, given: dict[str, Any]) -> Callable:
         order = next(iter(self.orders)) if config.order is None else config.order

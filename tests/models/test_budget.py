@@ -102,6 +102,12 @@ def test_the_papers_budgets(budget, fixed_point_steps, mdlm_steps):
     assert plan.iterations == [0] * mdlm_steps
 
 
+def test_steps_are_as_many_as_the_iterations_of_each_allow():
+    found = [plan_budget(layers(1, 1, 1), 24, iterations_per_step=n) for n in (1, 2, 4, 22)]
+    assert [plan.num_steps for plan in found] == [8, 6, 4, 1]
+    assert [sum(plan.iterations) for plan in found] == [8, 12, 16, 22]
+
+
 def test_plans_written_out():
     config = layers(1, 1, 1)
     # 24 − 4·2 = 16 iterations: one each, and 12 shared as 4.5, 3.5, 2.5, 1.5; the halves go to the earlier steps.

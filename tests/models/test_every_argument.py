@@ -198,6 +198,9 @@ def test_options_of_the_solver_are_refused_where_generate_or_a_plan_cannot_honou
             model.generate(**given)
     with pytest.raises(ValueError, match="`allocation`='cosine' shares a budget"):
         lively_model().generate(num_steps=2, iterations=3, allocation="cosine")
+    for given in ({"num_steps": 2}, {"num_steps": 2, "iterations": 3}):
+        with pytest.raises(ValueError, match="`iterations_per_step`=1 chooses the number of steps"):
+            lively_model().generate(**given, iterations_per_step=1)
 
 
 # --- generate -------------------------------------------------------------------------------------------------------
@@ -264,6 +267,7 @@ PLAN = {
     "allocation": "increasing",
     "starts": lambda n: [0, 1],
     "shares": lambda n: [1.0] + [0.5] * (n - 1),
+    "iterations_per_step": 1,
 }
 
 

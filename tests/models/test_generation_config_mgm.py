@@ -110,6 +110,7 @@ EFFECTIVE_VALUES = {
     "budget": 33,
     "num_steps": 3,
     "iterations": [1, 1, 1],
+    "iterations_per_step": 1,
     "allocation": "increasing",
     "reuse": "full",
     "gamma_unchanged": 0.3,
