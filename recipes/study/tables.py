@@ -12,7 +12,7 @@ from fpmgm.evaluation.report import table
 from study.plan import Plan
 
 
-SETTING = ("reuse", "temperature", "top_p", "order", "num_steps", "iterations", "allocation")
+SETTING = ("iterations_per_step", "reuse", "temperature", "top_p", "order", "num_steps", "iterations", "allocation")
 
 
 def write_tables(plan: Plan, folder: Path, truth: dict, name: str, target: Path) -> list[dict]:
@@ -99,18 +99,19 @@ def samples_table(rows: Sequence[dict]) -> str:
 
 
 def equal_entropy_table(rows: Sequence[dict], truth: dict) -> str:
-    """Sample excess where the unigram entropy is the truth's, linear in entropy between a row's temperatures."""
+    """Sample excess where the unigram entropy is the truth's, linear in entropy between a setting's temperatures."""
     budgets = sorted({sample["budget"] for row in rows for sample in row["samples"]})
     lines = []
     for row in rows:
-        cells = []
-        for budget in budgets:
-            curve = [s for s in row["samples"] if s["budget"] == budget and s.get("reuse", "none") == "none"
-                     and "top_p" not in s]  # fmt: skip
-            value = excess_at(curve, truth["unigram_entropy"]) if len(curve) > 1 else None
-            cells.append(None if value is None else f"{value:.3f}")
-        if any(cells):
-            lines.append([row["title"], *cells])
+        for setting in dict.fromkeys(setting_name(sample, "temperature") for sample in row["samples"]):
+            cells = []
+            for budget in budgets:
+                at_budget = [sample for sample in row["samples"] if sample["budget"] == budget]
+                curve = [sample for sample in at_budget if setting_name(sample, "temperature") == setting]
+                value = excess_at(curve, truth["unigram_entropy"]) if len(curve) > 1 else None
+                cells.append(None if value is None else f"{value:.3f}")
+            if any(cells):
+                lines.append([", ".join(filter(None, (row["title"], setting))), *cells])
     if not lines:
         return ""
     title = f"excess at unigram entropy {truth['unigram_entropy']:.3f}, over temperatures"
@@ -124,9 +125,10 @@ def excess_at(curve: Sequence[dict], entropy: float) -> float | None:
     return float(np.interp(entropy, x, [s["excess"] for s in order])) if x[0] <= entropy <= x[-1] else None
 
 
-def setting_name(sample: dict) -> str:
-    """What a row of samples sets beside the budget."""
-    return ", ".join(f"{name} {sample[name]}" for name in SETTING if name in sample["sampling"]["options"])
+def setting_name(sample: dict, without: str = "budget") -> str:
+    """What a row of samples sets beside the budget, `without` one of them."""
+    options = sample["sampling"]["options"]
+    return ", ".join(f"{name} {options[name]}" for name in SETTING if name in options and name != without)
 
 
 def with_error(values: dict, name: str) -> str:
