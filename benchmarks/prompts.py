@@ -33,7 +33,7 @@ MODELS = {  # overrides of the YAML
 QUIET = "--disable_tqdm True --report_to none --dataloader_pin_memory False --save_total_limit 1 --logging_steps 100"
 ANSWER = 12  # tokens of an answer with its end, the YAML's `completion_multiple`
 STEP = 4  # block evaluations of a step, as long as there are no more steps than tokens to write
-ORDERS = ("ancestral", "confidence", "entropy", "threshold", "margin")
+ORDERS = ("ancestral", "halton", "confidence", "entropy", "threshold", "margin")
 
 
 @dataclass

@@ -19,7 +19,13 @@ from fpmgm.evaluation.report import table, write_report
 from judged_samples import JudgedSamplesArguments, device_of, open_judge, open_model
 
 
-PACED = {"ancestral": {}, "confidence": {"order": "confidence"}, "ancestral, blocks of 32": {"block_length": 32}}
+PACED = {
+    "ancestral": {},
+    "halton": {"order": "halton"},
+    "confidence": {"order": "confidence"},
+    "ancestral, blocks of 32": {"block_length": 32},
+    "halton, blocks of 32": {"order": "halton", "block_length": 32},
+}
 ADAPTIVE = {
     "entropy": ("entropy_bound", (10.0, 1.0, 30.0, 60.0, 120.0)),
     "threshold": ("confidence_threshold", (0.9, 0.5, 0.3, 0.2)),

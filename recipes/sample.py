@@ -37,7 +37,9 @@ class SampleArguments:
     temperature: float | None = field(default=None, metadata={"help": "0: most likely tokens."})
     top_k: int | None = field(default=None, metadata={"help": "Draw among the k most likely tokens."})
     top_p: float | None = field(default=None, metadata={"help": "Draw among tokens that hold this probability."})
-    order: str | None = field(default=None, metadata={"help": "ancestral, confidence, entropy, threshold, margin."})
+    order: str | None = field(
+        default=None, metadata={"help": "ancestral, halton, confidence, entropy, threshold, margin."}
+    )
     entropy_bound: float | None = field(default=None, metadata={"help": "Of the entropy order, in nats."})
     confidence_threshold: float | None = field(default=None, metadata={"help": "Of the threshold order."})
     margin_threshold: float | None = field(default=None, metadata={"help": "Of the margin order."})

@@ -199,18 +199,21 @@ def expected_shares(
         return None
     if config.remask is not None or config.block_length is not None:
         return None
-    counted = equal_counts if "ancestral" in orders else arccos_counts  # text or images
+    is_text = "ancestral" in orders
+    counted, any_steps = (equal_counts, ("ancestral", "halton")) if is_text else (arccos_counts, ())
 
     def masked(num_steps: int) -> list[int]:
         """Positions masked before each step, rounded up."""
         if order == "ancestral":
             times = masked_probability(time_grid(num_steps)[:-1])
             return (length * times / times[0] - 1e-9).ceil().long().tolist()
+        if order in any_steps:
+            return [length - -(-step * length // num_steps) for step in range(num_steps)]
         counts = counted(torch.ones(1, length, dtype=torch.bool, device="cpu"), num_steps)
         return (length - counts.cumsum(0) + counts).flatten().tolist()
 
     def shares(num_steps: int) -> list[float]:
-        if order != "ancestral" and num_steps > length:  # too many steps for it
+        if order not in any_steps and num_steps > length:  # too many steps for it
             return [1.0] * num_steps
         before = masked(num_steps)
         counts = [length, *before[:-1]]  # what is masked now, and what the step before has written

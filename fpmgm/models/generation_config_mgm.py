@@ -111,12 +111,12 @@ class MGMGenerationConfig(GenerationConfig):
         temperature (`float`, defaults to 1.0): Divides the logits; 0 takes the most likely token.
         top_k (`int`, *optional*): Draw among the k most likely tokens. `None`: all.
         top_p (`float`, *optional*): Draw among the most likely tokens that hold this probability. `None`: all.
-        order (`str`, *optional*): Which positions are revealed when. Text: `"ancestral"`, images: `"halton"` (spread
-            over the image by a Halton sequence) or `"random"`, both: `"confidence"`, where each step keeps the most
-            probable of its draws, and three that decide from the predictions how many a step reveals: `"entropy"`,
-            `"threshold"`, `"margin"`. These end when all is revealed: the planned steps are the most that they take,
-            and what is left at the last of them is drawn there. `None`: `"ancestral"` for text, `"halton"` for
-            images.
+        order (`str`, *optional*): Which positions are revealed when. Text: `"ancestral"`, images: `"random"`, both:
+            `"halton"` (a Halton sequence spreads what one step reveals over the text or the image), `"confidence"`,
+            where each step keeps the most probable of its draws, and three that decide from the predictions how many
+            a step reveals: `"entropy"`, `"threshold"`, `"margin"`. These end when all is revealed: the planned steps
+            are the most that they take, and what is left at the last of them is drawn there. `None`: `"ancestral"`
+            for text, `"halton"` for images.
         entropy_bound (`float`, defaults to 0.1): The entropy order reveals the most certain positions of which the
             entropies, but for the largest, add up to at most this, in nats (EB-Sampler; its γ, as recommended for
             DiffusionGemma), and at least an even share. 0: beside what is certain, that share alone.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the positions of a sequence are revealed over the steps of `generate`: in ancestral order, with or without
-masking tokens again, in the order of a Halton sequence or in a random one, by confidence, or as many at each step as
-the model is certain of.
+masking tokens again, in the order of a Halton sequence (of one dimension for text, of two for images) or in a random
+one, by confidence, or as many at each step as the model is certain of.
 
 In the first three the reveal steps do not depend on the logits, so they are known beforehand, on the host: a step
 computes its head at the positions that it reveals and nowhere else (exact, not an approximation), and never asks the
@@ -45,6 +45,7 @@ from .schedules import (
     halton_order,
     ranked_schedule,
     remasking_schedule,
+    spread_schedule,
     time_grid,
 )
 from .transfer import to_device
@@ -284,6 +285,16 @@ def ancestral(task: RevealTask) -> ScheduledReveal:
     return ScheduledReveal(schedule, draws.flatten(1), task.windows.first, task.clock, task.mask_token_id, task.config)
 
 
+def text_halton(task: RevealTask) -> ScheduledReveal:
+    """Equally many at each step, far apart: tokens of one step do not see each other, and near ones depend on each
+    other most."""
+    uniforms, windows = task.uniforms(2), task.windows
+    schedule = spread_schedule(uniforms[0], task.wanted, task.num_steps, windows)
+    return ScheduledReveal(
+        schedule, uniforms[1:].flatten(1), windows.first, task.clock, task.mask_token_id, task.config
+    )
+
+
 def confidence(task: RevealTask) -> ConfidenceReveal:
     """The most probable draws first, equally many at each step."""
     return _confidence(task, equal_counts(task.wanted, task.num_steps, task.windows))
@@ -342,7 +353,7 @@ def _ranked(task: RevealTask, priority: torch.Tensor, draws: torch.Tensor) -> Sc
 
 ADAPTIVE_ORDERS = {"entropy": entropy, "threshold": threshold, "margin": two_likeliest}
 # The default first.
-TEXT_ORDERS = {"ancestral": ancestral, "confidence": confidence, **ADAPTIVE_ORDERS}
+TEXT_ORDERS = {"ancestral": ancestral, "halton": text_halton, "confidence": confidence, **ADAPTIVE_ORDERS}
 IMAGE_ORDERS = {
     "halton": halton,
     "random": random,

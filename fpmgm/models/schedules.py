@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which positions are revealed at which step, where that is known before the first one: in the ancestral order, with
-or without masking tokens again, by a rank, and how many where the predictions say which.
+or without masking tokens again, far apart, by a rank, and how many where the predictions say which.
 
 Every position has a window of steps. Without blocks it is all of them; with blocks, those of its block.
 
@@ -55,10 +55,33 @@ def ancestral_schedule(
     for count in counts[wanted].unique().tolist():
         steps = torch.where(counts == count, ancestral_reveal_steps(uniforms, count), steps)
     left_over = wanted & (steps == counts)
-    steps = (first + torch.minimum(steps, counts - 1)).masked_fill(~wanted, num_steps).flatten()
+    return _once(first + torch.minimum(steps, counts - 1), wanted, num_steps, left_over)
+
+
+def spread_schedule(uniforms: torch.Tensor, wanted: torch.Tensor, num_steps: int, windows: Windows) -> RevealSchedule:
+    """Reveal each block of `wanted` (B, L) evenly over its window, what one step reveals as far apart as can be.
+
+    The places of a block, its first n positions to write in their order, are visited as a Halton sequence of one
+    dimension visits them, after a rotation by the uniform (B, L) of its first position.
+    """
+    first, counts = windows
+    steps = torch.zeros_like(first)
+    for start in first[wanted].unique().tolist():
+        block = wanted & (first == start)
+        sizes = block.sum(dim=1, keepdim=True)  # (B, 1) n
+        shifts = (uniforms.gather(1, block.long().argmax(dim=1, keepdim=True)) * sizes).long()
+        places = (block.cumsum(dim=1) - 1 + shifts) % sizes.clamp(min=1)  # (B, L) in the block, rotated
+        for size in sizes[sizes > 0].unique().tolist():
+            visits = halton_line(size).argsort()[places.clamp(max=size - 1)]
+            steps = torch.where(block & (sizes == size), start + visits * counts // size, steps)
+    return _once(steps, wanted, num_steps, torch.zeros_like(wanted))
+
+
+def _once(steps: torch.Tensor, wanted: torch.Tensor, num_steps: int, left_over: torch.Tensor) -> RevealSchedule:
+    """Reveal each position of `wanted` (B, L) at its step, for good."""
+    steps = steps.masked_fill(~wanted, num_steps).flatten()
     *reveals, _ = steps.argsort(stable=True).split(torch.bincount(steps, minlength=num_steps + 1).tolist())
-    nothing = steps[:0]
-    return RevealSchedule(reveals, [nothing] * num_steps, left_over.flatten().nonzero().squeeze(1))
+    return RevealSchedule(reveals, [steps[:0]] * num_steps, left_over.flatten().nonzero().squeeze(1))
 
 
 def remasking_schedule(
@@ -102,10 +125,7 @@ def ranked_schedule(priority: torch.Tensor, wanted: torch.Tensor, counts: torch.
     num_steps = len(counts)
     ranks = priority.double().masked_fill(~wanted, float("inf")).argsort(dim=1, stable=True).argsort(dim=1)
     steps = torch.searchsorted(counts.T.cumsum(dim=1), ranks, right=True)  # (B, L): the first whose total passes it
-    steps = steps.masked_fill(~wanted, num_steps).flatten()
-    *reveals, _ = steps.argsort(stable=True).split(torch.bincount(steps, minlength=num_steps + 1).tolist())
-    nothing = steps[:0]
-    return RevealSchedule(reveals, [nothing] * num_steps, nothing)
+    return _once(steps, wanted, num_steps, torch.zeros_like(wanted))
 
 
 def halton_order(side: int) -> torch.Tensor:
@@ -122,9 +142,22 @@ def halton_order(side: int) -> torch.Tensor:
     return torch.tensor(list(cells), device="cpu")
 
 
-def _halton_cells(count: int, base: int, side: int) -> torch.Tensor:
-    """⌊side · x⌋ of the first `count` points x of the van der Corput sequence, in whole numbers."""
-    rest = torch.arange(1, count + 1, device="cpu")
+def halton_line(count: int) -> torch.Tensor:
+    """(count,) places on a line in the order in which the Halton sequence of one dimension (base 2, from 0 on) visits
+    them.
+
+    >>> halton_line(8).tolist()
+    [0, 4, 2, 6, 1, 5, 3, 7]
+    """
+    tried, places = 2 * count, {}
+    while len(places) < count:
+        places, tried = dict.fromkeys(_halton_cells(tried, 2, count, start=0).tolist()), 2 * tried
+    return torch.tensor(list(places), device="cpu")
+
+
+def _halton_cells(count: int, base: int, side: int, start: int = 1) -> torch.Tensor:
+    """⌊side · x⌋ of `count` points x of the van der Corput sequence, in whole numbers."""
+    rest = torch.arange(start, start + count, device="cpu")
     mirrored, scale = torch.zeros_like(rest), 1
     while rest.any():
         mirrored, rest, scale = mirrored * base + rest % base, rest // base, scale * base

@@ -34,6 +34,9 @@ RULES = [  # beside the number of steps
     {"remask": 0.05},
     {"remask": 0.2},
     {"remask": 0.2, "top_p": 0.9},
+    {"order": "halton"},
+    {"order": "halton", "temperature": 0.8},
+    {"order": "halton", "top_p": 0.9},
     {"order": "confidence"},
     {"order": "confidence", "temperature": 0.8},
     {"order": "entropy", "entropy_bound": 0.0},
@@ -44,6 +47,7 @@ RULES = [  # beside the number of steps
     {"order": "margin", "margin_threshold": 0.8},
     {"order": "entropy", "entropy_bound": 0.1, "block_length": 8},
     {"block_length": 8},
+    {"order": "halton", "block_length": 8},
 ]
 
 

@@ -243,12 +243,12 @@ def test_no_draw_of_the_reveals_exceeds_the_budget(length, layers):
         assert out.sequences.ne(M).all()
 
 
-@pytest.mark.parametrize("order", ["ancestral", "confidence", "halton", "random", "image confidence"])
+@pytest.mark.parametrize("order", ["ancestral", "text halton", "confidence", "halton", "random", "image confidence"])
 @pytest.mark.parametrize("every", [None, 4])
 def test_a_plan_expects_what_runs(order, every):
     image = order in ("halton", "random", "image confidence")
     model = lively_image_model(grid_size=6) if image else text(max_position_embeddings=36)
-    options = {"order": order.removeprefix("image "), "freeze": True, "refresh_every": every}
+    options = {"order": order.removeprefix("image ").removeprefix("text "), "freeze": True, "refresh_every": every}
     shares = expected_shares(MGMGenerationConfig(**options), model.orders, 36, model.config.num_register_tokens)
     out = model.generate(
         batch_size=64 if order == "ancestral" else 2, num_steps=9, iterations=1, seed=0,

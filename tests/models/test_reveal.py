@@ -7,10 +7,10 @@ import itertools
 import pytest
 import torch
 
-from fpmgm.models.blocks import whole_window
+from fpmgm.models.blocks import block_windows, whole_window
 from fpmgm.models.certainty import most_confident
 from fpmgm.models.draw import draw_uniforms
-from fpmgm.models.schedules import equal_counts, remasking_schedule
+from fpmgm.models.schedules import equal_counts, remasking_schedule, spread_schedule
 from tests.models.helpers import lively_model
 from tests.testing_utils import tiny_model
 
@@ -99,12 +99,52 @@ def test_confidence_keeps_the_most_probable_draws_of_each_row():
     assert most_confident(probabilities, rows, torch.tensor([2, 0, 1])).tolist() == [1, 2, 3]
 
 
+@pytest.mark.parametrize(("length", "num_steps"), [(128, 8), (64, 64), (32, 4), (16, 16)])
+def test_the_halton_order_of_text_reveals_every_nth_position(length, num_steps):
+    wanted = torch.ones(3, length, dtype=torch.bool)
+    schedule = spread_schedule(torch.rand(3, length), wanted, num_steps, whole_window(wanted, num_steps))
+    apart = num_steps
+    seen = torch.zeros_like(wanted)
+    for step, positions in enumerate(schedule.reveals, start=1):
+        rows, columns = positions // length, positions % length
+        for row in range(3):
+            found = columns[rows == row]
+            assert (found.diff() == apart).all() and len(found) == length // num_steps
+        seen.view(-1)[positions] = True
+        if step & (step - 1) == 0:  # after 1, 2, 4, ... steps everything visible is evenly spread
+            for row in seen:
+                assert (row.nonzero().squeeze(1).diff() == apart // step).all()
+    assert seen.all()
+
+
+def test_the_halton_order_of_text_writes_each_block_evenly_and_each_position_once():
+    generator = torch.Generator().manual_seed(0)
+    wanted = torch.rand(5, 50, generator=generator) < torch.tensor([0.1, 0.4, 0.7, 1.0, 0.02])[:, None]
+    wanted[:, 7] = True
+    for num_steps, block_length in ((6, 10), (9, 50), (70, 7)):
+        windows = block_windows(wanted, num_steps, block_length)
+        schedule = spread_schedule(torch.rand(5, 50, generator=generator), wanted, num_steps, windows)
+        step = torch.full((250,), -1)
+        for i, positions in enumerate(schedule.reveals):
+            assert (step[positions] == -1).all()
+            step[positions] = i
+        step = step.view(5, 50)
+        assert torch.equal(step >= 0, wanted)
+        assert (step >= windows.first)[wanted].all() and (step <= windows.last)[wanted].all()
+        for row in range(5):
+            for first in windows.first[row][wanted[row]].unique():
+                block = wanted[row] & (windows.first[row] == first)
+                counts = step[row][block].bincount(minlength=num_steps)[first : windows.last[row][block][0] + 1]
+                assert counts.max() - counts.min() <= 1
+
+
 def test_more_steps_than_masks_are_an_error_for_the_confidence_order_alone():
     model = tiny_model()
     ids = torch.tensor([[1, MASK, MASK, 2]])
     with pytest.raises(ValueError, match="`num_steps`=3 exceeds the 2 masked positions"):
         model.generate(ids, num_steps=3, iterations=1, order="confidence")
-    assert model.generate(ids, num_steps=3, iterations=1).ne(MASK).all()
+    for order in ("ancestral", "halton"):
+        assert model.generate(ids, num_steps=3, iterations=1, order=order).ne(MASK).all()
     assert equal_counts(ids == MASK, 2).tolist() == [[1], [1]]
 
 

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from study.sampler_error import RULES, HiddenMarkovChain, PerfectDenoiser, main
+from study.sampler_error import RULES, HiddenMarkovChain, PerfectDenoiser, SamplerErrorArguments, main, measure
 
 
 S, V, L = 2, 3, 4
@@ -43,11 +43,24 @@ def test_one_step_draws_the_product_of_marginals_and_one_symbol_a_step_draws_the
     product = marginals[torch.arange(L), TEXTS].prod(dim=1)
     weights = V ** torch.arange(L).flip(0)
     certain = {"order": "entropy", "entropy_bound": 0.0}  # reveals nothing uncertain together, and adds no error
-    for steps, options, expected, other in ((1, {}, product, p), (200, {}, p, product), (4, certain, p, product)):
+    apart = {"order": "halton"}
+    cases = ((1, {}, product, p), (1, apart, product, p), (200, {}, p, product), (4, apart, p, product),
+             (4, certain, p, product))  # fmt: skip
+    for steps, options, expected, other in cases:
         drawn = model.generate(batch_size=4000, seed=0, budget=steps, num_steps=steps, **options)
         shares = torch.bincount((drawn * weights).sum(dim=1), minlength=len(TEXTS)) / 4000
         assert (shares - expected).abs().sum() < 0.12
         assert (shares - other).abs().sum() > 0.5
+
+
+def test_tokens_far_apart_leave_less_than_half_of_the_samplers_error():
+    args = SamplerErrorArguments(num_samples=1000)
+    chain = HiddenMarkovChain.random(args.num_states, args.num_symbols, args.seed)
+    rates = -chain.log_probability(chain.sample(4000, args.length, args.seed)) / args.length
+    model = PerfectDenoiser(chain, args.length)
+    near, apart = (measure(model, rule, 8, args, rates) for rule in ({}, {"order": "halton"}))
+    assert near["excess"] > 0.09 and apart["excess"] < 0.5 * near["excess"]
+    assert abs(apart["unigram_entropy"] - near["unigram_entropy"]) < 0.05  # and no diversity is lost for it
 
 
 def test_the_table_has_every_rule(tmp_path):
