@@ -71,10 +71,11 @@ def wanted(plan: Plan, row: Row, found: dict) -> set[str]:
 
 
 def settings(plan: Plan, row: Row, config) -> list[dict]:
-    """Options of `generate`, one set per row of samples; an explicit model has nothing to reuse."""
+    """Options of `generate`, one set per row of samples; an explicit model has nothing to reuse or to iterate."""
+    left_out = () if config.num_fixed_point_layers else ("reuse", "iterations_per_step")
     chosen = []
     for setting in row.settings or plan.judging["settings"]:
-        options = {name: value for name, value in setting.items() if config.num_fixed_point_layers or name != "reuse"}
+        options = {name: value for name, value in setting.items() if name not in left_out}
         chosen += [
             {"budget": budget, **options}
             for budget in row.budgets or plan.judging["budgets"]

@@ -93,8 +93,8 @@ def test_every_row_is_trained_judged_and_in_the_tables(studied):
         assert row["provenance"]["command"] and row["training"]["provenance"]["versions"]["torch"]
     by_name = {row["name"]: row for row in found["rows"]}
     assert "likelihood_excess" not in by_name["rate_1e-3"] and "samples" not in by_name["fp_mdlm_longer"]
-    assert len(by_name["mdlm"]["samples"]) == 2 * 2  # nothing to reuse: plain and at a temperature
-    assert len(by_name["fp_mdlm"]["samples"]) == 2 * 3 and len(by_name["cofre"]["samples"]) == 3
+    assert len(by_name["mdlm"]["samples"]) == 2 * 3  # nothing to reuse: plain, at a temperature, far apart
+    assert len(by_name["fp_mdlm"]["samples"]) == 2 * 4 and len(by_name["cofre"]["samples"]) == 4
     assert set(by_name["fp_mdlm"]["likelihood_by_iterations"]) == {"1", "3"}
     assert "likelihood_by_iterations" not in by_name["mdlm"]
     assert f"{by_name['cofre']['samples'][0]['excess']:.3f}" in table
