@@ -12,6 +12,7 @@ All of it is known on the CPU, without a question to the device, unless there is
 Shapes: B batch, L length, R registers, W = L + R positions that a row has, D hidden size, T steps, P positions.
 """
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -21,8 +22,8 @@ from .frozen_states import FrozenStates
 from .generation_config_mgm import MGMGenerationConfig
 from .layers import wide
 from .noise import masked_probability
-from .reveal import arccos_counts, equal_counts, time_grid
 from .runs import Runs, rows_to_run
+from .schedules import arccos_counts, equal_counts, halton_counts, time_grid
 
 
 # Orders in which the number of positions that a step reveals is known, in the ancestral one on average.
@@ -208,7 +209,8 @@ def expected_shares(
             times = masked_probability(time_grid(num_steps)[:-1])
             return (length * times / times[0] - 1e-9).ceil().long().tolist()
         if order in any_steps:
-            return [length - -(-step * length // num_steps) for step in range(num_steps)]
+            revealed = itertools.accumulate(halton_counts(length, num_steps)[:-1], initial=0)
+            return [length - count for count in revealed]
         counts = counted(torch.ones(1, length, dtype=torch.bool, device="cpu"), num_steps)
         return (length - counts.cumsum(0) + counts).flatten().tolist()
 

@@ -112,7 +112,7 @@ class MGMGenerationConfig(GenerationConfig):
         top_k (`int`, *optional*): Draw among the k most likely tokens. `None`: all.
         top_p (`float`, *optional*): Draw among the most likely tokens that hold this probability. `None`: all.
         order (`str`, *optional*): Which positions are revealed when. Text: `"ancestral"`, images: `"random"`, both:
-            `"halton"` (a Halton sequence spreads what one step reveals over the text or the image), `"confidence"`,
+            `"halton"` (a Halton sequence spreads what a step reveals over the text or the image), `"confidence"`,
             where each step keeps the most probable of its draws, and three that decide from the predictions how many
             a step reveals: `"entropy"`, `"threshold"`, `"margin"`. These end when all is revealed: the planned steps
             are the most that they take, and what is left at the last of them is drawn there. `None`: `"ancestral"`

@@ -286,13 +286,10 @@ def ancestral(task: RevealTask) -> ScheduledReveal:
 
 
 def text_halton(task: RevealTask) -> ScheduledReveal:
-    """Equally many at each step, far apart: tokens of one step do not see each other, and near ones depend on each
-    other most."""
-    uniforms, windows = task.uniforms(2), task.windows
+    """Far apart, few at first: tokens of one step do not see each other, and near ones depend on each other most."""
+    uniforms, windows, clock = task.uniforms(2), task.windows, Clock(task.num_steps, task.wanted)
     schedule = spread_schedule(uniforms[0], task.wanted, task.num_steps, windows)
-    return ScheduledReveal(
-        schedule, uniforms[1:].flatten(1), windows.first, task.clock, task.mask_token_id, task.config
-    )
+    return ScheduledReveal(schedule, uniforms[1:].flatten(1), windows.first, clock, task.mask_token_id, task.config)
 
 
 def confidence(task: RevealTask) -> ConfidenceReveal:

@@ -59,10 +59,10 @@ def ancestral_schedule(
 
 
 def spread_schedule(uniforms: torch.Tensor, wanted: torch.Tensor, num_steps: int, windows: Windows) -> RevealSchedule:
-    """Reveal each block of `wanted` (B, L) evenly over its window, what one step reveals as far apart as can be.
+    """Reveal each block of `wanted` (B, L) over its window, what one step reveals as far apart as can be.
 
-    The places of a block, its first n positions to write in their order, are visited as a Halton sequence of one
-    dimension visits them, after a rotation by the uniform (B, L) of its first position.
+    The places of a block, its n positions to write, are visited in the order of [`halton_line`], after a rotation by
+    the uniform (B, L) of its first position, as many at a step as [`halton_counts`] says.
     """
     first, counts = windows
     steps = torch.zeros_like(first)
@@ -71,9 +71,11 @@ def spread_schedule(uniforms: torch.Tensor, wanted: torch.Tensor, num_steps: int
         sizes = block.sum(dim=1, keepdim=True)  # (B, 1) n
         shifts = (uniforms.gather(1, block.long().argmax(dim=1, keepdim=True)) * sizes).long()
         places = (block.cumsum(dim=1) - 1 + shifts) % sizes.clamp(min=1)  # (B, L) in the block, rotated
-        for size in sizes[sizes > 0].unique().tolist():
-            visits = halton_line(size).argsort()[places.clamp(max=size - 1)]
-            steps = torch.where(block & (sizes == size), start + visits * counts // size, steps)
+        for size, count in {*zip(sizes.expand_as(block)[block].tolist(), counts[block].tolist(), strict=True)}:
+            step = torch.arange(count, device="cpu").repeat_interleave(torch.tensor(halton_counts(size, count)))
+            step = step[halton_line(size).argsort()]  # (n,) of each place
+            alike = block & (sizes == size) & (counts == count)
+            steps = torch.where(alike, start + step[places.clamp(max=size - 1)], steps)
     return _once(steps, wanted, num_steps, torch.zeros_like(wanted))
 
 
@@ -143,21 +145,42 @@ def halton_order(side: int) -> torch.Tensor:
 
 
 def halton_line(count: int) -> torch.Tensor:
-    """(count,) places on a line in the order in which the Halton sequence of one dimension (base 2, from 0 on) visits
-    them.
+    """(count,) places on a line in the order of their reversed binary digits, the Halton sequence of one dimension:
+    the even ones come before the odd ones, among them those that are multiples of four before the others, and so on.
 
     >>> halton_line(8).tolist()
     [0, 4, 2, 6, 1, 5, 3, 7]
     """
-    tried, places = 2 * count, {}
-    while len(places) < count:
-        places, tried = dict.fromkeys(_halton_cells(tried, 2, count, start=0).tolist()), 2 * tried
-    return torch.tensor(list(places), device="cpu")
+    bits = (count - 1).bit_length()
+    places = torch.arange(2**bits, device="cpu")
+    turned = sum(((places >> i & 1) << (bits - 1 - i) for i in range(bits)), torch.zeros_like(places))
+    return turned[turned < count]
 
 
-def _halton_cells(count: int, base: int, side: int, start: int = 1) -> torch.Tensor:
-    """⌊side · x⌋ of `count` points x of the van der Corput sequence, in whole numbers."""
-    rest = torch.arange(start, start + count, device="cpu")
+def halton_counts(count: int, num_steps: int) -> list[int]:
+    """How many of `count` places each of `num_steps` steps visits in the order of [`halton_line`].
+
+    The odd places, which come last, get a third of the steps, the odd ones among the even halves a third of the rest,
+    and so on: no step has neighbours of two kinds, and the first steps, which see little, reveal little. Where there
+    are more steps than places, the last steps visit none.
+
+    >>> halton_counts(128, 8)
+    [8, 8, 16, 16, 16, 21, 21, 22]
+    """
+    if num_steps >= count:
+        return [1] * count + [0] * (num_steps - count)
+    if num_steps == 1:
+        return [count]
+    odd = count // 2
+    steps = min(max(round(num_steps / 3), 1, num_steps - (count - odd)), odd, num_steps - 1)
+    return halton_counts(count - odd, num_steps - steps) + [
+        odd * (i + 1) // steps - odd * i // steps for i in range(steps)
+    ]
+
+
+def _halton_cells(count: int, base: int, side: int) -> torch.Tensor:
+    """⌊side · x⌋ of the first `count` points x of the van der Corput sequence, in whole numbers."""
+    rest = torch.arange(1, count + 1, device="cpu")
     mirrored, scale = torch.zeros_like(rest), 1
     while rest.any():
         mirrored, rest, scale = mirrored * base + rest % base, rest // base, scale * base

@@ -10,7 +10,7 @@ import torch
 from fpmgm.models.blocks import block_windows, whole_window
 from fpmgm.models.certainty import most_confident
 from fpmgm.models.draw import draw_uniforms
-from fpmgm.models.schedules import equal_counts, remasking_schedule, spread_schedule
+from fpmgm.models.schedules import equal_counts, halton_counts, halton_line, remasking_schedule, spread_schedule
 from tests.models.helpers import lively_model
 from tests.testing_utils import tiny_model
 
@@ -99,25 +99,36 @@ def test_confidence_keeps_the_most_probable_draws_of_each_row():
     assert most_confident(probabilities, rows, torch.tensor([2, 0, 1])).tolist() == [1, 2, 3]
 
 
-@pytest.mark.parametrize(("length", "num_steps"), [(128, 8), (64, 64), (32, 4), (16, 16)])
-def test_the_halton_order_of_text_reveals_every_nth_position(length, num_steps):
-    wanted = torch.ones(3, length, dtype=torch.bool)
-    schedule = spread_schedule(torch.rand(3, length), wanted, num_steps, whole_window(wanted, num_steps))
-    apart = num_steps
-    seen = torch.zeros_like(wanted)
-    for step, positions in enumerate(schedule.reveals, start=1):
-        rows, columns = positions // length, positions % length
-        for row in range(3):
-            found = columns[rows == row]
-            assert (found.diff() == apart).all() and len(found) == length // num_steps
-        seen.view(-1)[positions] = True
-        if step & (step - 1) == 0:  # after 1, 2, 4, ... steps everything visible is evenly spread
-            for row in seen:
-                assert (row.nonzero().squeeze(1).diff() == apart // step).all()
-    assert seen.all()
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 37, 100, 128])
+def test_a_line_is_visited_from_coarse_to_fine(count):
+    places = halton_line(count).tolist()
+    assert sorted(places) == list(range(count))
+    for apart in (2, 4, 8, 16, 32):
+        assert sorted(places[: -(-count // apart)]) == list(range(0, count, apart))  # evenly, before all others
 
 
-def test_the_halton_order_of_text_writes_each_block_evenly_and_each_position_once():
+def test_steps_of_the_halton_order_reveal_few_at_first_and_never_two_kinds_of_neighbours():
+    for count, num_steps in itertools.product((1, 2, 5, 33, 100, 128), (1, 2, 3, 4, 7, 16, 100, 128, 200)):
+        counts = halton_counts(count, num_steps)
+        assert len(counts) == num_steps and sum(counts) == count
+        assert all(counts[: min(count, num_steps)]) and not any(counts[count:])
+        if 2 < num_steps < count // 2:  # the odd places have steps of their own
+            assert count - count // 2 in itertools.accumulate(counts) and max(counts) in counts[-(num_steps // 2) :]
+    assert halton_counts(128, 2) == [64, 64] and halton_counts(8, 4) == [1, 1, 2, 4]
+
+
+def test_the_halton_order_of_text_reveals_what_lies_far_apart():
+    wanted, apart = torch.ones(3, 128, dtype=torch.bool), [16, 16, 8, 4, 4, 2, 2, 2]
+    schedule = spread_schedule(
+        torch.tensor([0.0, 0.3, 0.99])[:, None].expand(3, 128), wanted, 8, whole_window(wanted, 8)
+    )
+    for positions, distance, count in zip(schedule.reveals, apart, halton_counts(128, 8), strict=True):
+        for row, shift in enumerate((0, 38, 126)):
+            places = ((positions[positions // 128 == row] % 128 + shift) % 128).sort().values
+            assert len(places) == count and places.diff().min() >= distance
+
+
+def test_the_halton_order_of_text_writes_each_position_once_in_the_window_of_its_block():
     generator = torch.Generator().manual_seed(0)
     wanted = torch.rand(5, 50, generator=generator) < torch.tensor([0.1, 0.4, 0.7, 1.0, 0.02])[:, None]
     wanted[:, 7] = True
@@ -135,7 +146,7 @@ def test_the_halton_order_of_text_writes_each_block_evenly_and_each_position_onc
             for first in windows.first[row][wanted[row]].unique():
                 block = wanted[row] & (windows.first[row] == first)
                 counts = step[row][block].bincount(minlength=num_steps)[first : windows.last[row][block][0] + 1]
-                assert counts.max() - counts.min() <= 1
+                assert counts.tolist() == halton_counts(int(block.sum()), len(counts))
 
 
 def test_more_steps_than_masks_are_an_error_for_the_confidence_order_alone():
