@@ -13,6 +13,7 @@ Shapes: B batch, P masked positions of all rows, V vocabulary.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -56,8 +57,18 @@ def _measured(logits, mask_token_id, measure) -> torch.Tensor:
 # --- which together -------------------------------------------------------------------------------------------------
 
 
-def ranked(certainties: torch.Tensor, rows: torch.Tensor, tie: float = TIE) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices into P by row and falling certainty, and the rank of each in its row, from 0; `rows` (P,) ascending.
+class Ranking(NamedTuple):
+    """Positions by row and falling certainty, all (P,): their indices into P, the rank of each in its row, from 0, its
+    row, and how certain it is."""
+
+    order: torch.Tensor
+    rank: torch.Tensor
+    rows: torch.Tensor
+    certainties: torch.Tensor
+
+
+def ranked(certainties: torch.Tensor, rows: torch.Tensor, tie: float = TIE) -> Ranking:
+    """The ranking of P positions in `rows` (P,), which ascend.
 
     Neighbours in this order that differ by at most `tie` are equal, and of equals the first positions come first:
     positions that see the same are equally certain but for rounding, which depends on the batch.
@@ -69,7 +80,8 @@ def ranked(certainties: torch.Tensor, rows: torch.Tensor, tie: float = TIE) -> t
     begins[1:] = (row[1:] != row[:-1]) | (falling[:-1] - falling[1:] > tie)
     order = torch.empty_like(order).index_copy(0, order, begins.cumsum(0)).argsort(stable=True)
     sizes = torch.bincount(rows)
-    return order, torch.arange(len(rows), device=rows.device) - (sizes.cumsum(0) - sizes)[rows[order]]
+    rank = torch.arange(len(rows), device=rows.device) - (sizes.cumsum(0) - sizes)[rows[order]]
+    return Ranking(order, rank, rows[order], certainties[order])
 
 
 def most_confident(
@@ -77,38 +89,34 @@ def most_confident(
 ) -> torch.Tensor:
     """Ascending indices into P of the `counts[b]` most probable draws of each row b; logarithms within `tie` are
     equal."""
-    order, rank = ranked(probabilities.log(), rows, tie)
-    return order[rank < counts.to(rows.device)[rows[order]]].sort().values
+    ranking = ranked(probabilities.log(), rows, tie)
+    return ranking.order[ranking.rank < counts.to(rows.device)[ranking.rows]].sort().values
 
 
-def most_certain(
-    certainties: torch.Tensor, rows: torch.Tensor, steps_left: torch.Tensor, tie: float = TIE
-) -> torch.Tensor:
+def most_certain(ranking: Ranking, steps_left: torch.Tensor) -> torch.Tensor:
     """Ascending indices into P of each row's most certain positions, as many as are due where its positions are
     revealed evenly in `steps_left` (P,) steps; in the last one all."""
-    order, rank = ranked(certainties, rows, tie)
-    counts = torch.bincount(rows)[rows[order]]
-    return order[rank * steps_left[order] < counts].sort().values
+    order, rank, rows, _ = ranking
+    return order[rank * steps_left[order] < torch.bincount(rows)[rows]].sort().values
 
 
-def certain_enough(certainties: torch.Tensor, rows: torch.Tensor, least: float, tie: float = TIE) -> torch.Tensor:
+def certain_enough(ranking: Ranking, least: float, tie: float = TIE) -> torch.Tensor:
     """Ascending indices into P of the positions that are at least so certain, and of each row's most certain one."""
-    order, rank = ranked(certainties, rows, tie)
-    return order[(rank == 0) | (certainties[order] >= least - tie)].sort().values
+    return ranking.order[(ranking.rank == 0) | (ranking.certainties >= least - tie)].sort().values
 
 
-def within_entropy(certainties: torch.Tensor, rows: torch.Tensor, bound: float, tie: float = TIE) -> torch.Tensor:
+def within_entropy(ranking: Ranking, bound: float, tie: float = TIE) -> torch.Tensor:
     """Ascending indices into P of the largest sets of each row's most certain positions with Σ H − max H ≤ `bound`.
 
     What independent draws of a set miss is the total correlation of its tokens, which is at most Σ H − max H, since
     their joint entropy is at least that of each (EB-Sampler, arXiv 2505.24857). A single position misses nothing.
 
     Args:
-        certainties (`torch.Tensor`): (P,) negative entropies.
+        ranking ([`Ranking`]): By negative entropies.
         bound (`float`): In nats.
     """
-    order, rank = ranked(certainties, rows, tie)
+    order, rank, rows, certainties = ranking
     table = certainties.new_zeros(int(rows.max()) + 1, int(rank.max()) + 1)  # a row does not depend on the others
-    table[rows[order], rank] = -certainties[order]
-    before = F.pad(table, (1, 0)).cumsum(dim=1)[rows[order], rank]  # the last of a set has the largest entropy
+    table[rows, rank] = -certainties
+    before = F.pad(table, (1, 0)).cumsum(dim=1)[rows, rank]  # the last of a set has the largest entropy
     return order[before <= bound + tie].sort().values

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .arguments import shown
 from .generation_config_mgm import MGMGenerationConfig
+from .reveal import Turn, rows_with
 from .transfer import to_device
 
 
@@ -50,24 +51,19 @@ class StopAtEnd:
         ended = self.wanted & torch.isin(tokens.cpu(), torch.tensor(self.ends, device="cpu"))
         return ended.cumsum(dim=1) > ended.long()
 
-    def candidates(self, step: int, tokens: torch.Tensor) -> torch.Tensor:
-        """Those of the rule that are not behind an end, (P,) ascending indices into B·L, on the CPU."""
-        positions = self.rule.candidates(step, tokens)
-        return positions[~self.behind(tokens).flatten()[positions]]
-
-    def unfinished(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """(B,) bool on the CPU: the rows with something to write before their end, as far as the rule goes on."""
-        left = (tokens.cpu() == self.mask_token_id) & self.wanted & ~self.behind(tokens)
-        going_on = self.rule.unfinished(tokens, positions)
-        return left.any(dim=1) if going_on is None else left.any(dim=1) & going_on
+    def turn(self, step: int, tokens: torch.Tensor) -> Turn:
+        """The rule's before each end: what is behind it will not be written, and the rows with nothing to write before
+        it are finished."""
+        tokens = tokens.cpu()
+        (positions, unfinished, waiting), behind = self.rule.turn(step, tokens), self.behind(tokens)
+        positions = positions[~behind.flatten()[positions]]
+        left = ((tokens == self.mask_token_id) & self.wanted & ~behind).any(dim=1)
+        left = left if unfinished is None else left & rows_with(positions, tokens)
+        return Turn(positions, left, waiting | behind)
 
     def write(self, step: int, tokens: torch.Tensor, positions: torch.Tensor, logits: torch.Tensor | None):
         """As the rule does."""
         return self.rule.write(step, tokens, positions, logits)
-
-    def waiting(self, step: int, tokens: torch.Tensor) -> torch.Tensor:
-        """What is behind an end, too: it will not be written."""
-        return self.rule.waiting(step, tokens) | self.behind(tokens)
 
     def masked(self, step: int, tokens: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         """As the rule says: to end a text writes nothing."""

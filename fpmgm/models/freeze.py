@@ -22,6 +22,7 @@ from .frozen_states import FrozenStates
 from .generation_config_mgm import MGMGenerationConfig
 from .layers import wide
 from .noise import masked_probability
+from .reveal import Turn
 from .runs import Runs, rows_to_run
 from .schedules import arccos_counts, equal_counts, halton_counts, time_grid
 
@@ -60,21 +61,18 @@ class Frozen:
             self.limits = torch.tensor(planned, device="cpu").cumsum(0).tolist()
             self.budget = config.budget * width
 
-    def active(
-        self, step: int, candidates: torch.Tensor, unfinished: torch.Tensor | None, tokens: torch.Tensor, rule
-    ) -> torch.Tensor:
-        """(B, W) bool, on the CPU: what the step computes, whose logits are needed at `candidates` (P,), indices into
-        B·L, in rows that are `unfinished` (B,) bool (`None`: all). Of blocks that have not begun, nothing."""
-        needed = torch.zeros_like(self.masked).flatten().index_fill(0, candidates, True).view_as(self.masked)
+    def active(self, step: int, turn: Turn) -> torch.Tensor:
+        """(B, W) bool, on the CPU: what the step computes, in rows that are unfinished. Of blocks that have not begun,
+        nothing."""
+        needed = torch.zeros_like(self.masked).flatten().index_fill(0, turn.positions, True).view_as(self.masked)
         refreshed = self.every is not None and step % self.every == 0
-        turn = ~rule.waiting(step, tokens)
-        chosen = ((self.masked | self.moving | self.written) & turn) | needed | refreshed | ~self.begun
+        chosen = ((self.masked | self.moving | self.written) & ~turn.waiting) | needed | refreshed | ~self.begun
         if not self.reusing:  # a row that needs no logits is idle, as it is alone
             chosen = chosen & needed.any(dim=1, keepdim=True)
-        if unfinished is not None:
-            chosen = chosen & unfinished[:, None]
+        if turn.unfinished is not None:
+            chosen = chosen & turn.unfinished[:, None]
         if self.limits is not None:
-            chosen = self._within_budget(step, chosen, needed, self.masked & turn)
+            chosen = self._within_budget(step, chosen, needed, self.masked & ~turn.waiting)
         return torch.cat([chosen, chosen.any(dim=1, keepdim=True).expand(-1, self.registers)], dim=1)
 
     def _within_budget(
@@ -135,7 +133,7 @@ class Frozen:
 class NothingFrozen:
     """The same where all positions are computed, of rows that are not finished."""
 
-    def active(self, step: int, candidates: torch.Tensor, unfinished, tokens: torch.Tensor, rule) -> None:
+    def active(self, step: int, turn: Turn) -> None:
         """All."""
 
     def runs(self, active: None, unfinished, copies: int, batch_size: int, classes, alike: bool) -> Runs | None:

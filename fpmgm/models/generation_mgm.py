@@ -167,11 +167,11 @@ class MGMGenerationMixin:
         ledger, solution = Ledger(plan, self.config, config, batch_size, copies * batch_size, width), None
         for step in logging.tqdm(range(plan.num_steps), desc="denoising", disable=not config.progress_bar):
             # 1. the positions whose logits the step needs; where there are none, and nothing is reused, it is idle
-            positions = rule.candidates(step, tokens)
-            unfinished = rule.unfinished(tokens, positions)
+            turn = rule.turn(step, tokens)
+            positions, unfinished, _ = turn
             if unfinished is not None and not unfinished.any():
                 break
-            active = frozen.active(step, positions, unfinished, tokens, rule)  # (B, L + R), or None: all
+            active = frozen.active(step, turn)  # (B, L + R), or None: all
             if len(positions) == 0 and not (reusing and (active is None or active.any())):
                 tokens, _ = rule.write(step, tokens, positions, None)
                 ledger.skip()

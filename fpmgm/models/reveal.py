@@ -5,9 +5,8 @@ one, by confidence, or as many at each step as the model is certain of.
 
 In the first three the reveal steps do not depend on the logits, so they are known beforehand, on the host: a step
 computes its head at the positions that it reveals and nowhere else (exact, not an approximation), and never asks the
-device how many there are. Every rule offers `candidates`, the positions whose logits a step needs, a `clock`, `write`,
-which turns logits into tokens, and `unfinished`, the rows that have steps before them; for frozen positions also
-`masked`, what is left to write, and `waiting`, what of it has blocks before it.
+device how many there are. Every rule offers `turn`, what a step is about, a `clock`, `write`, which turns logits into
+tokens, and for frozen positions `masked`, what is left to write.
 
 With `block_length` a sequence is written block by block: each order does within the steps of a block what it does
 otherwise within all.
@@ -31,6 +30,7 @@ from .certainty import (
     most_certain,
     most_confident,
     negative_entropy,
+    ranked,
     top_probability,
     within_entropy,
 )
@@ -111,6 +111,20 @@ class Clock(NamedTuple):
         return Moment(share.clamp(min=SMALLEST_TIME), 1 - share)
 
 
+class Turn(NamedTuple):
+    """What a step is about, on the CPU: the `positions` (P,) whose logits it needs, ascending indices into B·L; which
+    rows are `unfinished`, (B,) bool, `None`: all; and which positions are `waiting` for their block, (B, L) bool."""
+
+    positions: torch.Tensor
+    unfinished: torch.Tensor | None
+    waiting: torch.Tensor
+
+
+def rows_with(positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """(B,) bool: the rows of `tokens` (B, L) that have some of the `positions` (P,)."""
+    return torch.bincount(positions // tokens.shape[1], minlength=len(tokens)) > 0
+
+
 @dataclass(frozen=True)
 class ScheduledReveal:
     """Reveals, and masks again, the positions that `schedule` names: known before the first step.
@@ -126,15 +140,9 @@ class ScheduledReveal:
     mask_token_id: int
     config: MGMGenerationConfig
 
-    def candidates(self, step: int, tokens: torch.Tensor) -> torch.Tensor:
-        """(P,) ascending indices into B·L, on the CPU."""
-        reveals = self.schedule.reveals[step]
-        if self.config.final == "none":
-            return reveals[~torch.isin(reveals, self.schedule.left_over)]
-        return reveals
-
-    def unfinished(self, tokens: torch.Tensor, positions: torch.Tensor) -> None:
+    def turn(self, step: int, tokens: torch.Tensor) -> Turn:
         """All rows take all steps."""
+        return Turn(self._reveals(step), None, self.first > step)
 
     def write(
         self, step: int, tokens: torch.Tensor, positions: torch.Tensor, logits: torch.Tensor | None
@@ -151,14 +159,16 @@ class ScheduledReveal:
         tokens, revealed = _write(tokens, to_device(positions, device), drawn)
         return self._remask(step, tokens), revealed
 
-    def waiting(self, step: int, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, L) bool, on the CPU: positions of blocks that have not begun."""
-        return self.first > step
-
     def masked(self, step: int, tokens: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         """(B, L) bool, on the CPU: what is masked after the step, of what was masked `before` it."""
-        flat = before.flatten().index_fill(0, self.candidates(step, tokens), False)
+        flat = before.flatten().index_fill(0, self._reveals(step), False)
         return flat.index_fill(0, self.schedule.remasks[step], True).view_as(before)
+
+    def _reveals(self, step: int) -> torch.Tensor:
+        reveals = self.schedule.reveals[step]
+        if self.config.final == "none":
+            return reveals[~torch.isin(reveals, self.schedule.left_over)]
+        return reveals
 
     def _remask(self, step: int, tokens: torch.Tensor) -> torch.Tensor:
         positions = self.schedule.remasks[step]
@@ -181,22 +191,15 @@ class ConfidenceReveal:
     mask_token_id: int
     config: MGMGenerationConfig
 
-    def candidates(self, step: int, tokens: torch.Tensor) -> torch.Tensor:
-        """(P,) ascending indices into B·L, on the CPU; which positions are left is known on the device."""
-        masked = self.masked(step, tokens)
-        turn = (self.windows.first <= step) & (step <= self.windows.last)
-        return (masked & turn).flatten().nonzero().squeeze(1)
-
-    def waiting(self, step: int, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, L) bool, on the CPU: positions of blocks that have not begun."""
-        return self.windows.first > step
+    def turn(self, step: int, tokens: torch.Tensor) -> Turn:
+        """All rows take all steps; which positions are left is known on the device."""
+        begun = self.windows.first <= step
+        now = self.masked(step, tokens) & begun & (step <= self.windows.last)
+        return Turn(now.flatten().nonzero().squeeze(1), None, ~begun)
 
     def masked(self, step: int, tokens: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
         """(B, L) bool, on the CPU: what is masked in `tokens` (B, L)."""
         return (tokens == self.mask_token_id).cpu() & self.wanted
-
-    def unfinished(self, tokens: torch.Tensor, positions: torch.Tensor) -> None:
-        """All rows take all steps."""
 
     def write(
         self, step: int, tokens: torch.Tensor, positions: torch.Tensor, logits: torch.Tensor
@@ -230,38 +233,27 @@ class AdaptiveReveal:
     mask_token_id: int
     config: MGMGenerationConfig
 
-    def candidates(self, step: int, tokens: torch.Tensor) -> torch.Tensor:
-        """(P,) ascending indices into B·L, on the CPU; which positions are left is known on the device."""
+    def turn(self, step: int, tokens: torch.Tensor) -> Turn:
+        """The first block of each row that is not written; which positions are left is known on the device."""
         masked = self.masked(step, tokens) & (step <= self.windows.last)
         last = self.windows.last.masked_fill(~masked, self.clock.num_steps)
-        return (masked & (last == last.amin(dim=1, keepdim=True))).flatten().nonzero().squeeze(1)
-
-    def waiting(self, step: int, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, L) bool, on the CPU: masked positions of blocks behind the first that is not written."""
-        masked = self.masked(step, tokens) & (step <= self.windows.last)
-        last = self.windows.last.masked_fill(~masked, self.clock.num_steps)
-        return masked & (last > last.amin(dim=1, keepdim=True))
+        now = masked & (last == last.amin(dim=1, keepdim=True))
+        positions = now.flatten().nonzero().squeeze(1)
+        return Turn(positions, rows_with(positions, tokens), masked & ~now)
 
     def masked(self, step: int, tokens: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
         """(B, L) bool, on the CPU: what is masked in `tokens` (B, L)."""
         return (tokens == self.mask_token_id).cpu() & self.wanted
-
-    def unfinished(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """(B,) bool on the CPU: the rows with `positions`."""
-        return torch.bincount(positions // tokens.shape[1], minlength=len(tokens)) > 0
 
     def write(
         self, step: int, tokens: torch.Tensor, positions: torch.Tensor, logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens after the step, (B, L), and what it revealed, (B, L) bool."""
         config, device, tie = self.config, tokens.device, _tie(logits)
+        last = self.windows.last.flatten()[positions]  # (P,) one of each row
         certainties = certainty(logits, self.mask_token_id, self.measure).cpu()
-        rows, last = (
-            positions // tokens.shape[1],
-            self.windows.last.flatten()[positions],
-        )  # (P,); last: one of each row
-        sure = self.choose(certainties, rows, self.bound, tie)
-        due = most_certain(certainties, rows, last - step + 1, tie)
+        ranking = ranked(certainties, positions // tokens.shape[1], tie)
+        sure, due = self.choose(ranking, self.bound, tie), most_certain(ranking, last - step + 1)
         left_over = (last == step).index_fill(0, sure, False)
         kept = torch.zeros_like(left_over).index_fill(0, torch.cat([sure, due]), True)
         kept = (kept & ~left_over if config.final == "none" else kept).nonzero().squeeze(1)

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from fpmgm.models.certainty import certain_enough, certainty, margin, negative_entropy, within_entropy
+from fpmgm.models.certainty import certain_enough, certainty, margin, negative_entropy, ranked, within_entropy
 from tests.models import reference_maskgit, reference_mdlm
 from tests.models.helpers import lively_image_model, lively_model
 from tests.models.test_generation_mgm import REUSES, KnownDistribution, gamma
@@ -63,7 +63,7 @@ def test_sets_of_random_predictions_are_those_of_plain_loops(order):
         ]  # fmt: skip
         measure = {"entropy": negative_entropy, "margin": margin}.get(order, lambda log_p: log_p.exp().amax(dim=1))
         choose = within_entropy if order == "entropy" else certain_enough
-        assert choose(certainty(logits, 3, measure), rows, bound).tolist() == expected
+        assert choose(ranked(certainty(logits, 3, measure), rows), bound).tolist() == expected
 
 
 @pytest.mark.parametrize(("order", "bound"), [("entropy", 1e9), ("threshold", 0), ("margin", 0.0)])
