@@ -31,7 +31,7 @@ from fpmgm.evaluation.lm_eval import MGMLM, PROTOCOLS
 from fpmgm.evaluation.lm_eval.protocols import Draws, thinned
 from fpmgm.evaluation.report import table, write_report
 from fpmgm.models.noise import stream_generator
-from sampling_speed import ARCHITECTURES, random_model
+from sampling_speed import ARCHITECTURES, random_model, sizes_of
 
 
 EOS = 0
@@ -199,15 +199,8 @@ def markdown(result: dict) -> str:
 def main() -> None:
     """Measure and write JSON and a table."""
     (args,) = parse_arguments((Arguments,), __doc__)
-    model = random_model(
-        max_position_embeddings=args.prefix + args.target + 2,
-        hidden_size=args.hidden_size,
-        intermediate_size=4 * args.hidden_size,
-        num_attention_heads=max(1, args.hidden_size // 64),
-        vocab_size=args.vocab_size,
-        mask_token_id=args.vocab_size - 1,
-        **ARCHITECTURES[args.architecture],
-    ).to(args.device)
+    sizes = sizes_of(args.hidden_size, args.prefix + args.target + 2, args.vocab_size)
+    model = random_model(**sizes, **ARCHITECTURES[args.architecture]).to(args.device)
     result = {
         "provenance": {**provenance(args.device), "load_average": os.getloadavg()},
         "arguments": asdict(args),

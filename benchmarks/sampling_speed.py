@@ -45,6 +45,7 @@ from fpmgm.models.ledger import Ledger
 from fpmgm.models.noise import masked_probability
 from fpmgm.models.reuse import reuse_states, reuse_weights, visible_fraction
 from fpmgm.models.schedules import time_grid
+from fpmgm.models.stacks import BlockInputs
 
 
 ARCHITECTURES = {
@@ -157,8 +158,9 @@ def floor(model, batch_size, length, plan, reuse, after_step=None) -> None:
         if model.fixed_point is not None:
             stack = model.fixed_point
             constant, modulations = stack.constant(h), [layer.modulation(conditioning) for layer in stack.layers]
+            inputs, nothing = BlockInputs(conditioning, rotary, None, training=False), [None] * len(stack.layers)
             for _ in range(plan.iterations[step]):
-                h = stack(h, constant, modulations, rotary, None, [None] * len(stack.layers), training=False)
+                h = stack(h, constant, inputs, modulations, nothing, nothing)
         for layer in model.post_layers:
             h = layer(h, layer.modulation(conditioning), rotary)
         if after_step is not None:
@@ -196,21 +198,22 @@ def random_model(**config) -> FPMDLMForMaskedDiffusion:
     return model
 
 
-def sizes_of(args: Arguments) -> dict:
-    """What a configuration sets beside its layers."""
+def sizes_of(hidden_size: int, length: int, vocab_size: int) -> dict:
+    """What a text model's configuration sets beside its layers."""
     return {
-        "hidden_size": args.hidden_size,
-        "intermediate_size": 4 * args.hidden_size,
-        "num_attention_heads": max(1, args.hidden_size // 64),
-        "max_position_embeddings": args.length,
-        "vocab_size": args.vocab_size,
-        "mask_token_id": args.vocab_size - 1,
+        "hidden_size": hidden_size,
+        "intermediate_size": 4 * hidden_size,
+        "num_attention_heads": max(1, hidden_size // 64),
+        "max_position_embeddings": length,
+        "vocab_size": vocab_size,
+        "mask_token_id": vocab_size - 1,
     }
 
 
 def make_model(name: str, args: Arguments) -> FPMDLMForMaskedDiffusion:
     """A random model of the sizes asked for."""
-    return random_model(**ARCHITECTURES[name], **sizes_of(args)).to(args.device, getattr(torch, args.dtype))
+    sizes = sizes_of(args.hidden_size, args.length, args.vocab_size)
+    return random_model(**ARCHITECTURES[name], **sizes).to(args.device, getattr(torch, args.dtype))
 
 
 def check_same_tokens() -> int:
@@ -379,10 +382,10 @@ def counted_runs(args: Arguments) -> list[dict]:
 
     Counted on the meta device, where tensors have shapes alone.
     """
-    found = []
+    found, sizes = [], sizes_of(args.hidden_size, args.length, args.vocab_size)
     for (_, name, reuse), budget in itertools.product(chosen(FROZEN, args), args.budgets):
         with torch.device("meta"):
-            model = FPMDLMForMaskedDiffusion(FPMDLMConfig(**ARCHITECTURES[name], **sizes_of(args))).eval()
+            model = FPMDLMForMaskedDiffusion(FPMDLMConfig(**ARCHITECTURES[name], **sizes)).eval()
         plan, flops = plan_budget(model.config, budget), {}
         for run, prompt in ((ours, 0), (frozen, 0), (frozen, int(PROMPT * args.length))):
             call = partial(run, model, args.batch_sizes[0], args.length, plan, reuse)

@@ -50,6 +50,7 @@ from fpmgm.trainers import (
     MGMTrainingConfig,
 )
 from fpmgm.trainers.batch import Noise
+from sampling_speed import sizes_of
 
 
 MDLM = {"num_pre_layers": 12, "num_fixed_point_layers": 0, "num_post_layers": 0}
@@ -167,14 +168,7 @@ def make_trainer(name: str, args: Arguments):
         model = FPMaskGITModel(FPMaskGITConfig(**sizes, **architecture, **options)).to(args.device).train()
         row = Dataset.from_dict({"input_ids": [[0] * 256], "class_labels": [0]})
         return MGMTrainer(model, MGMTrainingConfig(**shared), train_dataset=row)
-    sizes = {
-        "hidden_size": args.hidden_size,
-        "intermediate_size": 4 * args.hidden_size,
-        "num_attention_heads": max(1, args.hidden_size // 64),
-        "max_position_embeddings": args.length,
-        "vocab_size": args.vocab_size,
-        "mask_token_id": args.vocab_size - 1,
-    }
+    sizes = sizes_of(args.hidden_size, args.length, args.vocab_size)
     model = FPMDLMForMaskedDiffusion(FPMDLMConfig(**sizes, **architecture, **options)).to(args.device).train()
     if kind == "plain":
         return PlainTrainer(model)

@@ -19,30 +19,6 @@ from .layers import IdentityLinear
 from .selection import Selection
 
 
-class FixedPointStack(nn.Module):
-    """G and F: `constant` makes u = G(h_pre) once per call, `forward` is one application of F."""
-
-    def __init__(self, config: PreTrainedConfig, block: type[nn.Module]):
-        super().__init__()
-        a, b = INJECTION_STARTS[config.injection_init]
-        self.input_proj = IdentityLinear(config.hidden_size, [[1.0]])
-        self.injection = INJECTIONS[config.input_injection](config.hidden_size, a, b)
-        self.layers = nn.ModuleList([block(config) for _ in range(config.num_fixed_point_layers)])
-
-    def constant(self, h_pre: torch.Tensor) -> torch.Tensor:
-        """What every iteration adds from u = G(h_pre)."""
-        return self.injection.constant(self.input_proj(h_pre))
-
-    def forward(
-        self, h, constant, modulations, rotary, attention_mask, keeps, training, active=None, key_values=None
-    ) -> torch.Tensor:
-        h = self.injection(h, constant)  # (B, L, D) or (A, D)
-        key_values = [None] * len(self.layers) if key_values is None else key_values
-        for layer, modulation, keep, part in zip(self.layers, modulations, keeps, key_values, strict=True):
-            h = layer(h, modulation, rotary, attention_mask, keep, active, training, part)
-        return h
-
-
 class BlockInputs(NamedTuple):
     """What every block of a call is given beside states: `conditioning` (B or 1, C), `rotary` of the positions,
     attention `bias`, whether it is in `training`, and which positions are `active` (`None`: all)."""
@@ -73,6 +49,28 @@ class BlockInputs(NamedTuple):
         return vectors if self.active is None else tuple(self.active.vector(x) for x in vectors)
 
 
+class FixedPointStack(nn.Module):
+    """G and F: `constant` makes u = G(h_pre) once per call, `forward` is one application of F."""
+
+    def __init__(self, config: PreTrainedConfig, block: type[nn.Module]):
+        super().__init__()
+        a, b = INJECTION_STARTS[config.injection_init]
+        self.input_proj = IdentityLinear(config.hidden_size, [[1.0]])
+        self.injection = INJECTIONS[config.input_injection](config.hidden_size, a, b)
+        self.layers = nn.ModuleList([block(config) for _ in range(config.num_fixed_point_layers)])
+
+    def constant(self, h_pre: torch.Tensor) -> torch.Tensor:
+        """What every iteration adds from u = G(h_pre)."""
+        return self.injection.constant(self.input_proj(h_pre))
+
+    def forward(self, h, constant, inputs: BlockInputs, modulations, keeps, key_values) -> torch.Tensor:
+        """`modulations`, `keeps` (dropout masks) and `key_values` have an item for each layer."""
+        h = self.injection(h, constant)  # (B, L, D) or (A, D)
+        for layer, modulation, keep, part in zip(self.layers, modulations, keeps, key_values, strict=True):
+            h = layer(h, modulation, inputs.rotary, inputs.bias, keep, inputs.active, inputs.training, part)
+        return h
+
+
 def has_rows(bias: Any) -> bool:
     """Whether queries can be left out: of no mask, and of one written out as a tensor. Other kernels' masks have no
     rows."""
@@ -100,12 +98,11 @@ def whole_step(
     def step(h: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         parts = [None if store is None else store.of(rows=rows) for store in kept]
         if rows is None:
-            arguments = (h, constant, modulations, inputs.rotary, inputs.bias, keeps, inputs.training, None, parts)
-            return run(stack, *arguments)
+            return run(stack, h, constant, inputs, modulations, keeps, parts)
         vectors = [tuple(x[rows] if len(x) > 1 else x for x in modulation) for modulation in modulations]
         masks = [None if keep is None else tuple(mask[rows] for mask in keep) for keep in keeps]
-        bias = None if inputs.bias is None else inputs.bias[rows]
-        return stack(h, constant[rows], vectors, inputs.rotary, bias, masks, inputs.training, None, parts)
+        some = inputs._replace(bias=None if inputs.bias is None else inputs.bias[rows])
+        return stack(h, constant[rows], some, vectors, masks, parts)
 
     return step
 
@@ -125,10 +122,13 @@ def active_step(
     def step(h: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         some, index = (active, slice(None)) if rows is None else active.of_rows(rows)
         vectors = [tuple(x[index] if len(x) > 1 else x for x in modulation) for modulation in modulations]
-        rotary = None if inputs.rotary is None else tuple(table[index] for table in inputs.rotary)
-        bias = inputs.bias if rows is None or inputs.bias is None else inputs.bias[rows]
+        its = inputs._replace(
+            rotary=None if inputs.rotary is None else tuple(table[index] for table in inputs.rotary),
+            bias=inputs.bias if rows is None or inputs.bias is None else inputs.bias[rows],
+            training=False,
+            active=some._replace(places=None),  # all of it
+        )
         parts = [store.of(some, rows) for store in kept]
-        all_of_it = some._replace(places=None)
-        return some.pad(stack(some.pack(h), constant[index], vectors, rotary, bias, keeps, False, all_of_it, parts))
+        return some.pad(stack(some.pack(h), constant[index], its, vectors, keeps, parts))
 
     return step
