@@ -47,7 +47,8 @@ def convert_to_fixed_point(
         overrides: Fields of the student's configuration.
 
     Returns:
-        A model of the teacher's class, with random parts from PyTorch's global generator, in evaluation mode.
+        A model of the teacher's class, with random parts from PyTorch's global generator, in evaluation mode. Its
+        configuration keeps the `layer_map`.
 
     Raises:
         `ValueError`: for a fixed-point teacher, a layer beyond its depth, or a number of layers in `overrides` that
@@ -74,7 +75,6 @@ def convert_to_fixed_point(
     student = type(model)(
         student_config(model.config, layer_map, initialize, {"input_injection": input_injection, **overrides})
     )
-    student.layer_map = {name: list(chosen) for name, chosen in layer_map.items()}  # for the card of what it becomes
     student.generation_config = copy.deepcopy(model.generation_config)
     if initialize:
         copy_weights(model, student, layer_map)
@@ -127,6 +127,7 @@ def student_config(
         values.pop(name, None)
     identity = initialize and values["input_injection"] != "diagonal"
     values["injection_init"] = overrides.get("injection_init", "identity" if identity else "contraction")
+    values["layer_map"] = {name: list(chosen) for name, chosen in layer_map.items()}
     return type(config)(**values)
 
 

@@ -39,11 +39,12 @@ SHARED_FIELDS = {
     "grad_iterations": list_of(whole(1, MOST_BLOCK_EVALUATIONS), 2, 2),
     "tie_word_embeddings": flag(),
 }
-# What transformers reads of a configuration beside its fields, and what a checkpoint's has from elsewhere.
+# What a configuration has beside its fields: what transformers reads, and where a checkpoint comes from.
 OF_TRANSFORMERS = {
     "attn_implementation",
     "auto_map",
     "experts_implementation",
+    "layer_map",
     "model_type",
     "per_layer_config",
     "quantization_config",
@@ -56,7 +57,8 @@ OF_TRANSFORMERS = {
 class MGMConfig(PreTrainedConfig):
     """The fields that every kind of model has; a kind adds its own, and its defaults.
 
-    `num_classes` and `num_register_tokens` are 0 where a kind has neither.
+    `num_classes` and `num_register_tokens` are 0 where a kind has neither. `layer_map` is no field: the layers of a
+    teacher that became the stacks of a converted model.
     """
 
     keys_to_ignore_at_inference = [
@@ -68,6 +70,7 @@ class MGMConfig(PreTrainedConfig):
     ]
     num_classes = 0
     num_register_tokens = 0
+    layer_map = None
 
     dropout: float = 0.1
     num_pre_layers: int = 1

@@ -69,20 +69,20 @@ class ConversionTrainer(MGMTrainer):
     def run_record(self) -> dict[str, dict]:
         """Also the teacher, and its layers that the student was made of."""
         record = with_teacher(super().run_record(), self.teacher)
-        return {**record, "options": {**record["options"], **known(layer_map=getattr(self.model, "layer_map", None))}}
+        return {**record, "options": {**record["options"], **known(layer_map=self.model.config.layer_map)}}
 
     def lineage(self) -> dict[str, str]:
         """Also the teacher, which of its layers became what, and the loss."""
         teacher = self.teacher.name_or_path or self.origin.base_model or "a model without a name"
-        layers = getattr(self.model, "layer_map", None) or {}
-        layers = " / ".join(", ".join(map(str, chosen)) for chosen in layers.values())
+        layer_map = self.model.config.layer_map
+        layers = layer_map and " / ".join(", ".join(map(str, chosen)) for chosen in layer_map.values())
         args = self.args
         return super().lineage() | known(
             **{
                 "method": "conversion to a fixed-point model, then distillation from the teacher, "
                 f"λ = {args.distillation_weight:g}, τ = {args.distillation_temperature:g}",
                 "teacher": teacher,
-                "layers of the teacher (pre / fixed-point / post)": layers or None,
+                "layers of the teacher (pre / fixed-point / post)": layers,
             }
         )
 

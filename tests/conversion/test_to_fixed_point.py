@@ -59,6 +59,14 @@ def test_every_weight_is_the_named_layers_or_stands_outside_the_stacks(pre, laye
     assert [getattr(student.config, f"num_{stack}_layers") for stack in PREFIXES] == list(map(len, layer_map.values()))
 
 
+def test_a_saved_student_knows_which_layers_it_was_made_of(tmp_path, caplog):
+    layer_map = {"pre": (1,), "fixed_point": [3, 2], "post": []}
+    convert_to_fixed_point(teacher_model(), layer_map).save_pretrained(tmp_path)
+    student = FPMDLMForMaskedDiffusion.from_pretrained(tmp_path)
+    assert student.config.layer_map == {"pre": [1], "fixed_point": [3, 2], "post": []}
+    assert "layer_map" not in caplog.text and FPMDLMConfig().layer_map is None
+
+
 def test_a_student_that_is_not_initialised_is_a_fresh_model():
     teacher = teacher_model().float()
     torch.manual_seed(5)
