@@ -82,8 +82,12 @@ class ConsistencyTrainer(MGMTrainer):
             args.eval_strategy = IntervalStrategy.NO
         if args.eval_on_start is None:
             args.eval_on_start = args.eval_strategy != IntervalStrategy.NO
-        if args.eval_strategy == IntervalStrategy.NO:
-            _without_rule(args)
+        if args.eval_strategy == IntervalStrategy.NO and args.stop_at_perplexity_increase is not None:
+            args.stop_at_perplexity_increase = None
+            logger.warning_once(
+                "`stop_at_perplexity_increase` is off, because nothing is evaluated: give `eval_dataset` and "
+                "`eval_strategy`, or set it to None."
+            )
         super().__init__(model, args, **kwargs)
         if args.consistency_loss == "logit_kl":
             check_head(self.model)
@@ -168,15 +172,6 @@ class ConsistencyTrainer(MGMTrainer):
                 saved = load_file(Path(checkpoint) / PROJECTION_FILE)
                 for name, parameter in getattr(self.model, PROJECTION).named_parameters():
                     part_of(parameter).data.copy_(part_from(saved[name], parameter))
-
-
-def _without_rule(args: ConsistencyConfig) -> None:
-    if args.stop_at_perplexity_increase is not None:
-        args.stop_at_perplexity_increase = None
-        logger.warning_once(
-            "`stop_at_perplexity_increase` is off, because nothing is evaluated: give `eval_dataset` and "
-            "`eval_strategy`, or set it to None."
-        )
 
 
 class StopAtPerplexity(TrainerCallback):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
-from ..models.kinds import KINDS
+from ..models.kinds import KINDS, Kind
 from ..models.noise import mask_tokens, stream_generator
 from ..models.transfer import to_device
 from .batch import Noise, maskable, real
@@ -44,6 +44,11 @@ class NoisedBatch:
     def supervised(self) -> dict[str, torch.Tensor]:
         """A model's arguments with the tokens to predict."""
         return {**self.seen(), "labels": self.labels, "loss_weights": self.weights}
+
+
+def drawn_mask(batch: dict[str, torch.Tensor], noise: Noise, kind: Kind) -> torch.Tensor:
+    """(B, L) bool on the CPU: what the noise hides at its times."""
+    return maskable(batch) & (noise.uniforms < kind.masked_probability(noise.t)[:, None])
 
 
 def noised(

@@ -28,7 +28,7 @@ from .batch import GlobalBatch, Noise, maskable, place
 from .checkpoints import reading
 from .checks import check_batch, columns_of
 from .collator import stack_and_pad
-from .corruption import NoisedBatch, check_loss, drop_classes, noised, random_length, shortened
+from .corruption import NoisedBatch, check_loss, drawn_mask, drop_classes, noised, random_length, shortened
 from .ema import EMA_FILE, EMACallback
 from .engines import check_engine, compile_blocks, skips_bad_steps
 from .estimator import draws_needed, estimate_rows, summary, times_of_rows
@@ -173,7 +173,7 @@ class MGMTrainer(CheckedRowsTrainer):
         """This micro-batch's part of the loss, Σ w(t)·(−log p(x)) over masked positions / all positions of the
         optimizer step, and the model's output."""
         # 1. hide
-        masked = maskable(batch) & (noise.uniforms < self.kind.masked_probability(noise.t)[:, None])
+        masked = drawn_mask(batch, noise, self.kind)
         state = self.noised(batch, masked, noise.t)
         # 2. predict
         output = model(**state.supervised(), **noise.iterations, num_items_in_batch=noise.num_items)

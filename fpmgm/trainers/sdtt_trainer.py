@@ -18,9 +18,9 @@ from transformers.utils import ModelOutput
 
 from ..models.draw import draw_tokens
 from ..models.transfer import to_device
-from .batch import Noise, maskable
+from .batch import Noise
 from .checkpoints import reading
-from .corruption import NoisedBatch
+from .corruption import NoisedBatch, drawn_mask
 from .distillation import check_head, check_teacher, denoise, divergence_from, mean_over_sequences
 from .engines import splits_weights
 from .mgm_trainer import MGMTrainer
@@ -98,7 +98,7 @@ class SDTTTrainer(MGMTrainer):
         """KL(student ‖ target): a mean over a sequence's masked positions, then over sequences."""
         head = self.teacher.get_output_embeddings()
         # 1. hide
-        masked = maskable(batch) & (noise.uniforms < self.kind.masked_probability(noise.t)[:, None])
+        masked = drawn_mask(batch, noise, self.kind)
         state = self.noised(batch, masked, noise.t)
         # 2. what the teacher says of each position when it reveals it
         hidden = self.targets(state, noise)  # (P, D)
