@@ -17,6 +17,15 @@ def lively_image_model(seed: int = 0, **overrides) -> FPMaskGITModel:
     return tiny_image_model(seed, scale=0.25, **{"input_injection": "diagonal", **overrides}).double()
 
 
+def count_calls(model, module_class) -> list:
+    """A list that grows by one at each call of a module of this class (before it runs: recomputing may stop early)."""
+    calls = []
+    for module in model.modules():
+        if isinstance(module, module_class):
+            module.register_forward_pre_hook(lambda module, args: calls.append(module))
+    return calls
+
+
 def documented_defaults(documented_class: type) -> dict[str, str]:
     """Name → default as written, without quotes: "None" for *optional* entries that name no other."""
     defaults = {}

@@ -8,6 +8,7 @@ from transformers import AutoModel
 
 from fpmgm import FPMaskGITConfig, FPMaskGITModel
 from fpmgm.models.block_fpmaskgit import FPMaskGITBlock
+from tests.models.helpers import count_calls
 from tests.models.reference_maskgit import reference_forward
 from tests.testing_utils import checkpoint_activations, tiny_image_config, tiny_image_model
 
@@ -41,14 +42,6 @@ def reference_loss(logits, labels, loss_weights):
         allowed = logits[row, position, :MASK]
         total = total + loss_weights[row] * (allowed.logsumexp(0) - allowed[labels[row, position]])
     return total / labels.numel()
-
-
-def count_blocks(model) -> list:
-    calls = []
-    for module in model.modules():
-        if isinstance(module, FPMaskGITBlock):
-            module.register_forward_pre_hook(lambda module, args: calls.append(module))
-    return calls
 
 
 # --- the forward pass ------------------------------------------------------------------------------------------------
@@ -134,7 +127,7 @@ def test_loss_and_gradients_equal_the_written_out_sjfb(where):
     if where == "all":
         clean = torch.randint(MASK, batch["labels"].shape)
         batch["labels"] = torch.where(batch["labels"] == -100, clean, batch["labels"])
-    blocks = count_blocks(model)
+    blocks = count_calls(model, FPMaskGITBlock)
     output = model(**batch, num_iterations=3, num_no_grad_iterations=2)
     output.loss.backward()
     assert len(blocks) == output.block_evaluations == 1 + 5 * 2 + 1

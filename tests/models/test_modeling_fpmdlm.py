@@ -10,6 +10,7 @@ from transformers import AutoModelForMaskedLM
 
 from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion
 from fpmgm.models.block_fpmdlm import FPMDLMBlock
+from tests.models.helpers import count_calls
 from tests.models.reference_mdlm import reference_forward
 from tests.testing_utils import checkpoint_activations, tiny_config, tiny_model
 
@@ -49,15 +50,6 @@ def reference_loss(logits, labels, loss_weights, attention_mask):
         allowed = torch.cat([logits[row, position, :MASK], logits[row, position, MASK + 1 :]])
         total = total + loss_weights[row] * (allowed.logsumexp(0) - logits[row, position, labels[row, position]])
     return total / attention_mask.sum()
-
-
-def count_calls(model, module_class) -> list:
-    """A list that grows by one at each call of a module of this class (before it runs: recomputing may stop early)."""
-    calls = []
-    for module in model.modules():
-        if isinstance(module, module_class):
-            module.register_forward_pre_hook(lambda module, args: calls.append(module))
-    return calls
 
 
 # --- the forward pass ------------------------------------------------------------------------------------------------

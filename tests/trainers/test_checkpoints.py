@@ -31,14 +31,6 @@ def listing(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory) -> Path:
-    """A run of four steps with checkpoints at 2 and 4."""
-    folder = tmp_path_factory.mktemp("straight")
-    faults.train(folder, max_steps=4, save_steps=2)
-    return folder
-
-
 @pytest.fixture
 def half(straight, tmp_path) -> Path:
     """The same run, ended after two steps."""

@@ -14,17 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from fpmgm.trainers import last_checkpoint
 
-from . import faults
 from .test_checkpoints import listing
 from .training_utils import make_trainer, token_rows, training_model
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory) -> Path:
-    """A run of four steps with checkpoints at 2 and 4."""
-    folder = tmp_path_factory.mktemp("straight")
-    faults.train(folder, max_steps=4, save_steps=2)
-    return folder
 
 
 @pytest.fixture
