@@ -13,7 +13,6 @@ but for `--hardware cpu`, which times a product and a copy. What is exact and wh
 import json
 import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -23,14 +22,13 @@ import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
 from fpmgm import FPMaskGITConfig, FPMDLMConfig, plan_budget
-from fpmgm.analysis.cost import NARROW, Trace, Work, count_parameters, traced
+from fpmgm.analysis.cost import NARROW, Call, Trace, Work, count_parameters, traced
 from fpmgm.analysis.planning import (
-    AREAS,
     ENGINES,
     largest_masked_share,
     masked_positions,
-    masked_share,
-    mixed,
+    masked_shares,
+    on_line,
     sampling_steps,
     sampling_work,
     seconds,
@@ -41,6 +39,7 @@ from fpmgm.analysis.planning import (
 )
 from fpmgm.command_line import LocalPath, ModelName, check_name, parse_arguments
 from fpmgm.evaluation.report import table
+from fpmgm.models.kinds import KINDS, Kind
 
 
 class Hardware(NamedTuple):
@@ -58,24 +57,28 @@ HARDWARE = {
     "H200": Hardware({"bfloat16": 989e12, "float32": 67e12}, 141e9, 4.8e12),
 }
 
-EXPLICIT, FIXED_POINT = (
-    dict(zip(("num_pre_layers", "num_fixed_point_layers", "num_post_layers"), counts, strict=True))
-    for counts in ((12, 0, 0), (1, 1, 1))
-)
+
+def layers(pre: int, fixed_point: int, post: int) -> dict[str, int]:
+    """Fields of a configuration."""
+    return {"num_pre_layers": pre, "num_fixed_point_layers": fixed_point, "num_post_layers": post}
+
+
+def width(hidden_size: int, heads: int) -> dict[str, int]:
+    """Fields of a text model's configuration."""
+    return {"hidden_size": hidden_size, "num_attention_heads": heads, "intermediate_size": 4 * hidden_size}
+
+
 # The paper's models, and text models of the same architecture with one and eight billion weights.
 MODELS = {
-    "mdlm": EXPLICIT,
-    "fp_mdlm": FIXED_POINT,
-    "mdlm_1b": {**EXPLICIT, "num_pre_layers": 16, "hidden_size": 2048, "num_attention_heads": 16},
-    "fp_mdlm_1b": {"hidden_size": 3072, "num_attention_heads": 24, **dict.fromkeys(FIXED_POINT, 2)},
-    "mdlm_8b": {**EXPLICIT, "num_pre_layers": 36, "hidden_size": 4096, "num_attention_heads": 32},
-    "fp_mdlm_8b": {**dict.fromkeys(FIXED_POINT, 3), "hidden_size": 8192, "num_attention_heads": 64}
-    | {"num_fixed_point_layers": 2},
-}
-IMAGE_MODELS = {
-    "maskgit_large": {**EXPLICIT, "num_pre_layers": 24},
-    "maskgit_12": EXPLICIT,
-    "fp_maskgit": {"num_pre_layers": 4, "num_fixed_point_layers": 1, "num_post_layers": 4},
+    "mdlm": FPMDLMConfig(**layers(12, 0, 0)),
+    "fp_mdlm": FPMDLMConfig(**layers(1, 1, 1)),
+    "mdlm_1b": FPMDLMConfig(**layers(16, 0, 0), **width(2048, 16)),
+    "fp_mdlm_1b": FPMDLMConfig(**layers(2, 2, 2), **width(3072, 24)),
+    "mdlm_8b": FPMDLMConfig(**layers(36, 0, 0), **width(4096, 32)),
+    "fp_mdlm_8b": FPMDLMConfig(**layers(3, 2, 3), **width(8192, 64)),
+    "maskgit_large": FPMaskGITConfig(**layers(24, 0, 0)),
+    "maskgit_12": FPMaskGITConfig(**layers(12, 0, 0)),
+    "fp_maskgit": FPMaskGITConfig(**layers(4, 1, 4)),
 }
 # Optimizer steps and method; all of batches of `batch_size` sequences.
 RUNS = {
@@ -91,7 +94,7 @@ RUNS = {
         "conversion from MaskGIT-Large": (10_000, "conversion"),
     },
 }
-TEACHERS = {"fpmdlm": MODELS["mdlm"], "fpmaskgit": IMAGE_MODELS["maskgit_large"]}  # of a conversion
+TEACHERS = {"fpmdlm": layers(12, 0, 0), "fpmaskgit": layers(24, 0, 0)}  # of a conversion
 UTILISATION = 0.11  # what the paper's hours on eight H200 imply: docs/cost.md
 
 
@@ -101,7 +104,7 @@ class CostArguments:
 
     model: list[str] = field(
         default_factory=lambda: ["mdlm", "fp_mdlm"],
-        metadata={"help": f"Presets ({', '.join([*MODELS, *IMAGE_MODELS])}), folders, hub names or YAML files."},
+        metadata={"help": f"Presets ({', '.join(MODELS)}), folders, hub names or YAML files."},
     )
     hardware: str = field(default="H200", metadata={"help": f"{', '.join(HARDWARE)}, or cpu: this machine, timed."})
     gpus: int = field(default=8, metadata={"help": "Number of them."})
@@ -171,12 +174,10 @@ def load_config(name: str, vocab_size: int) -> PreTrainedConfig:
         `ValueError`: for a YAML without the architecture's fields.
     """
     if name in MODELS:
-        return FPMDLMConfig(**{"intermediate_size": 4 * MODELS[name].get("hidden_size", 768), **MODELS[name]})
-    if name in IMAGE_MODELS:
-        return FPMaskGITConfig(**IMAGE_MODELS[name])
+        return MODELS[name]
     is_yaml = Path(name).suffix in (".yaml", ".yml")
-    presets = ", ".join([*MODELS, *IMAGE_MODELS])
-    check_name("model", name, LocalPath if is_yaml else ModelName, f"give one that does, or a preset ({presets})")
+    what_to_do = f"give one that does, or a preset ({', '.join(MODELS)})"
+    check_name("model", name, LocalPath if is_yaml else ModelName, what_to_do)
     if not is_yaml:
         return AutoConfig.from_pretrained(name)
     values = yaml.safe_load(Path(name).read_text(encoding="utf-8")) or {}
@@ -219,18 +220,20 @@ def estimate(name: str, config: PreTrainedConfig, args: CostArguments, hardware:
     """Everything about one model, as plain numbers."""
     length = args.length or config.max_position_embeddings
     speed = hardware.flops[args.dtype] * args.utilisation, hardware.bandwidth
-    area, groups = AREAS[config.model_type], args.gpus * args.micro_batches
+    kind, groups = KINDS[config.model_type], args.gpus * args.micro_batches
+    mean, fullest = masked_shares(kind, 1).item(), fullest_share(args, kind)
+    few = min(mean, 1 / args.micro_batch_size)  # as many positions as a sequence has
 
     def step(share: float) -> dict[str, Work]:
         return training_work(
             config, args.micro_batch_size, length, share, args.checkpointing, args.num_kept_iterations, args.dtype
         )
 
-    whole = slowest = step(area(1))
-    if groups > 1:  # between the mean and the fullest: what it does is linear in the share
-        share, fullest = largest_masked_share(args.gpus, args.micro_batches, area=area), fullest_share(args, area)
-        x = (share - area(1)) / (fullest - area(1))
-        slowest = mixed([(1 - x, whole), (x, step(fullest))])
+    if groups == 1:
+        whole = slowest = step(mean)
+    else:
+        shares = mean, largest_masked_share(kind, args.gpus, args.micro_batches)
+        whole, slowest = (on_line(step, share, few, fullest) for share in shares)
     batch = {part: work * (1 if part == "optimizer" else groups) for part, work in whole.items()}
     return {
         "model": name,
@@ -238,18 +241,17 @@ def estimate(name: str, config: PreTrainedConfig, args: CostArguments, hardware:
         "step": {part: asdict(work) for part, work in batch.items()},
         "memory": memory(config, length, args, hardware),
         "runs": [
-            run(config, kind, length, args, speed, whole, slowest)
-            for kind in RUNS[config.model_type]
-            if runs_on(config, kind)
+            run(config, title, length, args, speed, whole, slowest)
+            for title in RUNS[config.model_type]
+            if runs_on(config, title)
         ],
         "sampling": [sampling(config, budget, length, args, speed) for budget in args.budgets],
     }
 
 
-def fullest_share(args: CostArguments, area: Callable[[float], float]) -> float:
+def fullest_share(args: CostArguments, kind: Kind) -> float:
     """The masked share of a micro-batch at worst. Antithetic times: its are neighbours, those next to 0 or 1."""
-    groups = args.gpus * args.micro_batches
-    return max(masked_share(area, start, 1 / groups) for start in (0, 1 - 1 / groups))
+    return masked_shares(kind, args.gpus * args.micro_batches).max().item()
 
 
 def memory(config: PreTrainedConfig, length: int, args: CostArguments, hardware: Hardware) -> list[dict]:
@@ -258,17 +260,18 @@ def memory(config: PreTrainedConfig, length: int, args: CostArguments, hardware:
     That is read off the step on the micro-batch and, where it must be more or less, on one sequence or on all of a
     GPU's: the peak is taken to be on a line.
     """
-    share = fullest_share(args, AREAS[config.model_type])
+    share = fullest_share(args, KINDS[config.model_type])
     accumulating, most = args.micro_batches > 1, args.batch_size // args.gpus
     iterations = {"num_iterations": config.grad_iterations[1], "num_kept_iterations": args.num_kept_iterations}
     iterations["num_no_grad_iterations"] = sum(config.no_grad_iterations) // 2  # as in the mean step
 
     def step(size: int, checkpointing: bool) -> Trace:
-        return traced(
-            config, size, length, *masked_positions(share, size, length), training=True,
-            checkpointing=checkpointing, accumulating=accumulating, dtype=args.dtype,
-            device="cpu" if args.hardware == "cpu" else "cuda", **iterations,
+        call = Call(
+            size, length, *masked_positions(share, size, length), training=True, checkpointing=checkpointing,
+            accumulating=accumulating, dtype=args.dtype, device="cpu" if args.hardware == "cpu" else "cuda",
+            **iterations,
         )  # fmt: skip
+        return traced(config, call)
 
     def peak(size: int, engine: str, checkpointing: bool) -> dict[str, float]:
         return training_memory(
@@ -300,16 +303,16 @@ def memory(config: PreTrainedConfig, length: int, args: CostArguments, hardware:
     return rows
 
 
-def runs_on(config: PreTrainedConfig, kind: str) -> bool:
+def runs_on(config: PreTrainedConfig, title: str) -> bool:
     """Conversion makes fixed-point models; SDTT is the explicit ones' baseline."""
     fixed_point = config.num_fixed_point_layers > 0
-    method = RUNS[config.model_type][kind][1]
+    method = RUNS[config.model_type][title][1]
     return {"conversion": fixed_point, "consistency": fixed_point, "sdtt": not fixed_point}.get(method, True)
 
 
 def run(
     config: PreTrainedConfig,
-    kind: str,
+    title: str,
     length: int,
     args: CostArguments,
     speed: tuple[float, float],
@@ -317,14 +320,14 @@ def run(
     slowest: dict[str, Work],
 ) -> dict:
     """Hours and cost of a run from its mean step and the slowest rank's: all wait for the one with most masked."""
-    steps, method = RUNS[config.model_type][kind]
+    steps, method = RUNS[config.model_type][title]
     if method == "base" and args.steps is not None:
         steps = args.steps
     teacher = config
     if method == "conversion":
         teacher = type(config)(**{**config.to_dict(), **TEACHERS[config.model_type]})
-    area = AREAS[config.model_type]
-    shares = area(1), largest_masked_share(args.gpus, args.micro_batches, area=area)
+    kind = KINDS[config.model_type]
+    shares = masked_shares(kind, 1).item(), largest_masked_share(kind, args.gpus, args.micro_batches)
     taught, slowest_taught = (
         teacher_work(teacher, method, args.micro_batch_size, length, share, args.dtype) for share in shares
     )
@@ -333,7 +336,7 @@ def run(
     hours = steps * duration / 3600
     flops = (sum(part.flops for part in whole.values()) + taught.flops) * args.gpus * args.micro_batches
     return {
-        "run": kind,
+        "run": title,
         "steps": steps,
         "tokens": steps * args.batch_size * length,
         "flops": steps * flops,

@@ -12,7 +12,7 @@ import functools
 import json
 import weakref
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -35,7 +35,7 @@ PARTS = {  # by the first words of a module's name, the first that fits; all els
     "final_": "head",
     "lm_head": "head",
 }
-KINDS = ("activations", "working", "gradients", "copies")  # of storages; copies are weights cast for products
+STORAGES = ("activations", "working", "gradients", "copies")  # copies are weights cast for products
 # Deeper stacks and more iterations run at these depths, and the block or iteration of that name counts for the others
 # like it.
 DEPTHS = {"pre_layers.1": 3, "post_layers.1": 3, "no_grad 2": 2, "grad 2": 3}
@@ -58,7 +58,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Trace:
-    """`work` by part; `moments`, the bytes alive of each of `KINDS` whenever that changes."""
+    """`work` by part; `moments`, the bytes alive of each of `STORAGES` whenever that changes."""
 
     work: dict[str, Work]
     moments: list[tuple[int, ...]]
@@ -109,10 +109,10 @@ class Meter(TorchDispatchMode):
                 x.register_hook(lambda slope: self.enter(name, place))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.prim.device.default:  # a question, and half of all calls
+            return args[0].fake_device
         kwargs = kwargs or {}
         output = function(*args, **kwargs)
-        if function is torch.ops.prim.device.default:  # a question, and half of all calls
-            return output
         given = (args, {name: value for name, value in kwargs.items() if name != "out"})
         read, written = ([x for x in tree_leaves(v) if isinstance(x, torch.Tensor)] for v in (given, output))
         known = {x.untyped_storage()._cdata for x in read}
@@ -155,7 +155,7 @@ def summed(works: list, changes: list, times: dict[str, int]) -> Trace:
     work: dict[str, Work] = {}
     for place, part, done in works:
         work[part] = work.get(part, Work()) + done * times.get(place, 1)
-    alive, moments, turn = dict.fromkeys(KINDS, 0), [], []
+    alive, moments, turn = dict.fromkeys(STORAGES, 0), [], []
     for change in [*changes, ("", "working", 0)]:
         if turn and turn[-1][0] != change[0]:
             for _, kind, size in turn * times.get(turn[0][0], 1):
@@ -200,26 +200,11 @@ def count_parameters(config: PreTrainedConfig) -> dict[str, int]:
     return {**parts, "total": sum(parts.values())}
 
 
-def traced(
-    config: PreTrainedConfig,
-    batch_size: int,
-    length: int,
-    positions: int | None = None,
-    queries: int | None = None,
-    training: bool = False,
-    checkpointing: bool = False,
-    accumulating: bool = False,
-    dtype: str = "float32",
-    device: str = "cpu",
-    head: bool = True,
-    num_iterations: int | None = None,
-    num_no_grad_iterations: int = 0,
-    num_kept_iterations: int | None = None,
-) -> Trace:
-    """A call of the model, with its loss and backward pass in `training`.
+@dataclass(frozen=True)
+class Call:
+    """A call of a model, with its loss and backward pass in `training`.
 
     Args:
-        config: A model configuration.
         batch_size, length (`int`): B and L.
         positions (`int`, *optional*): P positions of the batch with logits. `None`: all, and no block is pruned.
         queries (`int`, *optional*): The most of them in one sequence. `None`: as few as can be.
@@ -229,92 +214,105 @@ def traced(
         device (`str`, defaults to `"cpu"`): Whose chunks the head's loss takes: `"cpu"` or `"cuda"`.
         head (`bool`, defaults to `True`): Whether there are logits without a loss.
         num_iterations, num_no_grad_iterations, num_kept_iterations: As in the model's call.
+    """
+
+    batch_size: int
+    length: int
+    positions: int | None = None
+    queries: int | None = None
+    training: bool = False
+    checkpointing: bool = False
+    accumulating: bool = False
+    dtype: str = "float32"
+    device: str = "cpu"
+    head: bool = True
+    num_iterations: int | None = None
+    num_no_grad_iterations: int = 0
+    num_kept_iterations: int | None = None
+
+
+def traced(config: PreTrainedConfig, call: Call) -> Trace:
+    """What a call of the model of a configuration does.
 
     Example:
 
     ```python
     >>> from fpmgm import FPMDLMConfig
-    >>> trace = traced(FPMDLMConfig(), 1, 1024, positions=512, training=True, num_iterations=4)
+    >>> trace = traced(FPMDLMConfig(), Call(1, 1024, positions=512, training=True, num_iterations=4))
     >>> round(sum(work.flops for work in trace.work.values()) / 1e12, 2), max(map(sum, trace.moments)) // 10**6
     (0.49, 733)
 
     ```
     """
-    grad = config.num_fixed_point_iterations if num_iterations is None else num_iterations
+    no_grad, grad, kept = call.num_no_grad_iterations, call.num_iterations, call.num_kept_iterations
+    grad = config.num_fixed_point_iterations if grad is None else grad
+    if not config.num_fixed_point_layers:
+        no_grad, grad = 0, 0
+    elif not call.training:
+        no_grad, grad = no_grad + grad, 0
     wanted = {"pre_layers.1": config.num_pre_layers, "post_layers.1": config.num_post_layers}
-    wanted |= {"no_grad 2": num_no_grad_iterations, "grad 2": grad}
-    if not training:
-        wanted |= {"no_grad 2": num_no_grad_iterations + grad, "grad 2": 0}
+    wanted |= {"no_grad 2": no_grad, "grad 2": grad}
     run = {place: min(n, DEPTHS[place]) for place, n in wanted.items()}
-    if num_kept_iterations is not None and num_kept_iterations < grad and not checkpointing:
-        run["grad 2"] = wanted["grad 2"]  # they are not alike
+    if call.checkpointing or kept is None or kept >= grad:
+        kept = None
+    else:
+        run["grad 2"] = grad  # they are not alike
+    no_grad, grad = run["no_grad 2"], run["grad 2"]
     shallow = {"num_pre_layers": run["pre_layers.1"], "num_post_layers": run["post_layers.1"]}
-    kept = None if num_kept_iterations is None or num_kept_iterations >= grad else num_kept_iterations
     works, changes = metered(
         type(config)(**{**config.to_dict(), **shallow}).to_json_string(use_diff=False),
-        batch_size, length, positions, queries, training, checkpointing, accumulating, dtype, device, head,
-        run["no_grad 2"], run["grad 2"], kept,
-    )  # fmt: skip
+        replace(
+            call,
+            num_iterations=grad or no_grad,
+            num_no_grad_iterations=no_grad if grad else 0,
+            num_kept_iterations=kept,
+        ),
+    )
     times = {place: n - run[place] + 1 for place, n in wanted.items() if n > run[place]}
     return summed(works, changes, times)
 
 
 @functools.lru_cache(maxsize=32)
-def metered(
-    described: str,
-    batch_size: int,
-    length: int,
-    positions: int | None,
-    queries: int | None,
-    training: bool,
-    checkpointing: bool,
-    accumulating: bool,
-    dtype: str,
-    device: str,
-    head: bool,
-    no_grad: int,
-    grad: int,
-    kept: int | None,
-) -> tuple[list, list]:
+def metered(described: str, call: Call) -> tuple[list, list]:
     """What a meter saw of a call of the model that a configuration in JSON describes."""
-    described = json.loads(described)
-    config = AutoConfig.for_model(**described)
+    config = AutoConfig.for_model(**json.loads(described))
     model, mode = fake_model(config)
-    model.train(training)
+    model.train(call.training)
     with mode:
         arguments = {
-            "input_ids": torch.zeros(batch_size, length, dtype=torch.long),
-            "timesteps": torch.ones(batch_size),
+            "input_ids": torch.zeros(call.batch_size, call.length, dtype=torch.long),
+            "timesteps": torch.ones(call.batch_size),
         }
         if config.num_classes:
-            arguments["class_labels"] = torch.zeros(batch_size, dtype=torch.long)
-        if training:
+            arguments["class_labels"] = torch.zeros(call.batch_size, dtype=torch.long)
+        if call.training:
             arguments["labels"] = arguments["input_ids"]
-        for parameter in model.parameters() if accumulating else ():
+        for parameter in model.parameters() if call.accumulating else ():
             parameter.grad = torch.zeros_like(parameter)
-    if checkpointing:
+    if call.checkpointing:
         model.activation_checkpointing_enable()
     if config.num_fixed_point_layers:
-        arguments |= {"num_iterations": grad or no_grad, "num_no_grad_iterations": no_grad if grad else 0}
-        arguments |= {"num_kept_iterations": kept}
-    if positions is not None:
-        arguments["logits_positions"] = places(batch_size, length, positions, queries)
-    model.lm_head.chunk_rows = chunk_rows(config.vocab_size, torch.device(device))
-    with Meter(model) as meter, torch.set_grad_enabled(training):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            output = model(**arguments, output_logits=head and not training)
-        if training:
+        names = ("num_iterations", "num_no_grad_iterations", "num_kept_iterations")
+        arguments |= {name: getattr(call, name) for name in names}
+    if call.positions is not None:
+        arguments["logits_positions"] = places(call)
+    model.lm_head.chunk_rows = chunk_rows(config.vocab_size, torch.device(call.device))
+    with Meter(model) as meter, torch.set_grad_enabled(call.training):
+        with torch.autocast("cpu", torch.bfloat16, enabled=call.dtype == "bfloat16"):
+            output = model(**arguments, output_logits=call.head and not call.training)
+        if call.training:
             output.loss.backward()
     return meter.works, list(meter.changes)  # before what is still alive is freed
 
 
-def places(batch_size: int, length: int, positions: int, queries: int | None = None) -> torch.Tensor:
+def places(call: Call) -> torch.Tensor:
     """P indices into B·L, Q of them in the first sequence and the others in equal numbers. `None`: P/B, rounded up.
 
-    >>> places(3, 8, 7, 5).tolist()
+    >>> places(Call(3, 8, positions=7, queries=5)).tolist()
     [0, 1, 2, 3, 4, 8, 16]
     """
-    queries = -(-positions // batch_size) if queries is None else queries
+    batch_size, length, positions = call.batch_size, call.length, call.positions
+    queries = -(-positions // batch_size) if call.queries is None else call.queries
     if not 0 <= positions <= batch_size * length or not positions <= batch_size * queries <= batch_size * length:
         raise ValueError(
             f"`positions`={positions} and `queries`={queries} must be positions of the batch, at most "

@@ -6,33 +6,22 @@ Shapes: B batch, L length, V vocabulary, P positions with logits, Q queries of a
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
 from ..models.draw import draw_tokens
-from .cost import KINDS, Meter, Trace, Work, count_parameters, traced
+from ..models.kinds import Kind
+from .cost import STORAGES, Call, Meter, Trace, Work, count_parameters, traced
 
 
 METHODS = ("base", "consistency", "conversion", "sdtt")
 TEACHER_STEPS = 2  # of SDTT, for one of the student's
 OPTIMIZER_BYTES = 52  # for each weight: clipping's norm and scale, AdamW's seven tensors, the average's three
-
-
-def text_area(t: float) -> float:
-    """∫₀ᵗ s ds: the integral of the masked share over training's times, which are uniform in [0, 1)."""
-    return t * t / 2
-
-
-def image_area(t: float) -> float:
-    """∫₀ᵗ arccos(s)/(π/2) ds."""
-    return (t * math.acos(t) - math.sqrt(1 - t * t) + 1) / (math.pi / 2)
-
-
-AREAS = {"fpmdlm": text_area, "fpmaskgit": image_area}  # by `model_type`
 
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -42,6 +31,12 @@ def mixed(works: list[tuple[float, dict[str, Work]]]) -> dict[str, Work]:
     """Their sum part by part, each with its weight."""
     parts = dict.fromkeys(part for _, work in works for part in work)
     return {part: sum((work.get(part, Work()) * weight for weight, work in works), Work()) for part in parts}
+
+
+def on_line(work: Callable[[float], dict[str, Work]], x: float, low: float, high: float) -> dict[str, Work]:
+    """`work(x)` of what is linear in x, by that of two others."""
+    share = (x - low) / (high - low)
+    return mixed([(1 - share, work(low)), (share, work(high))])
 
 
 def draws(config: PreTrainedConfig, kept: int | None) -> list[tuple[float, dict[str, int | None]]]:
@@ -83,12 +78,12 @@ def training_work(
         kept_iterations (`int`, *optional*): Iterations with gradient that do not, without that. `None`: all.
         dtype (`str`, defaults to `"float32"`): Of the products: `"float32"`, or `"bfloat16"` under autocast.
     """
-    positions = masked_positions(share, batch_size, length)
-    parts = mixed([
-        (weight, traced(config, batch_size, length, *positions, training=True, checkpointing=checkpointing,
-                        dtype=dtype, device="cuda", **drawn).work)
-        for weight, drawn in draws(config, None if checkpointing else kept_iterations)
-    ])  # fmt: skip
+    call = Call(
+        batch_size, length, *masked_positions(share, batch_size, length), training=True, checkpointing=checkpointing,
+        dtype=dtype, device="cuda",
+    )  # fmt: skip
+    drawn = draws(config, None if checkpointing else kept_iterations)
+    parts = mixed([(weight, traced(config, replace(call, **numbers)).work) for weight, numbers in drawn])
     return {**parts, "optimizer": Work(0, OPTIMIZER_BYTES * count_parameters(config)["total"])}
 
 
@@ -120,58 +115,43 @@ def teacher_work(
     if method == "consistency":  # as many as the student
         twice = sum(config.grad_iterations) + sum(config.no_grad_iterations)
         numbers = [twice // 2, -(-twice // 2)]
-    positions = masked_positions(share, batch_size, length)
+    call = Call(batch_size, length, *masked_positions(share, batch_size, length), dtype=dtype)
 
     def calls(head: bool) -> Work:
-        found = [
-            (
-                1 / len(numbers),
-                traced(config, batch_size, length, *positions, head=head, dtype=dtype, num_iterations=n).work,
-            )
-            for n in numbers
-        ]
-        return sum(mixed(found).values(), Work())
+        found = [traced(config, replace(call, head=head, num_iterations=n)).work for n in numbers]
+        return sum(mixed([(1 / len(numbers), work) for work in found]).values(), Work())
 
     if method == "sdtt":  # the last of its steps alone has logits that are read everywhere
         return calls(head=False) * (TEACHER_STEPS - 1) + calls(head=True)
     return calls(head=method != "consistency")
 
 
-def masked_share(area: Callable[[float], float], start: float, width: float) -> float:
-    """The mean masked share of sequences whose times fill [start, start + width), beyond 1 again from 0.
-
-    Args:
-        area (`Callable`): One of `AREAS`.
-        start, width (`float`): In [0, 1) and (0, 1].
-    """
-    beyond = max(0.0, start + width - 1)
-    return (area(min(1.0, start + width)) - area(start) + area(beyond)) / width
+def masked_shares(kind: Kind, groups: int, start: float = 0.0) -> torch.Tensor:
+    """(groups,) The mean masked share of each of `groups` of sequences with neighbouring times, of those that training
+    draws: the first begins at `start` in [0, 1), and beyond 1 they go on from 0."""
+    points = groups * max(64, 2**14 // groups)
+    times = kind.time((start + (torch.arange(points, dtype=torch.float64) + 0.5) / points) % 1)
+    return kind.masked_probability(times).view(groups, -1).mean(dim=1)
 
 
-def largest_masked_share(
-    ranks: int, micro_batches: int = 1, shifts: int = 32, area: Callable[[float], float] = text_area
-) -> float:
+def largest_masked_share(kind: Kind, ranks: int, micro_batches: int = 1, shifts: int = 32) -> float:
     """The masked share of the rank that has most to do, a mean over steps; all wait for it.
 
     The antithetic times of a step follow the order of its sequences, (micro-batch, rank), so that a rank's sequences
     have neighbouring times.
 
     Args:
+        kind ([`Kind`]): Of the model.
         ranks (`int`): Processes.
         micro_batches (`int`, defaults to 1): Micro-batches of each in an optimizer step.
         shifts (`int`, defaults to 32): Shifts of the times that the mean is taken over.
-        area (`Callable`, defaults to text models'): One of `AREAS`.
 
-    >>> largest_masked_share(1), round(largest_masked_share(8), 2)
-    (0.5, 0.88)
+    >>> from fpmgm.models.kinds import KINDS
+    >>> [round(largest_masked_share(KINDS["fpmdlm"], ranks), 1) for ranks in (1, 8)]
+    [0.5, 0.9]
     """
-    width = 1 / (ranks * micro_batches)
-    means = []
-    for shift in ((i + 0.5) / shifts for i in range(shifts)):
-        places = [[(m * ranks + r) * width for m in range(micro_batches)] for r in range(ranks)]
-        shares = [[masked_share(area, (shift + p) % 1, width) for p in rank] for rank in places]
-        means.append(max(sum(rank) / micro_batches for rank in shares))
-    return sum(means) / shifts
+    steps = (masked_shares(kind, micro_batches * ranks, (i + 0.5) / shifts) for i in range(shifts))
+    return sum(shares.view(micro_batches, ranks).mean(dim=0).max().item() for shares in steps) / shifts
 
 
 # --- memory -------------------------------------------------------------------------------------------------------
@@ -235,7 +215,7 @@ def training_memory(
         gathered = narrow * (weights - in_blocks * max(0, blocks - 2) / blocks)
 
     def at(moment: tuple[int, ...]) -> dict[str, float]:
-        alive = dict(zip(KINDS, moment, strict=True))
+        alive = dict(zip(STORAGES, moment, strict=True))
         copies = alive["copies"] if engine in ("single", "ddp") else 0  # the others train a copy
         return {
             **resident,
@@ -303,34 +283,26 @@ def sampling_work(
 
     ```
     """
-    total: dict[str, Work] = {}
-    for shape, numbers in alike(steps).items():
-        ends = [min(numbers), max(numbers)]  # the work is linear in the iterations
-        low, high = (call_work(config, *shape, length, n, dtype) for n in ends)
-        share = (sum(numbers) / len(numbers) - ends[0]) / max(1, ends[1] - ends[0])
-        for part in high:
-            work = low[part] * (1 - share) + high[part] * share
-            total[part] = total.get(part, Work()) + work * len(numbers)
+    calls = Counter()
+    for step in steps:
+        queries = max(1, round(step.queries))
+        positions = min(max(queries, round(step.positions)), step.rows * queries)
+        calls[Call(step.rows, length, positions, queries, dtype=dtype, num_iterations=step.iterations)] += 1
+    total = mixed([(times, call_work(config, call)) for call, times in calls.items()])
     total["iterations"] = total.pop("grad_iterations", Work())
     total["draw"] = draw_work(config.vocab_size) * sum(step.draws for step in steps)
     return {name: total.get(name, Work()) for name in ("pre", "injection", "iterations", "post", "head", "draw")}
 
 
-def alike(steps: list[SamplingStep]) -> dict[tuple[int, int, int], list[int]]:
-    """The iterations of the steps of each shape: rows, whole numbers of positions and queries."""
-    found: dict[tuple[int, int, int], list[int]] = {}
-    for step in steps:
-        queries = max(1, round(step.queries))
-        positions = min(max(queries, round(step.positions)), step.rows * queries)
-        found.setdefault((step.rows, positions, queries), []).append(step.iterations)
-    return found
+def call_work(config: PreTrainedConfig, call: Call) -> dict[str, Work]:
+    """Of a call without gradient. One row's is linear in its positions: the same two traces serve all plans."""
 
+    def of_row(positions: int) -> dict[str, Work]:
+        return traced(config, replace(call, positions=positions, queries=positions)).work
 
-def call_work(
-    config: PreTrainedConfig, rows: int, positions: int, queries: int, length: int, iterations: int, dtype: str
-) -> dict[str, Work]:
-    """A call without gradient."""
-    return traced(config, rows, length, positions, queries, dtype=dtype, num_iterations=iterations).work
+    if call.batch_size == 1 and 1 < call.positions < call.length:
+        return on_line(of_row, call.positions, 1, call.length - 1)
+    return traced(config, call).work
 
 
 def draw_work(vocabulary: int) -> Work:

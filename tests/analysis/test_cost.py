@@ -10,13 +10,13 @@ from torch.utils._pytree import tree_leaves
 
 from fpmgm import FPMaskGITConfig, FPMaskGITModel, FPMDLMConfig, FPMDLMForMaskedDiffusion
 from fpmgm.analysis import planning
-from fpmgm.analysis.cost import count_parameters, traced
+from fpmgm.analysis.cost import Call, count_parameters, traced
 from fpmgm.analysis.measured import counted_flops
 from fpmgm.analysis.planning import (
     SamplingStep,
-    image_area,
     largest_masked_share,
-    masked_share,
+    masked_shares,
+    on_line,
     sampling_steps,
     sampling_work,
     seconds,
@@ -24,7 +24,8 @@ from fpmgm.analysis.planning import (
     teacher_work,
     training_work,
 )
-from fpmgm.models.noise import arccos_ratio
+from fpmgm.models.kinds import KINDS
+from fpmgm.models.noise import arccos_ratio, diffusion_time
 from fpmgm.trainers import (
     ConsistencyConfig,
     ConsistencyTrainer,
@@ -73,7 +74,7 @@ def call(model, iterations=(0, 0), backward=False, kept=None) -> None:
 def computed(config, iterations=(0, 0), **options) -> float:
     names = ("num_no_grad_iterations", "num_iterations")
     given = dict(zip(names, iterations, strict=True))
-    return flops(traced(config, BATCH, config.max_position_embeddings, 7, 5, **given, **options).work)
+    return flops(traced(config, Call(BATCH, config.max_position_embeddings, 7, 5, **given, **options)).work)
 
 
 ARCHITECTURES = {
@@ -162,7 +163,7 @@ def test_flops_of_sampling_are_those_that_pytorch_counts(batch_size, overrides):
         positions = int(step.revealed.any(dim=0).sum()) if alike else int(rows.sum())
         queries = positions if alike else int(rows.max())
         steps.append(SamplingStep(1 if alike else batch_size, positions, max(1, queries), int(rows.sum()), n))
-    assert counted == flops(sampling_work(model.config, steps, LENGTH))
+    assert counted == pytest.approx(flops(sampling_work(model.config, steps, LENGTH)), rel=1e-12)
 
 
 def test_expected_sampling_steps_add_up_to_the_sequences():
@@ -268,7 +269,7 @@ def check_bytes(model, dtype: str, rel: float) -> None:
             if training:
                 loss.backward()
         given = {"num_no_grad_iterations": 2, "num_iterations": 3}
-        parts = traced(model.config, 4, 64, 128, 32, training=training, dtype=dtype, **given).work
+        parts = traced(model.config, Call(4, 64, 128, 32, training=training, dtype=dtype, **given)).work
         assert sum(work.bytes for work in parts.values()) == pytest.approx(traffic.total, rel=rel)
 
 
@@ -278,8 +279,8 @@ def test_the_mean_step_is_that_of_all_draws():
         drawn = [(n, grad) for n in range(4) for grad in (2, 3, 4)]
         expected = sum(computed(config, pair, training=True, num_kept_iterations=kept) for pair in drawn) / len(drawn)
         parts = training_work(config, BATCH, LENGTH, 7 / 24, kept_iterations=kept)
-        queries = flops(traced(config, BATCH, LENGTH, 7, 7, training=True, num_iterations=2).work)
-        queries -= flops(traced(config, BATCH, LENGTH, 7, 5, training=True, num_iterations=2).work)
+        seven, five = (Call(BATCH, LENGTH, 7, q, training=True, num_iterations=2) for q in (7, 5))
+        queries = flops(traced(config, seven).work) - flops(traced(config, five).work)
         assert flops(parts) == pytest.approx(expected + queries, rel=1e-12)
 
 
@@ -290,21 +291,33 @@ def test_time_is_bound_by_products_or_by_traffic_part_by_part():
     assert seconds({"optimizer": parts["optimizer"]}, 1, 10) == parts["optimizer"].bytes / 10
 
 
+@pytest.mark.parametrize("kept", [None, 3])
+def test_a_step_is_on_the_line_of_two_others(kept):
+    config = tiny_config(no_grad_iterations=[0, 3], grad_iterations=[2, 4])
+
+    def step(share: float) -> dict:
+        return training_work(config, 8, LENGTH, share, kept_iterations=kept)
+
+    found, expected = on_line(step, 0.5, 1 / 8, 0.75), step(0.5)
+    for name in ("flops", "bytes"):
+        assert [getattr(w, name) for w in found.values()] == pytest.approx(
+            [getattr(w, name) for w in expected.values()]
+        )
+
+
 def test_the_rank_with_most_to_do_has_less_of_it_with_more_micro_batches():
-    assert largest_masked_share(1) == largest_masked_share(1, 4) == 0.5
+    text, images = KINDS["fpmdlm"], KINDS["fpmaskgit"]
+    assert [largest_masked_share(text, 1, n) for n in (1, 4)] == pytest.approx([0.5, 0.5], abs=1e-4)
     # By the times themselves: sequences of a rank are neighbours, (shift + j/n) mod 1.
     shifts, places = torch.linspace(0, 1, 129)[:-1], torch.arange(2400) / 2400
-    times = ((shifts[:, None] + places) % 1).view(-1, 2, 3, 400)  # (shift, micro-batch, rank, sequence)
-    largest = times.mean(dim=(1, 3)).amax(dim=1).mean().item()
-    assert largest_masked_share(3, 2, shifts=128) == pytest.approx(largest, abs=2e-3)
-    assert largest_masked_share(8) > largest_masked_share(8, 2) > largest_masked_share(8, 8) > 0.5
-    shares = arccos_ratio(times.double())
-    largest = shares.mean(dim=(1, 3)).amax(dim=1).mean().item()
-    assert largest_masked_share(3, 2, 128, image_area) == pytest.approx(largest, abs=2e-3)
-    assert largest_masked_share(1, area=image_area) == pytest.approx(2 / math.pi)
-    assert masked_share(image_area, 0.9, 0.2) == pytest.approx(
-        arccos_ratio((torch.linspace(0.9, 1.1, 20001).double()) % 1).mean().item(), abs=1e-4
-    )
+    times = ((shifts[:, None] + places) % 1).view(-1, 2, 3, 400).double()  # (shift, micro-batch, rank, sequence)
+    for kind, shares in ((text, 0.999 * diffusion_time(times)), (images, arccos_ratio(times))):
+        largest = shares.mean(dim=(1, 3)).amax(dim=1).mean().item()
+        assert largest_masked_share(kind, 3, 2, shifts=128) == pytest.approx(largest, abs=2e-3)
+    assert largest_masked_share(text, 8) > largest_masked_share(text, 8, 2) > largest_masked_share(text, 8, 8) > 0.5
+    assert largest_masked_share(images, 1) == pytest.approx(2 / math.pi, abs=1e-5)
+    thirds = (torch.linspace(0.9, 1.9, 60001)[:-1].double() % 1).view(3, -1)
+    assert masked_shares(images, 3, 0.9).tolist() == pytest.approx(arccos_ratio(thirds).mean(dim=1).tolist(), abs=1e-3)
 
 
 def test_sent_bytes():
