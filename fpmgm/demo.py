@@ -27,7 +27,6 @@ import torch
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from .command_line import ModelName, parse_arguments
-from .models.budget import explicit_plan, plan_budget
 from .models.ledger import GenerationStep
 from .models.reuse import REUSE_STATES, REUSES
 from .models.text_input import read_tokenizer
@@ -40,6 +39,7 @@ from .reveal_html import STYLE, WORDS, draw_facts, draw_legend, draw_residuals, 
 MOST_TOKENS = 1024
 EXAMPLES = ["", "Once upon a time <|mask|*40>", "The <|mask|*8> said: <|mask|*12>"]
 NONE = "(none)"
+TITLE = "# Revealed step by step\nA fixed-point model runs one shared block at every step, until it is at rest."
 
 
 @dataclass
@@ -118,44 +118,28 @@ def reveal(name: str, prompt: str, length: int | None, **options: Any) -> Iterat
         `ValueError`: as `generate` does.
     """
     model, tokenizer = read(name)
-    mask = model.config.mask_token_id
+    mask, budget = model.config.mask_token_id, options["budget"]
     ids = encode_prompt(tokenizer, prompt, mask) if prompt.strip() else None
-    plan = plan_of(model, options)
     previous = torch.full((length or model.config.max_position_embeddings,), mask) if ids is None else ids[0]
     given = previous != mask
-    yield (
-        draw_tokens(tokens_of(tokenizer, previous, previous, given, mask)),
-        "",
-        draw_residuals([], plan.block_evaluations),
-    )
-    solves, spent = [], 0
+    yield draw_tokens(tokens_of(tokenizer, previous, previous, given, mask)), "", draw_residuals([], budget)
     arguments = {"input_ids": ids} if ids is not None else {"length": length}
-    for step in steps_of(functools.partial(model.generate, **arguments, **options)):
-        solves.append((spent + model.config.num_pre_layers, residuals_of(step)))
-        iterations = plan.iterations[step.step]
-        spent += block_evaluations(model.config, iterations)
-        masked = int((step.sequences == mask).sum())
-        facts = draw_facts(step.step + 1, step.num_steps, spent, plan.block_evaluations, masked)
+    steps = steps_of(functools.partial(model.generate, **arguments, **options))
+    for step, facts, residuals in told(steps, model.config, budget):
         tokens = tokens_of(tokenizer, previous, step.sequences[0].cpu(), given, mask)
         previous = step.sequences[0].cpu()
-        yield draw_tokens(tokens), facts, draw_residuals(solves, plan.block_evaluations)
+        yield draw_tokens(tokens), facts, residuals
 
 
-def plan_of(model: PreTrainedModel, options: dict[str, Any]) -> Any:
-    """The plan that `generate` follows for these options."""
-    planned = {name: options[name] for name in ("num_steps", "allocation") if options.get(name) is not None}
-    aim = model.generation_config.iterations_per_step
-    return plan_budget(model.config, options["budget"], **planned, iterations_per_step=aim)
-
-
-def block_evaluations(config: Any, iterations: int) -> int:
-    """Transformer blocks that a step of so many iterations runs."""
-    return explicit_plan(config, [iterations]).block_evaluations
-
-
-def residuals_of(step: GenerationStep) -> list[float]:
-    """Residuals of the iterations of the first sequence."""
-    return [] if step.residuals is None else step.residuals[:, 0].tolist()
+def told(steps: Iterator[GenerationStep], config: Any, budget: int) -> Iterator[tuple[GenerationStep, str, str]]:
+    """Each step, its facts and the residuals so far as HTML, of the first sequence."""
+    solves, spent = [], 0
+    for step in steps:
+        residuals = [] if step.residuals is None else step.residuals[:, 0].tolist()
+        solves.append((spent + config.num_pre_layers, residuals))
+        spent += config.num_pre_layers + len(residuals) * config.num_fixed_point_layers + config.num_post_layers
+        masked = int((step.sequences[0] == config.mask_token_id).sum())
+        yield step, draw_facts(step.step + 1, step.num_steps, spent, budget, masked), draw_residuals(solves, budget)
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -197,14 +181,14 @@ def write(
 
 def draw(
     name: str, class_name: str, budget: int, guidance_scale: float, seed: int, pause: float
-) -> Iterator[tuple[Any, str]]:
-    """The picture after each step, and what was spent."""
+) -> Iterator[tuple[Any, str, str]]:
+    """The picture, facts and residuals after each step."""
     try:
         pipeline = read_pipeline(name)
         options = {"budget": int(budget), "guidance_scale": guidance_scale, "seed": int(seed), "output_type": "pt"}
-        run = functools.partial(pipeline, [class_name], **options)
-        for step in steps_of(run):
-            yield reveal_frames([step], pipeline.tokenizer)[0], f"step {step.step + 1} of {step.num_steps}"
+        steps = steps_of(functools.partial(pipeline, [class_name], **options))
+        for step, facts, residuals in told(steps, pipeline.model.config, options["budget"]):
+            yield reveal_frames([step], pipeline.tokenizer)[0], facts, residuals
             time.sleep(pause)
     except (ValueError, OSError) as error:
         raise as_shown(error) from error
@@ -224,7 +208,7 @@ def build(models: list[str], images: str | None = None, only_these: bool = False
     """
     with gr.Blocks(title="fpmgm", analytics_enabled=False) as page:
         gr.HTML(f"<style>{STYLE}</style>", padding=False)
-        gr.Markdown("# A text that is revealed, step by step\nEvery step runs the same shared block to a fixed point.")
+        gr.Markdown(TITLE)
         with gr.Tab("Text"):
             text_tab(models, only_these)
         if images is not None:
@@ -236,7 +220,8 @@ def build(models: list[str], images: str | None = None, only_these: bool = False
 def text_tab(models: list[str], only_these: bool) -> None:
     """Prompt and settings, and what two models make of them."""
     any_name = not only_these
-    orders = list(read(models[0])[0].orders)
+    shown_first = read(models[0])[0]
+    orders = list(shown_first.orders)
     with gr.Row():
         first = gr.Dropdown(models, value=models[0], label="Model", allow_custom_value=any_name)
         other = models[1] if len(models) > 1 else NONE
@@ -246,7 +231,7 @@ def text_tab(models: list[str], only_these: bool) -> None:
     )
     with gr.Row():
         budget = gr.Slider(12, 768, 96, step=12, label="Budget: block evaluations")
-        temperature = gr.Slider(0, 1.5, 0.9, step=0.05, label="Temperature")
+        temperature = gr.Slider(0, 1.5, shown_first.generation_config.temperature, step=0.05, label="Temperature")
         reuse = gr.Dropdown(list(REUSES), value="3sr", label="Reuse of the last solution")
     with gr.Accordion("More", open=False), gr.Row():
         num_steps = gr.Slider(0, 256, 0, step=1, label="Steps (0: from the budget)")
@@ -279,9 +264,12 @@ def image_tab(name: str) -> None:
         seed = gr.Number(0, label="Seed", precision=0)
         pause = gr.Slider(0, 1, 0.15, step=0.05, label="Seconds a step is shown")
     go = gr.Button("Draw", variant="primary")
-    picture, facts = gr.Image(label="Grey: not yet revealed", format="png"), gr.Markdown()
+    with gr.Row():
+        picture = gr.Image(label="Grey: not yet revealed", format="png", min_width=320)
+        with gr.Column(min_width=320):
+            facts, residuals = gr.HTML(), gr.HTML()
     inputs = [gr.State(name), label, budget, guidance, seed, pause]
-    go.click(draw, inputs, [picture, facts], show_progress="hidden")
+    go.click(draw, inputs, [picture, facts, residuals], show_progress="hidden")
 
 
 assert set(REUSE_STATES) < set(WORDS), "every state has a colour"

@@ -23,6 +23,7 @@ WORDS = {
     "unchanged": "revealed earlier: its solution is reused",
     "remasked": "taken back",
 }
+# Blanks are named with their parents: a page that colours its own spans must not colour them.
 STYLE = """
 .fp {--fp-masked: #e4e4e7; --fp-changed: #fdba74; --fp-unchanged: #d9f0dc; --fp-remasked: #f5c2d6;
   --fp-line: #c2410c; --fp-earlier: #b6b6bd; --fp-grid: #d4d4d8}
@@ -32,7 +33,7 @@ STYLE = """
   min-height: 9em}
 .fp-text span {border-radius: 3px; padding: 1px 0}
 .fp-given {font-weight: 600}
-.fp-masked {background: var(--fp-masked); color: transparent; user-select: none}
+.fp .fp-text .fp-masked {background: var(--fp-masked); color: transparent; user-select: none}
 .fp-changed {background: var(--fp-changed)}
 .fp-unchanged {background: var(--fp-unchanged)}
 .fp-remasked {background: var(--fp-remasked)}
@@ -114,7 +115,7 @@ def draw_residuals(solves: list[tuple[int, list[float]]], budget: int) -> str:
         return f"{x:.1f},{6 + (height - bottom - 6) * (high - exponent) / (high - low):.1f}"
 
     parts = []
-    for exponent in range(low, high + 1):
+    for exponent in range(low, high + 1) if shown or not solves else ():
         x, y = place(0, 10.0**exponent).split(",")
         parts.append(f'<line x1="{x}" x2="{width - 6}" y1="{y}" y2="{y}" stroke="var(--fp-grid)"/>')
         parts.append(f'<text x="{left - 4}" y="{float(y) + 3:.1f}" text-anchor="end">1e{exponent}</text>')

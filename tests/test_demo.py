@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from fpmgm import FPMaskGITPipeline
 from fpmgm.data import train_tokenizer
 
-from .testing_utils import tiny_model
+from .testing_utils import tiny_image_model, tiny_image_tokenizer, tiny_model
 
 
+RELEASED = Path(__file__).parents[1] / "model_cards/stories-fp-mdlm"
 EVIL = "<img src=x onerror=alert(1)>"
+BLANK = "getComputedStyle(document.querySelector('.fp-masked') ?? document.body).color == 'rgba(0, 0, 0, 0)'"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -33,6 +36,14 @@ def folder(tmp_path_factory) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("pipeline")
+    names = {0: "tench", 1: EVIL, 2: "gas pump"}
+    FPMaskGITPipeline(tiny_image_model(num_classes=None, id2label=names), tiny_image_tokenizer()).save_pretrained(path)
+    return str(path)
+
+
 def test_a_text_is_revealed_step_by_step_within_its_budget(folder):
     from fpmgm.demo import reveal
 
@@ -43,6 +54,26 @@ def test_a_text_is_revealed_step_by_step_within_its_budget(folder):
     spent = [int(re.search(r"(\d+) of 48 block", facts)[1]) for _, facts, _ in frames[1:]]
     assert spent == sorted(spent) and spent[-1] == 48
     assert frames[-1][2].count("polyline") == len(frames) - 1
+
+
+def test_a_picture_is_revealed_step_by_step_within_its_budget(pictures):
+    from fpmgm.demo import draw
+
+    frames = list(draw(pictures, EVIL, 36, 2.0, 0, pause=0))
+    told = [[int(number) for number in re.findall(r"\d+", facts)] for _, facts, _ in frames]
+    masked, spent = [numbers[-1] for numbers in told], [numbers[2] for numbers in told]
+    assert masked == sorted(masked, reverse=True) and masked[-1] == 0 and spent[-1] == 36
+    assert len({picture.tobytes() for picture, _, _ in frames}) == frames[-1][2].count("polyline") == len(frames)
+
+
+def test_the_first_text_of_a_released_model_comes_within_three_seconds():
+    from fpmgm.demo import read, reveal
+
+    began = time.process_time()
+    read.cache_clear()
+    frames = reveal(str(RELEASED), "", None, budget=96, seed=0)
+    assert "fp-changed" not in next(frames)[0] and "fp-changed" in next(frames)[0]
+    assert time.process_time() - began < 3
 
 
 @pytest.mark.parametrize(
@@ -73,11 +104,11 @@ def test_who_leaves_ends_the_run(folder):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_a_browser_shows_two_models_and_a_mistake(folder, tmp_path):
+def test_a_browser_shows_two_models_a_mistake_and_a_picture(folder, pictures, tmp_path):
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs `pip install playwright`")
     from fpmgm.demo import build
 
-    page_of = build([folder, folder]).queue()
+    page_of = build([folder, folder], pictures).queue()
     _, url, _ = page_of.launch(prevent_thread_lock=True, server_name="127.0.0.1", quiet=True)
     shots = Path(os.environ.get("FPMGM_SCREENSHOTS", tmp_path))
     with sync_api.sync_playwright() as playwright:
@@ -89,7 +120,7 @@ def test_a_browser_shows_two_models_and_a_mistake(folder, tmp_path):
             page.goto(f"{url}?__theme={theme}")
             page.get_by_label("Prompt").fill(f"the cat {EVIL} <|mask|*12>")
             page.get_by_role("button", name="Write").click()
-            page.wait_for_function("document.querySelectorAll('.fp-changed').length > 0", timeout=60_000)
+            page.wait_for_function(f"document.querySelector('.fp-changed') && {BLANK}", timeout=60_000)
             page.wait_for_function("document.querySelectorAll('.fp-masked').length == 0", timeout=60_000)
             assert page.locator(".fp-text").count() == 2 and page.locator("polyline").count() > 2
             assert EVIL in page.locator(".fp-text").first.inner_text().replace("\n", "")
@@ -98,6 +129,12 @@ def test_a_browser_shows_two_models_and_a_mistake(folder, tmp_path):
             page.get_by_label("Prompt").fill("no blanks")
             page.get_by_role("button", name="Write").click()
             page.wait_for_selector("text=input_ids", timeout=60_000)
+            page.get_by_role("tab", name="Images").click()
+            page.get_by_label("number input for Budget").last.fill("36")
+            page.get_by_label("number input for Budget").last.press("Tab")
+            page.get_by_role("button", name="Draw").click()
+            page.wait_for_selector("text=36 of 36 block evaluations", timeout=60_000)
+            page.screenshot(path=shots / f"images_{theme}_{width}.png", full_page=True)
             assert alerts == []
             page.close()
         browser.close()
