@@ -50,7 +50,7 @@ class TimestepEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(TIMESTEP_FREQUENCIES, size), nn.SiLU(), nn.Linear(size, size))
 
     def forward(self, noise: torch.Tensor) -> torch.Tensor:
-        half, dtype = TIMESTEP_FREQUENCIES // 2, self.mlp[0].weight.dtype
+        half, dtype = TIMESTEP_FREQUENCIES // 2, self.mlp[0].bias.dtype
         places = torch.arange(half, device=noise.device, dtype=wide(dtype))
         angles = noise.to(wide(dtype))[:, None] * torch.exp(-math.log(10000) * places / half)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)

@@ -97,7 +97,7 @@ class FPMaskGITModel(MGMGenerationMixin, MGMPreTrainedModel):
         """
         self._check_inputs(input_ids, class_labels, options)
         h = self.embed_tokens(input_ids) + self.position_embedding.weight  # (B, L, D)
-        h = torch.cat([h, self.register_tokens.weight.expand(len(h), -1, -1)], dim=1)  # (B, L + R, D)
+        h = torch.cat([h, self.register_tokens.weight.expand(h.shape[0], -1, -1)], dim=1)  # (B, L + R, D)
         masked = input_ids == self.config.mask_token_id
         return self._denoise_once(h, self.conditioning(class_labels, h.device), None, masked, None, labels, options)
 

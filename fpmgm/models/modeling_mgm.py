@@ -122,6 +122,11 @@ class DenoiserOptions(TypedDict, total=False):
 
 
 SOLVER_OPTIONS = {field.name for field in fields(SolverOptions)}
+# What other models return when they are asked to, by argument or configuration.
+NOT_RETURNED = {
+    "output_hidden_states": "read `last_hidden_state` and `fixed_point_state`, or put forward hooks on the blocks",
+    "output_attentions": "attention weights are never built",
+}
 
 
 def check_tensor(name: str, x: torch.Tensor, shape: torch.Size | None = None) -> None:
@@ -166,7 +171,11 @@ class MGMPreTrainedModel(PreTrainedModel):
         Raises:
             `ValueError`: for a name that is no option, and for one that this call cannot honour.
         """
-        check_names(options, DenoiserOptions.__annotations__, f"argument(s) of `{type(self).__name__}.forward`")
+        what = f"argument(s) of `{type(self).__name__}.forward`"
+        check_names(options, DenoiserOptions.__annotations__, what, NOT_RETURNED)
+        for name, instead in NOT_RETURNED.items():
+            if getattr(self.config, name):
+                raise ValueError(f"`config.{name}`=True cannot be honoured: {instead}. Set it to False.")
         solver = SolverOptions(**{name: value for name, value in options.items() if name in SOLVER_OPTIONS})
         if self.fixed_point is None:
             solver.check_unused()
