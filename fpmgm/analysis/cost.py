@@ -290,7 +290,8 @@ def metered(described: str, call: Call) -> tuple[list, list]:
         for parameter in model.parameters() if call.accumulating else ():
             parameter.grad = torch.zeros_like(parameter)
     if call.checkpointing:
-        model.activation_checkpointing_enable()
+        name = "activation_checkpointing_enable"  # transformers 5.17 has the older name alone
+        getattr(model, name, model.gradient_checkpointing_enable)()
     if config.num_fixed_point_layers:
         names = ("num_iterations", "num_no_grad_iterations", "num_kept_iterations")
         arguments |= {name: getattr(call, name) for name in names}

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.data import Dataset
+from transformers import Trainer
 from transformers.utils import ModelOutput, logging
 
 from ..models.head import forbid
@@ -116,6 +117,8 @@ class MGMTrainer(CheckedRowsTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if not hasattr(Trainer, "loss_is_scaled_for_ga"):  # transformers 5.17 divides unless it knows a loss function
+            self.compute_loss_func = self.compute_loss
         check_engine(self)
         compile_blocks(self)
         self.ema = None

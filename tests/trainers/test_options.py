@@ -25,7 +25,7 @@ from fpmgm.trainers import (
 )
 from fpmgm.trainers.options import REFUSED, REFUSED_BY_MGM
 
-from ..testing_utils import tiny_image_tokenizer
+from ..testing_utils import CHECKPOINTING, RENAMED, tiny_image_tokenizer
 from .training_utils import LENGTH, make_trainer, token_rows, training_model
 
 
@@ -41,8 +41,8 @@ OURS = {
     "prediction_loss_only": "test_metrics_and_predictions_are_those_of_the_first_draw",
     "seed": "test_draws_of_iterations_are_uniform_over_the_ranges_and_depend_on_seed_and_step_alone",
     "max_grad_norm": "test_the_split_into_micro_batches_does_not_change_the_weights",
-    "activation_checkpointing": "test_activation_checkpointing_recomputes_and_gives_the_same_weights",
-    "activation_checkpointing_kwargs": "test_activation_checkpointing_recomputes_and_gives_the_same_adapter",
+    CHECKPOINTING: "test_activation_checkpointing_recomputes_and_gives_the_same_weights",
+    f"{CHECKPOINTING}_kwargs": "test_activation_checkpointing_recomputes_and_gives_the_same_adapter",
     "torch_compile": "test_compiled_blocks_under_a_loop_of_any_length_train_alike",
     "load_best_model_at_end": "test_the_best_checkpoint_is_loaded_with_its_average",
     "remove_unused_columns": "test_unknown_columns_that_are_kept_are_refused",
@@ -57,8 +57,8 @@ OURS = {
 # `Trainer` and the libraries it calls do all of these; nothing of ours is in their way.
 TRANSFORMERS = """
     learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1
-    adam_beta2 adam_epsilon optim_target_modules bf16 fp16 tf32 gradient_checkpointing
-    gradient_checkpointing_kwargs torch_compile_backend torch_compile_mode torch_empty_cache_steps
+    adam_beta2 adam_epsilon optim_target_modules bf16 fp16 tf32 torch_compile_backend torch_compile_mode
+    torch_empty_cache_steps
     auto_find_batch_size logging_strategy logging_steps logging_first_step log_on_each_node
     include_num_input_tokens_seen log_level log_level_replica disable_tqdm report_to run_name project
     trackio_space_id trackio_bucket_id trackio_static_space_id eval_steps eval_delay eval_do_concat_batches
@@ -71,6 +71,7 @@ TRANSFORMERS = """
     ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed
     skip_memory_metrics do_train do_eval do_predict local_rank
 """
+OLDER = ["gradient_checkpointing", "gradient_checkpointing_kwargs"] if RENAMED else []  # names of `CHECKPOINTING`
 # Of our own configurations.
 OWN = {
     MGMTrainingConfig: {
@@ -139,7 +140,7 @@ TRAINERS = {
 
 def test_every_argument_is_classified_and_its_test_exists():
     known = {field.name for field in fields(TrainingArguments)}
-    refused, theirs = {*REFUSED, *REFUSED_BY_MGM}, TRANSFORMERS.split()
+    refused, theirs = {*REFUSED, *REFUSED_BY_MGM}, [*TRANSFORMERS.split(), *OLDER]
     assert known == {*OURS, *theirs, *refused}
     assert len(known) == len(OURS) + len(theirs) + len(refused)
     for config, own in OWN.items():
