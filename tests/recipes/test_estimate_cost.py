@@ -34,6 +34,25 @@ def test_presets_of_the_paper_and_of_one_and_eight_billion_weights(capsys):
     assert [row["num_steps"] for model in found for row in model["sampling"]] == [2, 4]
 
 
+def test_what_makes_a_run_longer_or_fit():
+    def run(*argv):
+        return estimate_cost.main(["--model", "mdlm", *SHORT, *argv])[0]
+
+    base = run()
+    hours = base["runs"][0]["hours"]
+    assert run("--steps", "500000")["runs"][0]["hours"] == pytest.approx(hours / 2)
+    assert run("--utilisation", "0.055")["runs"][0]["hours"] == pytest.approx(2 * hours, rel=0.02)
+    assert run("--checkpointing")["runs"][0]["hours"] > 1.2 * hours
+    assert run("--hardware", "A100-80GB")["runs"][0]["hours"] > 3 * hours
+    assert hours < run("--gpus", "2")["runs"][0]["hours"] < 2 * hours  # shorter waits for the slowest
+    assert base["sampling"][0]["seconds"] > run("--sampling_batch_size", "64")["sampling"][0]["seconds"]
+    large = estimate_cost.main(["--model", "mdlm_8b", *SHORT, "--budgets", "72"])[0]["memory"]
+    fits = {(row["engine"], row["checkpointing"]): row["largest_micro_batch"] for row in large}
+    assert (
+        fits["ddp", False] is None and fits["fsdp2", True] >= 8 and fits["zero3", True] >= (fits["zero3", False] or 0)
+    )
+
+
 def test_yaml_folder_and_json(tmp_path, capsys):
     small = yaml.safe_load((RECIPES / "configs/fp_mdlm_small.yaml").read_text())
     config = estimate_cost.load_config(str(RECIPES / "configs/fp_mdlm_small.yaml"), 50258)
@@ -66,28 +85,10 @@ def test_images(capsys):
     assert [model["sampling"][0]["num_steps"] for model in found[:2]] == [2, 4]
 
 
-def test_what_makes_a_run_longer_or_fit():
-    def run(*argv):
-        return estimate_cost.main(["--model", "mdlm", *SHORT, *argv])[0]
-
-    base = run()
-    hours = base["runs"][0]["hours"]
-    assert run("--steps", "500000")["runs"][0]["hours"] == pytest.approx(hours / 2)
-    assert run("--utilisation", "0.055")["runs"][0]["hours"] == pytest.approx(2 * hours, rel=0.02)
-    assert run("--checkpointing")["runs"][0]["hours"] > 1.2 * hours
-    assert run("--hardware", "A100-80GB")["runs"][0]["hours"] > 3 * hours
-    assert hours < run("--gpus", "2")["runs"][0]["hours"] < 2 * hours  # shorter waits for the slowest
-    assert base["sampling"][0]["seconds"] > run("--sampling_batch_size", "64")["sampling"][0]["seconds"]
-    large = estimate_cost.main(["--model", "mdlm_8b", *SHORT, "--budgets", "72"])[0]["memory"]
-    fits = {(row["engine"], row["checkpointing"]): row["largest_micro_batch"] for row in large}
-    assert (
-        fits["ddp", False] is None and fits["fsdp2", True] >= 8 and fits["zero3", True] >= (fits["zero3", False] or 0)
-    )
-
-
-def test_this_machine_is_timed(capsys):
-    argv = ["--model", "fp_mdlm", "--hardware", "cpu", "--gpus", "1", "--batch_size", "8", "--dtype", "float32"]
-    (found,) = estimate_cost.main([*argv, "--plain"])
+def test_this_machine_is_timed(tmp_path, capsys):
+    tiny_config().save_pretrained(tmp_path)
+    argv = ["--model", str(tmp_path), "--hardware", "cpu", "--gpus", "1", "--batch_size", "8", "--dtype", "float32"]
+    (found,) = estimate_cost.main([*argv, "--plain", "--budgets", "24"])
     assert found["sampling"][0]["seconds"] > 0 and "|" not in capsys.readouterr().out
 
 
