@@ -73,6 +73,8 @@ def save_rounded(model_class: type, export: Path, folder: Path, generation: dict
     tokenizer and code beside them."""
     model = model_class.from_pretrained(export)
     model.generation_config.update(**(generation or {}))
+    for code in folder.glob("*.py"):
+        code.unlink()  # the links of an earlier release: written through, they would be the package itself
     model.to(torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(export).save_pretrained(folder)
     link_code(folder)
@@ -141,7 +143,7 @@ def describe(plan: Plan, row: Row, study: Path, folder: Path, judge: TruthJudge)
 
 
 def history(plan: Plan, row: Row) -> list[Row]:
-    """The rows that a row's weights went through, the first one first; a conversion's teacher is none of them."""
+    """The rows that a row's weights went through, the first one first; a converted model's are its teacher's."""
     earlier = [] if row.start is None else history(plan, plan.row(row.start))
     return [*earlier, row]
 
