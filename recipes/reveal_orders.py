@@ -20,10 +20,10 @@ from judged_samples import JudgedSamplesArguments, device_of, open_judge, open_m
 
 
 PACED = {
-    "ancestral": {},
+    "ancestral": {"order": "ancestral"},
     "halton": {"order": "halton"},
     "confidence": {"order": "confidence"},
-    "ancestral, blocks of 32": {"block_length": 32},
+    "ancestral, blocks of 32": {"order": "ancestral", "block_length": 32},
     "halton, blocks of 32": {"order": "halton", "block_length": 32},
 }
 ADAPTIVE = {
