@@ -33,7 +33,7 @@ from installed_english import paragraphs
 MODEL_CARDS = Path(__file__).parents[1] / "model_cards"
 STORYTELLERS = ("stories-mdlm", "stories-cofre")
 PROMPT = "Once upon a time, there was a", "They were happy.", 40  # what is given before and after that many blanks
-REUSES = ("none", "full", "3sr")
+SAMPLERS = ("ancestral", "none"), ("ancestral", "3sr"), ("halton", "none")  # order of revealing, reuse
 
 
 @dataclass
@@ -132,7 +132,7 @@ def draw_picture(model, tokenizer, path: Path, seed: int) -> None:
 
 
 def train_and_sample(args: QuickstartArguments) -> dict:
-    """Train on text, sample under each budget and reuse."""
+    """Train on text, sample under each budget by each of `SAMPLERS`."""
     tokenizer, train_blocks, eval_blocks = prepare_text(args)
     judge = NGramJudge(np.array(train_blocks["input_ids"]), len(tokenizer))
     held_out = np.array(eval_blocks["input_ids"])
@@ -221,17 +221,15 @@ def train(args, tokenizer, train_blocks, eval_blocks) -> tuple[FPMDLMForMaskedDi
 
 
 def sample(model, args, tokenizer, judge) -> list[dict]:
-    """A row for each budget and reuse."""
+    """A row for each budget and each of `SAMPLERS`."""
     rows = []
-    runs = [(budget, reuse) for budget in args.budgets for reuse in REUSES]
-    for budget, reuse in tqdm(runs, desc="sampling"):
-        out = model.generate(
-            batch_size=args.num_samples, budget=budget, reuse=reuse, seed=args.seed, return_dict_in_generate=True
-        )
+    runs = [(budget, *sampler) for budget in args.budgets for sampler in SAMPLERS]
+    for budget, order, reuse in tqdm(runs, desc="sampling"):
+        options = {"budget": budget, "order": order, "reuse": reuse}
+        out = model.generate(batch_size=args.num_samples, seed=args.seed, return_dict_in_generate=True, **options)
         rows.append(
             {
-                "budget": budget,
-                "reuse": reuse,
+                **options,
                 "num_steps": out.num_steps,
                 "block_evaluations": out.block_evaluations,
                 "entropy": unigram_entropy(out.sequences.numpy()),
@@ -272,11 +270,11 @@ def markdown(results: dict) -> str:
         for row in stories["rows"]
     ]
     samples = [
-        [row["budget"], row["reuse"], row["num_steps"], f"{row['entropy']:.2f}", shown(row)]
+        [row["budget"], row["order"], row["reuse"], row["num_steps"], f"{row['entropy']:.2f}", shown(row)]
         for row in results["samples"]
     ]
     held_out = results["held_out"]
-    samples.append([None, "held-out text", None, f"{held_out['entropy']:.2f}", shown(held_out)])
+    samples.append([None, "held-out text", None, None, f"{held_out['entropy']:.2f}", shown(held_out)])
     perplexity = plus_minus(model["validation_perplexity"], model["validation_perplexity_standard_error"], 1)
     count, length = (results["arguments"][name] for name in ("num_samples", "length"))
     return (
@@ -288,7 +286,7 @@ def markdown(results: dict) -> str:
         f"{model['seconds_per_step']:.3f} s on {text['train_tokens']:,} tokens of {text['source']}: validation "
         f"perplexity {perplexity}. {count} texts of {length} tokens a row, judged by an {results['judge']}, "
         "which sees local fluency only:\n\n"
-        f"{table(['budget', 'reuse', 'steps', 'entropy', '4-gram perplexity'], samples)}\n"
+        f"{table(['budget', 'order', 'reuse', 'steps', 'entropy', '4-gram perplexity'], samples)}\n"
     )
 
 

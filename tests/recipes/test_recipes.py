@@ -232,7 +232,8 @@ def test_the_quickstart_tells_stories_and_trains_a_model_that_loads(tmp_path, te
     options += f" --num_samples 3 --eval_blocks 20 --num_stories 2 --stories {stories}"
     results = quickstart.main([*options.split(), "--text_files", str(text_file), "--output_dir", str(tmp_path)])
     assert [row["model"] for row in results["stories"]["rows"]] == ["stories-mdlm", "stories-cofre"] * 2
-    assert [row["reuse"] for row in results["samples"]] == ["none", "full", "3sr"] * 2
+    samplers = [("ancestral", "none"), ("ancestral", "3sr"), ("halton", "none")]
+    assert [(row["order"], row["reuse"]) for row in results["samples"]] == samplers * 2
     assert all(row["block_evaluations"] <= row["budget"] for row in (*results["stories"]["rows"], *results["samples"]))
     assert "They were happy." in results["stories"]["completed"]
     assert "mask" not in results["stories"]["completed"]
