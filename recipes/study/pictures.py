@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture of a study: what samples are worth less than the truth's, against the budget."""
+"""The picture of a study: what samples are worth less than the truth's, against how varied they are."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,36 +7,44 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from fpmgm.analysis.axes import finish, logarithmic_values
+from fpmgm.analysis.axes import finish
 from study.tables import setting_name
 
 
-def plot_excess(rows: Sequence[dict], path: Path) -> None:
-    """One panel per group of judged rows, one line per row and setting, with one standard error."""
+def plot_excess(rows: Sequence[dict], truth_entropy: float, path: Path) -> None:
+    """A line of panels for each group of judged rows, a panel for each budget: excess against unigram entropy, with
+    one standard error. A line goes through the temperatures of a row and setting; the truth's own texts lie at the
+    dashed line's foot."""
     judged = [row for row in rows if "samples" in row]
     groups = list(dict.fromkeys(row["group"] for row in judged))
+    budgets = sorted({sample["budget"] for row in judged for sample in row["samples"]})
     if not groups:
         return
-    figure = Figure(figsize=(6.5 * len(groups), 6.4), layout="constrained")
-    for axes, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
-        members = [row for row in judged if row["group"] == group]
-        for row in members:
-            for setting in dict.fromkeys(setting_name(sample) for sample in row["samples"]):
-                samples = sorted((s for s in row["samples"] if setting_name(s) == setting), key=lambda s: s["budget"])
-                x, y, e = (
-                    np.array([s[name] for s in samples]) for name in ("budget", "excess", "excess_standard_error")
-                )
-                label = ", ".join(filter(None, (row["title"], setting)))
-                axes.errorbar(x, y, e, marker="o", capsize=2, label=label)
-        budgets = sorted({s["budget"] for row in members for s in row["samples"]})
-        finish(
-            axes,
-            legend=False,
-            title=group,
-            xlabel="block evaluations",
-            ylabel="excess of samples (nats per token); 0 is perfect",
-        )
-        logarithmic_values(axes, budgets)
-        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), fontsize=7)  # below: the lines fill the panel
+    figure = Figure(figsize=(4 * len(budgets) + 4, 3.6 * len(groups)), layout="constrained")
+    panels = figure.subplots(len(groups), len(budgets) + 1, squeeze=False, sharey="row")
+    for (*line, legend), group in zip(panels, groups, strict=True):
+        labels = {}
+        for axes, budget in zip(line, budgets, strict=True):
+            for row in (row for row in judged if row["group"] == group):
+                samples = [sample for sample in row["samples"] if sample["budget"] == budget]
+                for setting in dict.fromkeys(setting_name(sample, "temperature") for sample in samples):
+                    curve = sorted(
+                        (s["unigram_entropy"], s["excess"], s["excess_standard_error"])
+                        for s in samples if setting_name(s, "temperature") == setting
+                    )  # fmt: skip
+                    label = ", ".join(filter(None, (row["title"], setting)))
+                    color = f"C{labels.setdefault(label, len(labels)) % 10}"
+                    marker = "os^Dv"[labels[label] // 10 % 5]
+                    axes.errorbar(*np.array(curve).T, capsize=2, color=color, marker=marker, label=label)
+            if not axes.has_data():
+                axes.set_visible(False)
+                continue
+            finish(axes, legend=False, title=f"{group}, budget {budget}", xlabel="unigram entropy of a text (nats)")
+            axes.axvline(truth_entropy, color="gray", linestyle="--", linewidth=1)
+            axes.plot(truth_entropy, 0, "*", color="gray", markersize=10, clip_on=False)
+        line[0].set_ylabel("excess (nats per token)")
+        line[0].set_ylim(bottom=0)
+        found = {label: mark for axes in line for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        legend.set_axis_off()
+        legend.legend(found.values(), found, loc="upper left", fontsize=7)
     figure.savefig(path, dpi=110)

@@ -54,7 +54,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.only != "train" and (folder / "runs" / row.name / "training.json").exists():
             judge_row(plan, row, folder, judge, args.device)
             name = f"study_{Path(args.plan).stem}"
-            plot_excess(write_tables(plan, folder, truth, name, target), target / f"{name}.png")
+            rows = write_tables(plan, folder, truth, name, target)
+            plot_excess(rows, truth["unigram_entropy"], target / f"{name}.png")
 
 
 def make_world(plan: Plan, args: StudyArguments) -> None:
