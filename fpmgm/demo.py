@@ -232,11 +232,13 @@ def text_tab(models: list[str], only_these: bool) -> None:
     with gr.Row():
         budget = gr.Slider(12, 768, 96, step=12, label="Budget: block evaluations")
         temperature = gr.Slider(0, 1.5, shown_first.generation_config.temperature, step=0.05, label="Temperature")
-        reuse = gr.Dropdown(list(REUSES), value="3sr", label="Reuse of the last solution")
+        reuse = gr.Dropdown(
+            list(REUSES), value=shown_first.generation_config.reuse, label="Reuse of the last solution"
+        )
     with gr.Accordion("More", open=False), gr.Row():
         num_steps = gr.Slider(0, 256, 0, step=1, label="Steps (0: from the budget)")
         length = gr.Slider(0, MOST_TOKENS, 0, step=1, label="Tokens without a prompt (0: the longest)")
-        order = gr.Dropdown(orders, value=orders[0], label="Order of revealing")
+        order = gr.Dropdown(orders, value=shown_first.generation_config.order or orders[0], label="Order of revealing")
         seed = gr.Number(0, label="Seed", precision=0)
         pause = gr.Slider(0, 1, 0.15, step=0.05, label="Seconds a step is shown")
     with gr.Row():
