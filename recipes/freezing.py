@@ -79,7 +79,7 @@ def draw(rows: list[dict], path: Path) -> None:
     panels = list(dict.fromkeys(key[:2] for key in lines))
     figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
     for place, panel in enumerate(panels, start=1):
-        axes = figure.add_subplot(1, len(panels), place, xscale="log", yscale="log")
+        axes = figure.add_subplot(1, len(panels), place, xscale="log")
         for (model, reuse, every), found in lines.items():
             if (model, reuse) == panel:
                 x, y = [row["budget"] for row in found], [row["generative_perplexity"] for row in found]
