@@ -217,11 +217,12 @@ class MGMGenerationConfig(GenerationConfig):
     def tuned(self, given: Iterable[str] = ()) -> tuple["MGMGenerationConfig", dict[str, Any] | None]:
         """A copy with the plan that was tuned for the budget, and that plan.
 
-        The plan is a whole: where the caller has `given` one of its values, it is left alone (the config itself and
-        `None` are returned, as for a budget that nothing was tuned for).
+        The plan is a whole: where the caller has `given` one of its values, or `iterations_per_step`, of which its
+        number of steps takes the place, it is left alone (the config itself and `None` are returned, as for a budget
+        that nothing was tuned for).
         """
         plan = self.tuned_plans.get(str(self.budget))
-        if plan is None or set(plan) & set(given):
+        if plan is None or {*plan, "iterations_per_step"} & set(given):
             return self, None
         return self.updated(**plan), dict(plan)
 

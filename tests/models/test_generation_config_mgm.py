@@ -80,6 +80,7 @@ def test_a_tuned_plan_is_used_for_its_budget_as_a_whole(tmp_path):
         assert found.tuned_plan is None and torch.equal(found.sequences, expected.sequences)
     assert torch.equal(model.generate(**call, budget=24, tuned_plans={}).sequences, plain.sequences)
     assert model.generate(**call, num_steps=3, iterations=6).tuned_plan is None
+    assert model.generate(**call, budget=24, iterations_per_step=2).num_steps == 6
     model.generation_config.budget = 24  # also as the model's own default
     assert torch.equal(model.generate(**call).sequences, tuned.sequences)
 
