@@ -25,7 +25,7 @@ from .likelihood import elbo_perplexity
 from .mauve import mauve_score
 from .ngram import NGramJudge
 from .provenance import provenance
-from .samples import sample_sequences
+from .samples import Samples, sample_sequences
 from .search import Trial, sampling_candidates, successive_halving
 from .sweep import AnyJudge, grid, measure_samples, sweep
 from .text import distinct_n, repetition_rate, unigram_entropy
@@ -40,6 +40,7 @@ __all__ = [
     "InceptionExtractor",
     "Judge",
     "NGramJudge",
+    "Samples",
     "Trial",
     "TruthJudge",
     "budget_table",
