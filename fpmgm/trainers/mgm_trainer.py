@@ -164,6 +164,9 @@ class MGMTrainer(CheckedRowsTrainer):
         self._tokens += self._global_batch.tokens
         return samples, None
 
+    def _get_num_items_in_batch(self, batch_samples, device) -> None:
+        """Not counted from labels, which most rows do not have: see [`place`]."""
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of one micro-batch, scaled so that micro-batches add up and ranks average to the global batch's."""
         noise = self._draw(inputs)
