@@ -72,8 +72,8 @@ def spread_schedule(uniforms: torch.Tensor, wanted: torch.Tensor, num_steps: int
         shifts = (uniforms.gather(1, block.long().argmax(dim=1, keepdim=True)) * sizes).long()
         places = (block.cumsum(dim=1) - 1 + shifts) % sizes.clamp(min=1)  # (B, L) in the block, rotated
         for size, count in {*zip(sizes.expand_as(block)[block].tolist(), counts[block].tolist(), strict=True)}:
-            step = torch.arange(count, device="cpu").repeat_interleave(torch.tensor(halton_counts(size, count)))
-            step = step[halton_line(size).argsort()]  # (n,) of each place
+            visits = torch.tensor(halton_counts(size, count), device="cpu")  # of each step
+            step = torch.arange(count, device="cpu").repeat_interleave(visits)[halton_line(size).argsort()]  # (n,)
             alike = block & (sizes == size) & (counts == count)
             steps = torch.where(alike, start + step[places.clamp(max=size - 1)], steps)
     return _once(steps, wanted, num_steps, torch.zeros_like(wanted))
