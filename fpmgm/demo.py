@@ -252,7 +252,9 @@ def text_tab(models: list[str], only_these: bool) -> None:
     gr.HTML(draw_legend())
     gr.Examples([[example] for example in EXAMPLES if example], inputs=[prompt])
     inputs = [first, second, prompt, length, budget, num_steps, reuse, temperature, order, seed, pause]
-    running = [event(write, inputs, outputs, show_progress="hidden") for event in (go.click, prompt.submit)]
+    # A click while a text is being written counts when it is written.
+    options = {"show_progress": "hidden", "trigger_mode": "always_last"}
+    running = [event(write, inputs, outputs, **options) for event in (go.click, prompt.submit)]
     stop.click(None, cancels=running)
 
 
