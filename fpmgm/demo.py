@@ -27,6 +27,7 @@ import torch
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from .command_line import ModelName, parse_arguments
+from .models.budget import step_costs
 from .models.ledger import GenerationStep
 from .models.reuse import REUSE_STATES, REUSES
 from .models.text_input import read_tokenizer
@@ -137,7 +138,7 @@ def told(steps: Iterator[GenerationStep], config: Any, budget: int) -> Iterator[
     for step in steps:
         residuals = [] if step.residuals is None else step.residuals[:, 0].tolist()
         solves.append((spent + config.num_pre_layers, residuals))
-        spent += config.num_pre_layers + len(residuals) * config.num_fixed_point_layers + config.num_post_layers
+        spent += step_costs(config, [len(residuals)])[0]
         masked = int((step.sequences[0] == config.mask_token_id).sum())
         yield step, draw_facts(step.step + 1, step.num_steps, spent, budget, masked), draw_residuals(solves, budget)
 

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fpmgm.analysis.axes import finish
-from study.tables import setting_name
+from study.tables import curves
 
 
 def plot_excess(rows: Sequence[dict], truth_entropy: float, path: Path) -> None:
@@ -23,19 +23,14 @@ def plot_excess(rows: Sequence[dict], truth_entropy: float, path: Path) -> None:
     figure = Figure(figsize=(4 * len(budgets) + 4, 3.6 * len(groups)), layout="constrained")
     panels = figure.subplots(len(groups), len(budgets) + 1, squeeze=False, sharey="row")
     for (*line, legend), group in zip(panels, groups, strict=True):
-        labels = {}
+        members = [curve for row in judged if row["group"] == group for curve in curves(row).items()]
         for axes, budget in zip(line, budgets, strict=True):
-            for row in (row for row in judged if row["group"] == group):
-                samples = [sample for sample in row["samples"] if sample["budget"] == budget]
-                for setting in dict.fromkeys(setting_name(sample, "temperature") for sample in samples):
-                    curve = sorted(
-                        (s["unigram_entropy"], s["excess"], s["excess_standard_error"])
-                        for s in samples if setting_name(s, "temperature") == setting
-                    )  # fmt: skip
-                    label = ", ".join(filter(None, (row["title"], setting)))
-                    color = f"C{labels.setdefault(label, len(labels)) % 10}"
-                    marker = "os^Dv"[labels[label] // 10 % 5]
-                    axes.errorbar(*np.array(curve).T, capsize=2, color=color, marker=marker, label=label)
+            for place, (label, samples) in enumerate(members):
+                names = ("unigram_entropy", "excess", "excess_standard_error")
+                points = sorted(tuple(s[name] for name in names) for s in samples if s["budget"] == budget)
+                if points:
+                    look = {"color": f"C{place % 10}", "marker": "os^Dv"[place // 10 % 5], "capsize": 2}
+                    axes.errorbar(*np.array(points).T, **look, label=label)
             if not axes.has_data():
                 axes.set_visible(False)
                 continue

@@ -103,19 +103,27 @@ def equal_entropy_table(rows: Sequence[dict], truth: dict) -> str:
     budgets = sorted({sample["budget"] for row in rows for sample in row["samples"]})
     lines = []
     for row in rows:
-        for setting in dict.fromkeys(setting_name(sample, "temperature") for sample in row["samples"]):
+        for label, samples in curves(row).items():
             cells = []
             for budget in budgets:
-                at_budget = [sample for sample in row["samples"] if sample["budget"] == budget]
-                curve = [sample for sample in at_budget if setting_name(sample, "temperature") == setting]
+                curve = [sample for sample in samples if sample["budget"] == budget]
                 value = excess_at(curve, truth["unigram_entropy"]) if len(curve) > 1 else None
                 cells.append(None if value is None else f"{value:.3f}")
             if any(cells):
-                lines.append([", ".join(filter(None, (row["title"], setting))), *cells])
+                lines.append([label, *cells])
     if not lines:
         return ""
     title = f"excess at unigram entropy {truth['unigram_entropy']:.3f}, over temperatures"
     return table([title, *(f"budget {budget}" for budget in budgets)], lines) + "\n"
+
+
+def curves(row: dict) -> dict[str, list[dict]]:
+    """Samples of a row that differ by temperature and budget alone, by what they are."""
+    found: dict[str, list[dict]] = {}
+    for sample in row["samples"]:
+        label = ", ".join(filter(None, (row["title"], setting_name(sample, "temperature"))))
+        found.setdefault(label, []).append(sample)
+    return found
 
 
 def excess_at(curve: Sequence[dict], entropy: float) -> float | None:

@@ -22,29 +22,31 @@ MASK = 10  # of tiny_config
 # --- which positions together ---------------------------------------------------------------------------------------
 
 
+def most_certain_first(order: str, distributions: dict[int, list[float]]) -> dict[int, float]:
+    """How certain each place is, of place → probabilities, the most certain one first."""
+    scores = {}
+    for i, p in distributions.items():
+        *_, second, first = sorted(p)
+        negative_entropy = sum(x * math.log(x) for x in p if x > 0)
+        scores[i] = {"entropy": negative_entropy, "threshold": first, "margin": first - second}[order]
+    return {i: scores[i] for i in sorted(scores, key=lambda i: (-round(scores[i], 9), i))}
+
+
 def chosen(order: str, bound: float, distributions: dict[int, list[float]]) -> list[int]:
     """The positions that pass a bound, of place → probabilities, written from the rules."""
-    entropies = {i: -sum(x * math.log(x) for x in p if x > 0) for i, p in distributions.items()}
+    scores = most_certain_first(order, distributions)
+    best, *_ = certain = list(scores)
     if order == "entropy":
-        ranked = sorted(distributions, key=lambda i: (round(entropies[i], 9), i))
-        sets = [ranked[:size] for size in range(1, len(ranked) + 1)]
-        within = [s for s in sets if sum(entropies[i] for i in s) - max(entropies[i] for i in s) <= bound + 1e-9]
+        sets = [certain[:size] for size in range(1, len(certain) + 1)]
+        within = [s for s in sets if -sum(scores[i] for i in s) + min(scores[i] for i in s) <= bound + 1e-9]
         return sorted(max(within, key=len))
-    first, second = ({i: sorted(p)[place] for i, p in distributions.items()} for place in (-1, -2))
-    scores = first if order == "threshold" else {i: first[i] - second[i] for i in distributions}
-    best = min(distributions, key=lambda i: (-round(scores[i], 9), i))
     return sorted({best} | {i for i in distributions if scores[i] >= bound - 1e-9})
 
 
 def revealed(order: str, bound: float, distributions: dict[int, list[float]], steps_left: int) -> list[int]:
     """The positions that a step reveals: those that pass, and the most certain until an even share is reached."""
-    entropies = {i: -sum(x * math.log(x) for x in p if x > 0) for i, p in distributions.items()}
-    first, second = ({i: sorted(p)[place] for i, p in distributions.items()} for place in (-1, -2))
-    scores = {"entropy": {i: -x for i, x in entropies.items()}, "threshold": first}.get(
-        order, {i: first[i] - second[i] for i in distributions}
-    )
-    ranked = sorted(distributions, key=lambda i: (-round(scores[i], 9), i))
-    return sorted({*chosen(order, bound, distributions), *ranked[: math.ceil(len(ranked) / steps_left)]})
+    due = math.ceil(len(distributions) / steps_left)
+    return sorted({*chosen(order, bound, distributions), *list(most_certain_first(order, distributions))[:due]})
 
 
 @pytest.mark.parametrize("order", BOUNDS)
