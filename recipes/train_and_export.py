@@ -20,7 +20,7 @@ from fpmgm import load_halton_maskgit, load_mdlm
 from fpmgm.command_line import ModelName, parse_arguments
 from fpmgm.conversion.checkpoint import read_json
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
-from fpmgm.trainers.checkpoints import checkpoint_to_resume, has_checkpoints
+from fpmgm.trainers.checkpoints import checkpoint_step, checkpoint_to_resume, has_checkpoints
 from fpmgm.trainers.lock import hold_folder
 from fpmgm.trainers.peft import LoraArguments, lora_config
 from fpmgm.trainers.run_record import Origin, describe_files
@@ -153,7 +153,8 @@ def train_and_export(
     """
     say_what_is_trained(trainer, checkpoint)
     trained = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    if trained["train_steps_per_second"] > 0:  # else an earlier run was cut off after its last step
+    first = checkpoint_step(checkpoint) if checkpoint is not None else 0
+    if trainer.state.global_step > first:  # else an earlier run was cut off after its last step
         trainer.save_metrics("train", trained)
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)

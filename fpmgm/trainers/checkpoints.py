@@ -35,6 +35,15 @@ STAGING_FOLDER = "_saving"  # pushes to the hub leave out what begins with an un
 FILE_LIST = "checkpoint_files.json"
 
 
+def checkpoint_step(folder: str | Path) -> int:
+    """The optimizer step that a checkpoint was written after, from its name.
+
+    >>> checkpoint_step("outputs/checkpoint-7")
+    7
+    """
+    return int(Path(folder).name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"))
+
+
 def missing_files(folder: str | Path) -> list[str]:
     """What `folder` lacks of a whole checkpoint, in words; nothing if it is whole.
 

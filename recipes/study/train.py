@@ -21,6 +21,7 @@ from fpmgm.trainers import (
     SDTTTrainer,
     last_checkpoint,
 )
+from fpmgm.trainers.checkpoints import checkpoint_step
 from sample_world import World
 from study.plan import Plan, Row
 
@@ -64,7 +65,7 @@ def train_row(plan: Plan, row: Row, folder: Path, device: str) -> Path:
     found = {
         "name": row.name,
         "steps": trainer.state.global_step,
-        "first_step": int(last.rsplit("-", 1)[-1]) if last else 0,  # of the last start, as the seconds are
+        "first_step": checkpoint_step(last) if last else 0,  # of the last start, as the seconds are
         "seconds": seconds,
         "cpu_seconds": cpu,
         "parameters": model.num_parameters(),

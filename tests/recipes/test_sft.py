@@ -64,7 +64,7 @@ def test_answers_are_learned_from_a_file_and_from_conversations_and_a_run_goes_o
         record["data"]["train"]["rows"] == 23 and record["data"]["text_files"][0]["bytes"] == Path(file).stat().st_size
     )
     model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert model.generation_config.eos_token_id in (tokenizer.eos_token_id, [tokenizer.eos_token_id])
 
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(folder)
