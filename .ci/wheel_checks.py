@@ -115,6 +115,33 @@ def demo() -> None:
     assert build([str(FOLDER / "model")])
 
 
+def liger() -> None:
+    """The head takes the kernel, and its losses are the plain ones: here in Triton's interpreter, without a GPU."""
+    from fpmgm.models.head import cross_entropy, fused_cross_entropy
+
+    assert fused_cross_entropy("cpu") is not None
+    logits, labels = torch.randn(5, 11, requires_grad=True), torch.arange(5)
+    plain = torch.nn.functional.cross_entropy(logits, labels, reduction="none").detach()
+    losses, _ = cross_entropy(logits + 0, labels, overwrite=True)
+    torch.testing.assert_close(losses.detach(), plain)
+
+
+def distributed() -> None:
+    """DeepSpeed loads, and accelerate makes an optimizer's plan of it."""
+    from accelerate.utils import DeepSpeedPlugin
+
+    assert DeepSpeedPlugin(zero_stage=2).zero_stage == 2
+
+
+def docs() -> None:
+    """The site builds, without a warning."""
+    from mkdocs.__main__ import cli
+
+    site = Path(__file__).parents[1] / "mkdocs.yml"
+    cli(["build", "--strict", "--config-file", str(site), "--site-dir", str(FOLDER)], standalone_mode=False)
+    assert (FOLDER / "index.html").is_file()
+
+
 if __name__ == "__main__":
-    {"core": core, "train": train, "eval": eval, "images": images, "demo": demo}[sys.argv[1]]()
+    {f.__name__: f for f in (core, train, eval, images, demo, liger, distributed, docs)}[sys.argv[1]]()
     print(f"{sys.argv[1]}: fpmgm {fpmgm.__version__}, torch {torch.__version__}")  # noqa: T201

@@ -154,7 +154,7 @@ def test_the_picture_of_the_method_is_the_one_that_its_script_draws(theme):
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs_autorefs", reason="needs `pip install 'fpmgm[docs]'`")
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
         cwd=ROOT,
         capture_output=True,
         text=True,

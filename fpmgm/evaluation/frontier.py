@@ -61,9 +61,10 @@ def undominated(points: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         points (`Iterable[dict]`): With `perplexity` and `entropy`; where they have a `standard_error` of the
             perplexity, only two standard errors of the difference beat a point.
 
-    >>> [p["entropy"] for p in undominated([{"perplexity": 9, "entropy": 5}, {"perplexity": 7, "entropy": 4},
-    ...                                     {"perplexity": 8, "entropy": 3}])]
-    [4, 5]
+    Examples:
+        >>> points = [(9, 5), (7, 4), (8, 3)]
+        >>> [p["entropy"] for p in undominated({"perplexity": p, "entropy": e} for p, e in points)]
+        [4, 5]
     """
     points = sorted(points, key=lambda p: (p["entropy"], -p["perplexity"]))
     return [point for point in points if not any(_beats(other, point) for other in points)]

@@ -26,8 +26,9 @@ TAKEN = {Judge: ("batch_size", "max_length"), TruthJudge: ("batch_size",), NGram
 def grid(**choices: Iterable[Any]) -> list[dict[str, Any]]:
     """Settings that take one value of each name: all combinations, the last name changing fastest.
 
-    >>> grid(reuse=["none", "3sr"], budget=[24, 48])[:2]
-    [{'reuse': 'none', 'budget': 24}, {'reuse': 'none', 'budget': 48}]
+    Examples:
+        >>> grid(reuse=["none", "3sr"], budget=[24, 48])[:2]
+        [{'reuse': 'none', 'budget': 24}, {'reuse': 'none', 'budget': 48}]
     """
     for name, values in choices.items():
         if isinstance(values, str) or not isinstance(values, Iterable):

@@ -74,9 +74,7 @@ ALLOWED = {
 class MGMGenerationConfig(GenerationConfig):
     """Parameters of [`MGMGenerationMixin.generate`].
 
-    Args:
-        > Parameters that control the computation
-
+    Args: Parameters that control the computation
         budget (`int`, *optional*, defaults to 96): Block evaluations per sequence; see [`plan_budget`].
         num_steps (`int`, *optional*): Denoising steps. `None`: chosen from the budget.
         iterations (`int` or `list[int]`, *optional*): Fixed-point iterations of every step or of each, instead of a
@@ -106,8 +104,7 @@ class MGMGenerationConfig(GenerationConfig):
             the names above but `budget` and `iterations` (`recipes/tune_sampling.py` finds them). A call with that
             budget uses them all, unless it sets one of them itself: then it uses none.
 
-        > Parameters that control the draw
-
+    Args: Parameters that control the draw
         temperature (`float`, defaults to 1.0): Divides the logits; 0 takes the most likely token.
         top_k (`int`, *optional*): Draw among the k most likely tokens. `None`: all.
         top_p (`float`, *optional*): Draw among the most likely tokens that hold this probability. `None`: all.
@@ -136,8 +133,7 @@ class MGMGenerationConfig(GenerationConfig):
             ancestral and the adaptive orders): `"sample"` draws them at that step, `"argmax"` takes their most likely
             tokens, `"none"` leaves the mask id.
 
-        > Parameters that control the output
-
+    Args: Parameters that control the output
         block_length (`int`, *optional*): Write text block by block, each of so many masked positions in their order:
             a block begins when the one before it is written. The steps, and the iterations of an allocation, are
             shared over the blocks by their sizes. `None`: no blocks.
