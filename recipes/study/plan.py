@@ -10,7 +10,9 @@ rows:
   - {name: cofre, start: fp_mdlm, trainer: consistency, training: {max_steps: 250, consistency_weight: 0.1}}
 """
 
-from dataclasses import dataclass, field, fields
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,8 @@ class Row:
         texts (`list[int]`, *optional*): First text and end of the texts that it reads, in another order each time
             it is through with them. `None`: fresh ones, after those of the rows it goes on from.
         seed (`int`): Of weights and noise.
+        seeds (`int`): Runs of the row, with seeds 0, 1 and so on; the second one is named `NAME_seed1`. Each goes on
+            from the run of `start` that has its seed.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Row:
     num_samples: int | None = None
     texts: list[int] | None = None
     seed: int = 0
+    seeds: int = 1
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,14 @@ class Plan:
         return max(self.texts(row).stop for row in self.rows)
 
 
+def with_seeds(row: Row) -> Iterator[Row]:
+    """The row, and the same with further seeds."""
+    yield row
+    for seed in range(1, row.seeds):
+        start = f"{row.start}_seed{seed}" if row.start is not None else None
+        yield replace(row, name=f"{row.name}_seed{seed}", seed=seed, start=start)
+
+
 def load_plan(path: str | Path) -> Plan:
     """Read and check a study.
 
@@ -99,11 +112,13 @@ def load_plan(path: str | Path) -> Plan:
     values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     known = {f.name for f in fields(Row)}
     rows: list[Row] = []
-    for entry in values.pop("rows"):
+    entries = values.pop("rows")
+    for entry in entries:
         unknown = sorted(set(entry) - known)
         if unknown:
             raise ValueError(f"`rows`: {entry.get('name')!r} sets {unknown}; a row has {sorted(known)}.")
-        row, earlier = Row(**entry), [other.name for other in rows]
+    for row in itertools.chain.from_iterable(with_seeds(Row(**entry)) for entry in entries):
+        earlier = [other.name for other in rows]
         if row.name in earlier:
             raise ValueError(f"`rows`: {row.name!r} is there twice: give each row a name of its own.")
         if row.start is not None and row.start not in earlier:

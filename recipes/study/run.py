@@ -55,7 +55,8 @@ def main(argv: list[str] | None = None) -> None:
             judge_row(plan, row, folder, judge, args.device)
             name = f"study_{Path(args.plan).stem}"
             rows = write_tables(plan, folder, truth, name, target)
-            plot_excess(rows, truth["unigram_entropy"], target / f"{name}.png")
+            first = [row for row in rows if row["training_options"]["seed"] == 0]
+            plot_excess(first, truth["unigram_entropy"], target / f"{name}.png")
 
 
 def make_world(plan: Plan, args: StudyArguments) -> None:

@@ -19,10 +19,17 @@ def write_tables(plan: Plan, folder: Path, truth: dict, name: str, target: Path)
     """Write NAME.json, all rows that are finished, and NAME.md; returns the rows."""
     paths = [folder / "results" / "rows" / f"{row.name}.json" for row in plan.rows]
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+    for row in rows:
+        row["training"]["log"] = read_in_tables(row["training"]["log"])
     target.mkdir(parents=True, exist_ok=True)
     (target / f"{name}.json").write_text(json.dumps({"truth": truth, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     (target / f"{name}.md").write_text(markdown(truth, rows), encoding="utf-8")
     return rows
+
+
+def read_in_tables(log: Sequence[dict]) -> list[dict]:
+    """The evaluations of a run and its last residual; the whole log lies beside the weights."""
+    return [line for line in log if "eval_loss" in line] + [line for line in log if "residual" in line][-1:]
 
 
 def markdown(truth: dict, rows: Sequence[dict]) -> str:
@@ -33,12 +40,14 @@ def markdown(truth: dict, rows: Sequence[dict]) -> str:
         f"text {truth['unigram_entropy']:.3f}, rep-4 {truth['repetition_4']:.3f}. Excess: nats per token above it; 0 "
         "is perfect. ± is one standard error over texts, in models of one seed.\n"
     ]
-    for group in dict.fromkeys(row["group"] for row in rows):
-        members = [row for row in rows if row["group"] == group]
+    first = [row for row in rows if row["training_options"]["seed"] == 0]
+    for group in dict.fromkeys(row["group"] for row in first):
+        members = [row for row in first if row["group"] == group]
         lines += [f"## {group}\n", training_table(members), iterations_table(members)]
         judged = [row for row in members if "samples" in row]
         if judged:
             lines += [samples_table(judged), equal_entropy_table(judged, truth)]
+    lines.append(seeds_table([row for row in rows if "samples" in row], truth))
     return "\n".join(line for line in lines if line)
 
 
@@ -98,6 +107,46 @@ def samples_table(rows: Sequence[dict]) -> str:
     return table(["row", "measure", *(f"budget {budget}" for budget in budgets)], lines) + "\n"
 
 
+def seeds_table(rows: Sequence[dict], truth: dict) -> str:
+    """Rows that ran with several seeds: means, ± one standard error over seeds."""
+    budgets = sorted({sample["budget"] for row in rows for sample in row["samples"]})
+    lines = []
+    for first in rows:
+        runs = [first] + [
+            row for row in rows if row["name"] == f"{first['name']}_seed{row['training_options']['seed']}"
+        ]
+        if len(runs) > 1:
+            lines += seeds_lines(runs, budgets, truth["unigram_entropy"])
+    if not lines:
+        return ""
+    columns = ("mean ± standard error over seeds", "seeds", "ELBO excess", *(f"budget {budget}" for budget in budgets))
+    return f"## Seeds\n\n{table(columns, lines)}\n"
+
+
+def seeds_lines(runs: Sequence[dict], budgets: Sequence[int], entropy: float) -> list[list]:
+    """A row's means over its runs: the likelihood, each setting's excess, and the excess at the truth's entropy."""
+    title, by_run = runs[0]["title"], [curves(run) for run in runs]
+    lines = [[title, len(runs), over_seeds([run["likelihood_excess"] for run in runs])]]
+    for setting in dict.fromkeys(map(setting_name, runs[0]["samples"])):
+        excess = [{s["budget"]: s["excess"] for s in run["samples"] if setting_name(s) == setting} for run in runs]
+        lines.append([setting or "plain", None, None, *(over_seeds([run.get(b) for run in excess]) for b in budgets)])
+    for label in by_run[0]:
+        at_entropy = [
+            {b: excess_at([s for s in run[label] if s["budget"] == b], entropy) for b in budgets} for run in by_run
+        ]
+        cells = [over_seeds([run[b] for run in at_entropy]) for b in budgets]
+        if any(cells):
+            lines.append([f"{label.removeprefix(title + ', ')}, at unigram entropy {entropy:.3f}", None, None, *cells])
+    return lines
+
+
+def over_seeds(values: Sequence[float | None]) -> str | None:
+    """Mean and its standard error; `None` where a seed has no value."""
+    if len(values) < 2 or None in values:
+        return None
+    return plus_minus(np.mean(values), np.std(values, ddof=1) / np.sqrt(len(values)), digits=3)
+
+
 def equal_entropy_table(rows: Sequence[dict], truth: dict) -> str:
     """Sample excess where the unigram entropy is the truth's, linear in entropy between a setting's temperatures."""
     budgets = sorted({sample["budget"] for row in rows for sample in row["samples"]})
@@ -107,7 +156,7 @@ def equal_entropy_table(rows: Sequence[dict], truth: dict) -> str:
             cells = []
             for budget in budgets:
                 curve = [sample for sample in samples if sample["budget"] == budget]
-                value = excess_at(curve, truth["unigram_entropy"]) if len(curve) > 1 else None
+                value = excess_at(curve, truth["unigram_entropy"])
                 cells.append(None if value is None else f"{value:.3f}")
             if any(cells):
                 lines.append([label, *cells])
@@ -128,6 +177,8 @@ def curves(row: dict) -> dict[str, list[dict]]:
 
 def excess_at(curve: Sequence[dict], entropy: float) -> float | None:
     """Excess of a swept row where its entropy is `entropy`; `None` outside of what was swept."""
+    if len(curve) < 2:
+        return None
     order = sorted(curve, key=lambda sample: sample["unigram_entropy"])
     x = [sample["unigram_entropy"] for sample in order]
     return float(np.interp(entropy, x, [s["excess"] for s in order])) if x[0] <= entropy <= x[-1] else None

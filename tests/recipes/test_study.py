@@ -98,6 +98,10 @@ def test_every_row_is_trained_judged_and_in_the_tables(studied):
     assert set(by_name["fp_mdlm"]["likelihood_by_iterations"]) == {"1", "3"}
     assert "likelihood_by_iterations" not in by_name["mdlm"]
     assert f"{by_name['cofre']['samples'][0]['excess']:.3f}" in table
+    first, second = (by_name[name]["likelihood_excess"] for name in ("fp_mdlm", "fp_mdlm_seed1"))
+    assert first != second and by_name["cofre_seed1"]["start"] == "fp_mdlm_seed1"
+    over_seeds = table.split("## Seeds")[1]  # of two values the standard error is half the difference
+    assert f"| FP-MDLM 1/1/1 | 2 | {(first + second) / 2:.3f} ± {abs(first - second) / 2:.3f} |" in over_seeds
     # Fresh texts: what goes on from a model reads on where that model stopped.
     assert [plan.texts(plan.row(name)) for name in ("fp_mdlm", "cofre")] == [range(8), range(8, 16)]
 
@@ -160,6 +164,7 @@ def test_budget_report_judges_by_the_truth(studied, truth, tmp_path):
         ([{"name": "a", "modle": {}}], "sets \\['modle'\\]"),
         ([{"name": "a"}, {"name": "a"}], "is there twice"),
         ([{"name": "a", "start": "b"}], "none of \\[\\] before it"),
+        ([{"name": "a"}, {"name": "b", "start": "a", "seeds": 2}], "starts from 'a_seed1'"),
         ([{"name": "a", "trainer": "sdtt"}], "needs `start`"),
         ([{"name": "a", "judged": "well"}], "`judged`='well'"),
     ],
