@@ -176,12 +176,17 @@ trained = AutoModelForMaskedLM.from_pretrained("tester/trained", **remote)
 tensors |= {f"trained/{name}": tensor.clone() for name, tensor in trained.state_dict().items()}
 tensors["adapter/logits"] = AutoModel.from_pretrained("tester/adapter", **remote).eval()(ids).logits.detach()
 facts["trained tokens"] = AutoTokenizer.from_pretrained("tester/trained", **remote)(words)["input_ids"]
+for released in json.loads(sys.argv[2]):
+    facts[released] = AutoModel.from_pretrained(released, **remote).generate(batch_size=2, budget=24, seed=0).tolist()
 assert not [name for name in sys.modules if name.split(".")[0] == "fpmgm"]
 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "loaded.safetensors")
 (folder / "facts.json").write_text(json.dumps(facts))
 """
 
 KINDS = [f"{source} {how}" for source in ("hub", "local") for how in ("AutoModel", "AutoModelForMaskedLM", "again")]
+
+
+RELEASED = [str(path.parent) for path in (Path(__file__).parents[1] / "model_cards").glob("*/results.json")]
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +205,7 @@ def hub(tmp_path_factory):
             ("load", LOAD, ["-I"], {}),  # -I: neither this folder nor PYTHONPATH
         ):
             done = subprocess.run(
-                [sys.executable, *options, "-c", script, str(folder)],
+                [sys.executable, *options, "-c", script, str(folder), json.dumps(RELEASED)],
                 cwd=folder,
                 env={**environment, "HF_HOME": str(folder / f"home-{name}"), **own},
                 stdin=subprocess.DEVNULL,
@@ -219,6 +224,12 @@ def test_a_checkpoint_works_the_same_where_fpmgm_is_not_installed(hub, kind):
     torch.testing.assert_close(loaded[f"{kind}/logits"], written["logits"], rtol=0, atol=0)
     for name in ("with_arguments", "with_its_own_configuration"):
         assert torch.equal(loaded[f"{kind}/{name}"], written[name])
+
+
+@pytest.mark.parametrize("released", RELEASED)
+def test_a_released_checkpoint_writes_what_it_wrote_where_fpmgm_is_not_installed(hub, released):
+    expected = json.loads((Path(released) / "results.json").read_text(encoding="utf-8"))["tokens_of_budget_24"]
+    assert json.loads((hub[1] / "facts.json").read_text())[released] == expected
 
 
 def test_an_image_model_works_the_same_where_fpmgm_is_not_installed(hub):

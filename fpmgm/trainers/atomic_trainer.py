@@ -4,12 +4,10 @@
 import json
 import math
 import os
-import random
 import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -30,6 +28,7 @@ from .checkpoints import (
 )
 from .engines import describe_engine
 from .lock import hold_folder
+from .random_states import get_random_states, kept_random_states, set_random_states
 from .resumption import check_same_run, options_of
 from .run_record import RUN_FILE, Origin, as_json, describe_model, describe_processor, describe_rows, known
 from .shards import part_of
@@ -171,11 +170,8 @@ class AtomicCheckpointTrainer(Trainer):
 
     def evaluation_loop(self, *args, **kwargs):
         """As in `Trainer`; the global random numbers, which loading data draws from too, stay those of training."""
-        states = get_random_states()
-        try:
+        with kept_random_states():
             return super().evaluation_loop(*args, **kwargs)
-        finally:
-            set_random_states(states)
 
     def _run_epoch(self, *args, epoch, epochs_trained, resume_from_checkpoint=None, **kwargs):
         # resumed from the last step, where `Trainer` would add one, or from where a rule ended it
@@ -280,11 +276,10 @@ class AtomicCheckpointTrainer(Trainer):
 
     def _save_rng_state(self, output_dir):
         step, states = self._random
-        now = get_random_states()
-        if step == self.state.global_step:  # the next step may have begun: a stop or a signal saves in its middle
-            set_random_states(states)
-        super()._save_rng_state(output_dir)
-        set_random_states(now)
+        with kept_random_states():
+            if step == self.state.global_step:  # the next step may have begun: a stop or a signal saves in its middle
+                set_random_states(states)
+            super()._save_rng_state(output_dir)
 
     def _get_output_dir(self, trial):
         run_dir = super()._get_output_dir(trial)
@@ -329,22 +324,6 @@ def was_stopped(folder: str) -> bool:
     state = TrainerState.load_from_json(os.path.join(folder, TRAINER_STATE_NAME))
     stopped = state.stateful_callbacks.get("TrainerControl", {}).get("args", {}).get("should_training_stop")
     return bool(stopped) and state.global_step < state.max_steps
-
-
-def get_random_states() -> tuple:
-    """Of Python's, NumPy's and PyTorch's global generators, and of this process's GPU."""
-    gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), gpu
-
-
-def set_random_states(states: tuple) -> None:
-    """Set what [`get_random_states`] gave."""
-    python, numpy, cpu, gpu = states
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(cpu)
-    if gpu is not None:
-        torch.cuda.set_rng_state(gpu)
 
 
 def stream_position(epoch: float, batches_per_epoch: int) -> tuple[int, int]:

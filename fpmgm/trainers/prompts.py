@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..models.arguments import check_whole
 from ..models.text_input import boundary_ids, encode_marked, framing_ids
-from .atomic_trainer import get_random_states, set_random_states
+from .random_states import kept_random_states
 
 
 logger = logging.get_logger(__name__)
@@ -174,12 +174,12 @@ def _names(dataset: Any) -> list[str]:
     """The columns of a dataset, or of its first row."""
     if getattr(dataset, "column_names", None) is not None and not isinstance(dataset, Mapping):
         return list(dataset.column_names)
-    states, first = get_random_states(), None  # a row may be made at random, when it is looked at
-    if isinstance(dataset, datasets.IterableDataset):
-        first = next(iter(dataset), None)
-    elif hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, Mapping):
-        first = dataset[0] if len(dataset) else None
-    set_random_states(states)
+    first = None
+    with kept_random_states():  # a row may be made at random, when it is looked at
+        if isinstance(dataset, datasets.IterableDataset):
+            first = next(iter(dataset), None)
+        elif hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, Mapping):
+            first = dataset[0] if len(dataset) else None
     return list(first) if isinstance(first, Mapping) else []
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import torch
 
-from .reference_mdlm import inject, silu
+from .reference_mdlm import silu, solve
 
 
 def rms_norm(x, eps, weight=1.0):
@@ -57,16 +57,11 @@ def reference_forward(
         h = block(h, c, weights, f"pre_layers.{i}.", config)
     states = []
     if config.num_fixed_point_layers:
-        u = h @ weights["fixed_point.input_proj.weight"].T + weights["fixed_point.input_proj.bias"]
-        if previous_state is not None:
-            h = previous_share * previous_state + (1 - previous_share) * h
-        states.append(h.detach())
-        for iteration in range(no_grad_iterations + iterations):
-            h = states[-1].detach() if iteration <= no_grad_iterations else states[-1]  # SJFB: h cut, u live
-            h = inject(h, u, weights, config.input_injection)
-            for i in range(config.num_fixed_point_layers):
-                h = block(h, c, weights, f"fixed_point.layers.{i}.", config)
-            states.append(h)
+        states = solve(
+            h, config, weights, lambda h, name: block(h, c, weights, name, config), iterations, no_grad_iterations,
+            previous_state, previous_share,
+        )  # fmt: skip
+        h = states[-1]
     for i in range(config.num_post_layers):
         h = block(h, c, weights, f"post_layers.{i}.", config)
     h = h[:, :length]

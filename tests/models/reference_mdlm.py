@@ -72,6 +72,21 @@ def inject(h, u, weights, kind):
     return z if kind == "linear" else gelu(z) @ w["out_proj.weight"].T + w["out_proj.bias"]
 
 
+def solve(h, config, weights, block, iterations, no_grad_iterations, previous_state, previous_share):
+    """The states h⁰, h¹, …, h* behind P's output `h`; `block(h, name)` is one of F's."""
+    u = h @ weights["fixed_point.input_proj.weight"].T + weights["fixed_point.input_proj.bias"]
+    if previous_state is not None:
+        h = previous_share * previous_state + (1 - previous_share) * h
+    states = [h.detach()]
+    for iteration in range(no_grad_iterations + iterations):
+        h = states[-1].detach() if iteration <= no_grad_iterations else states[-1]  # SJFB: h cut, u live
+        h = inject(h, u, weights, config.input_injection)
+        for i in range(config.num_fixed_point_layers):
+            h = block(h, f"fixed_point.layers.{i}.")
+        states.append(h)
+    return states
+
+
 def conditioning(config, weights, timesteps, batch_size):
     """(B, C): SiLU of the σ-map of 128 cosines and 128 sines of σ; σ is 0 without time conditioning."""
     dtype = weights["lm_head.weight"].dtype
@@ -96,16 +111,11 @@ def reference_forward(
         h = block(h, c, real, weights, f"pre_layers.{i}.", config)
     states = []
     if config.num_fixed_point_layers:
-        u = h @ weights["fixed_point.input_proj.weight"].T + weights["fixed_point.input_proj.bias"]
-        if previous_state is not None:
-            h = previous_share * previous_state + (1 - previous_share) * h
-        states.append(h.detach())
-        for iteration in range(no_grad_iterations + iterations):
-            h = states[-1].detach() if iteration <= no_grad_iterations else states[-1]  # SJFB: h cut, u live
-            h = inject(h, u, weights, config.input_injection)
-            for i in range(config.num_fixed_point_layers):
-                h = block(h, c, real, weights, f"fixed_point.layers.{i}.", config)
-            states.append(h)
+        states = solve(
+            h, config, weights, lambda h, name: block(h, c, real, weights, name, config), iterations,
+            no_grad_iterations, previous_state, previous_share,
+        )  # fmt: skip
+        h = states[-1]
     for i in range(config.num_post_layers):
         h = block(h, c, real, weights, f"post_layers.{i}.", config)
     shift, scale = (c @ weights["final_modulation.weight"].T + weights["final_modulation.bias"])[:, None].chunk(2, -1)

@@ -10,9 +10,8 @@ import torch
 
 from fpmgm.models.certainty import certain_enough, certainty, margin, negative_entropy, ranked, within_entropy
 from tests.models import reference_maskgit, reference_mdlm
-from tests.models.helpers import lively_image_model, lively_model
+from tests.models.helpers import lively_image_model, lively_model, record_calls
 from tests.models.test_generation_mgm import REUSES, KnownDistribution, gamma
-from tests.models.test_reveal import record_calls
 
 
 BOUNDS = {"entropy": "entropy_bound", "threshold": "confidence_threshold", "margin": "margin_threshold"}
@@ -274,22 +273,3 @@ def test_steps_of_models_without_fixed_point_layers_end_early_too():
         batch_size=4, budget=24, order="entropy", entropy_bound=2.5, seed=0, return_dict_in_generate=True
     )
     assert out.num_steps < 8 and out.sequences.ne(MASK).all() and out.block_evaluations == 3 * out.num_steps
-
-
-# --- what is refused -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"order": "entropy", "remask": 0.1}, "`remask`=0.1 needs `order`='ancestral', not 'entropy'"),
-        ({"order": "entropy", "entropy_bound": -1}, "`entropy_bound`=-1 must be a number of nats >= 0"),
-        ({"order": "threshold", "confidence_threshold": 1.5}, r"`confidence_threshold`=1.5 must lie in \[0, 1\]"),
-        ({"order": "margin", "margin_threshold": "all"}, "`margin_threshold`='all' must lie in"),
-        ({"entropy_bound": 0.5}, "`entropy_bound`=0.5 needs `order`='entropy', not 'ancestral'"),
-        ({"order": "margin", "confidence_threshold": 0.5}, "`confidence_threshold`=0.5 needs `order`='threshold'"),
-    ],
-)
-def test_what_an_order_cannot_honour_is_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        lively_model().generate(**arguments)

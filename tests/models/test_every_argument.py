@@ -146,6 +146,17 @@ def test_every_argument_of_forward_changes_the_result(make, name):
 @pytest.mark.parametrize(
     ("make", "call", "message"),
     [
+        (text_model, {"input_ids": torch.zeros(1, 9, dtype=torch.long)}, "`input_ids`"),
+        (text_model, {"input_ids": torch.zeros(4, dtype=torch.long)}, "`input_ids`"),
+        (text_model, {"num_iterations": 0}, "`num_iterations`"),
+        (text_model, {"num_no_grad_iterations": -1}, "`num_no_grad_iterations`"),
+        (text_model, {"num_kept_iterations": -1}, "`num_kept_iterations`"),
+        (text_model, {"timesteps": None}, "`timesteps`"),
+        (image_model, {"input_ids": CODES[:, :8]}, r"`input_ids` of shape \(2, 8\) must be \(batch, 9\)"),
+        (image_model, {"input_ids": CODES.view(2, 3, 3)}, r"`input_ids` of shape \(2, 3, 3\).*flatten\(1\)"),
+        (image_model, {"class_labels": torch.tensor([1])}, r"`class_labels` of shape \(1,\) must be \(2,\)"),
+        (image_model, {"class_labels": torch.tensor(1)}, "`class_labels` of shape"),
+        (image_model, {"num_iterations": 0}, "`num_iterations`=0"),
         (text_model, {"foo": 1}, r"unknown argument\(s\) of `FPMDLMForMaskedDiffusion.forward` \['foo'\]"),
         (text_model, {"class_labels": torch.zeros(2)}, "of `FPMDLMForMaskedDiffusion.forward`"),
         (text_model, {"num_iteration": 3}, "did you mean `num_iterations`"),
@@ -189,18 +200,6 @@ def test_a_model_without_fixed_point_layers_has_no_options_of_the_solver(name):
         model(IDS, num_iterations=0, num_no_grad_iterations=0, solver="picard")
         with pytest.raises(ValueError, match=f"`{name}`: the model has no fixed-point layers"):
             model(IDS, **{name: SOLVER[name]})
-
-
-def test_options_of_the_solver_are_refused_where_generate_or_a_plan_cannot_honour_them():
-    model = lively_model(num_fixed_point_layers=0)
-    for given in ({"tolerance": 0.1}, {"solver": "anderson"}, {"num_steps": 2, "iterations": 3}):
-        with pytest.raises(ValueError, match=r"no fixed-point layers|the model lacks"):
-            model.generate(**given)
-    with pytest.raises(ValueError, match="`allocation`='cosine' shares a budget"):
-        lively_model().generate(num_steps=2, iterations=3, allocation="cosine")
-    for given in ({"num_steps": 2}, {"num_steps": 2, "iterations": 3}):
-        with pytest.raises(ValueError, match="`iterations_per_step`=1 chooses the number of steps"):
-            lively_model().generate(**given, iterations_per_step=1)
 
 
 # --- generate -------------------------------------------------------------------------------------------------------

@@ -157,10 +157,12 @@ OF_SOLVER = {"freeze_tolerance", "tolerance", "solver"}
 
 
 def runs():
-    for name, (_, call) in MODELS.items():
-        for options in RUNS + ([] if "image" in name else OF_TEXT):
-            if "explicit" not in name or not OF_SOLVER & set(options):
-                yield name, {"batch_size": 3, "seed": [5, 6, 7], "budget": 36, **call, **options}
+    """Every option on a text model and on an image model; on each other model two."""
+    for place, (name, (_, call)) in enumerate(MODELS.items()):
+        allowed = RUNS + ([] if "image" in name else OF_TEXT)
+        allowed = [options for options in allowed if "explicit" not in name or not OF_SOLVER & set(options)]
+        for options in allowed if name in ("text", "image") else allowed[place % 3 :: 5]:
+            yield name, {"batch_size": 3, "seed": [5, 6, 7], "budget": 36, **call, **options}
 
 
 @pytest.mark.parametrize(("name", "call"), list(runs()))
@@ -228,9 +230,10 @@ def test_a_prompt_is_computed_once():
 # --- budgets -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("length", [3, 12])
-@pytest.mark.parametrize("layers", [{}, EXPLICIT, {"num_pre_layers": 4, "num_post_layers": 4}])
-def test_no_draw_of_the_reveals_exceeds_the_budget(length, layers):
+@pytest.mark.parametrize(
+    ("layers", "length"), [({}, 3), ({}, 12), (EXPLICIT, 3), ({"num_pre_layers": 4, "num_post_layers": 4}, 12)]
+)
+def test_no_draw_of_the_reveals_exceeds_the_budget(layers, length):
     # Short sequences, whose numbers of masked positions are far from what a plan expects.
     model = tiny_model(input_injection="diagonal", max_position_embeddings=length, **layers)
     options = itertools.product((20, 40), ("none", "3sr"), (None, 3), ("decreasing", "increasing"))
@@ -269,20 +272,6 @@ def test_a_budget_is_spent():
     model = text(max_position_embeddings=64)
     out = model.generate(batch_size=16, budget=96, freeze=True, seed=0, return_dict_in_generate=True)
     assert out.num_steps > 24 and out.block_evaluations_per_sequence.double().mean() > 90
-
-
-@pytest.mark.parametrize(
-    ("layers", "options", "message"),
-    [
-        ({}, {"refresh_every": 2}, "`refresh_every`=2 is about frozen positions: give `freeze=True` too"),
-        ({}, {"freeze_tolerance": 0.1}, "`freeze_tolerance`=0.1 is about frozen positions"),
-        ({}, {"freeze": True, "refresh_every": 0}, "`refresh_every`=0"),
-        (EXPLICIT, {"freeze": True, "freeze_tolerance": 0.1}, "the model has no fixed-point layers"),
-    ],
-)
-def test_options_without_effect_are_refused(layers, options, message):
-    with pytest.raises(ValueError, match=message):
-        tiny_model(**layers).generate(budget=24, **options)
 
 
 def test_switching_off_takes_the_details_along():

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `generate` reads: ids and masks of any type that can hold them, and what Hugging Face's tools send."""
 
-import re
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from transformers import BertTokenizerFast, GenerationConfig, pipeline
+from transformers import BertTokenizerFast, pipeline
 
 from fpmgm import MGMGenerationConfig
 from tests.models.helpers import lively_model
@@ -50,74 +49,9 @@ def test_masks_of_other_types(kind):
         assert torch.equal(outputs[0].loss, outputs[1].loss) and real.any()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"input_ids": [[1.0, M]]}, "`input_ids`=.* must be whole numbers, not torch.float32"),
-        ({"input_ids": [[True, False]]}, "`input_ids`=.* must be whole numbers, not torch.bool"),
-        ({"input_ids": [["a", "b"]]}, "`input_ids`=.* must be numbers in rows of one length"),
-        ({"input_ids": [[1, M], [M]]}, "`input_ids`=.* must be numbers in rows of one length"),
-        ({"input_ids": torch.tensor([[1, M]]).to_sparse()}, "`input_ids`=.* neither sparse nor quantised"),
-        ({"input_ids": torch.full((1, 2), M, device="meta")}, "`input_ids`=.* must be numbers"),
-        ({"input_ids": 5}, r"`input_ids` of shape \(\)"),
-        ({"input_ids": []}, r"`input_ids` of shape \(0,\)"),
-        ({"input_ids": IDS, "attention_mask": [[0.5] * 8] * 2}, r"`attention_mask`=.* must hold 0 \(padding\) and 1"),
-        ({"input_ids": IDS, "attention_mask": [[2] * 8] * 2}, r"`attention_mask`=.* must hold 0 \(padding\) and 1"),
-        ({"input_ids": IDS, "attention_mask": [["no"] * 8] * 2}, "`attention_mask`=.* must be numbers"),
-        ({"input_ids": IDS, "attention_mask": [1] * 8}, r"`attention_mask` of shape \(8,\) must have the shape"),
-        ({"input_ids": IDS[:1], "attention_mask": [1] * 8, "batch_size": 2}, r"`attention_mask` of shape \(8,\)"),
-        ({"budget": "24"}, "`budget`='24' must be a whole number of block evaluations"),
-        ({"temperature": "0.5"}, "`temperature`='0.5' must be a number"),
-        ({"top_p": "0.9"}, r"`top_p`='0.9' must lie in \(0, 1\]"),
-        ({"top_k": "5"}, "`top_k`='5' must be a whole number"),
-        ({"seed": "1"}, "`seed`='1' must be a whole number"),
-        ({"tolerance": "0.1"}, "`tolerance`='0.1' must be at least 0"),
-        ({"progress_bar": "no"}, "`progress_bar`='no' must be True or False"),
-        ({"return_dict_in_generate": "no"}, "`return_dict_in_generate`='no' must be True or False"),
-        ({"progress_bar": 1}, "`progress_bar`=1 must be True or False"),
-        ({"batch_size": 2.0}, "`batch_size`=2.0 must be a whole number"),
-        ({"length": "8"}, "`length`='8' must be a whole number"),
-        ({"callback": 3}, "`callback`=3 must be a function"),
-        ({"streamer": 3}, "`streamer`=3 must have `put` and `end`"),
-        ({"generator": 3}, "`generator`=3 must be a torch.Generator"),
-        ({"generation_config": {"budget": 3}}, r"`generation_config` is a dict, not one: give an `fpmgm.MGM"),
-        (
-            {"generation_config": GenerationConfig()},
-            "GenerationConfig, transformers' own .* `fpmgm.MGMGenerationConfig`",
-        ),
-        ({"budget": 10**30}, r"`budget`=1000000000000000000000000000000 must be .* at most 1,000,000"),
-        ({"budget": 10**5000}, "`budget`=<int> must be a whole number"),
-        ({"num_steps": 10**9}, r"`num_steps`=1000000000 must be .* at most 100,000"),
-        ({"num_steps": 2, "iterations": 10**9}, "`iterations`=1000000000 must be"),
-        ({"iterations": [1] * 10**6}, "`iterations`="),
-        ({"num_steps": 10**5, "iterations": 100}, "`iterations` cost 10,200,000 block evaluations"),
-        ({"batch_size": 10**9}, r"`batch_size`=1000000000 must be .* at most 1,048,576"),
-        ({"batch_size": 2**20, "num_steps": 10**4, "iterations": 1, "remask": 0.1}, "random numbers at"),
-        ({"bugdet": 24}, r"\(`bugdet`: did you mean `budget`\?\).*'batch_size'.*'length'.*'seed'.*'streamer'"),
-        ({"max_tokens": 24}, r"\(`max_tokens`: did you mean `max_new_tokens`\?\)"),
-        ({"xyz": 24}, r"unknown generation argument\(s\) \['xyz'\]: known are"),
-        ({"lenght": 8}, "did you mean `length`"),
-    ],
-    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
-)
-def test_bad_arguments_are_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        tiny_model().generate(**arguments)
-
-
-def test_what_is_written_for_images_is_named():
-    for arguments, message in (
-        ({"class_labels": [0, "a"]}, r"`class_labels`=\[0, 'a'\] must be a whole number"),
-        ({"class_labels": 10**30}, "`class_labels`=1000000000000000000000000000000 must be"),
-        ({"attention_mask": [[1] * 9]}, "`attention_mask` cannot be given"),
-        ({"guidance_scale": 1e300, "class_labels": 1, "temperature": 1e-300, "budget": 9}, "guidance_scale"),
-    ):
-        try:
-            tokens = tiny_image_model().generate(**arguments)
-        except ValueError as error:
-            assert re.search(message, str(error)), error
-        else:
-            assert tokens.lt(7).all()  # an overflow never writes the mask
+def test_an_overflow_never_writes_the_mask():
+    model = tiny_image_model()
+    assert model.generate(guidance_scale=1e300, class_labels=1, temperature=1e-300, budget=9).lt(7).all()
 
 
 def test_a_small_temperature_takes_the_likeliest_tokens():

@@ -21,6 +21,30 @@ def without(folder, *names, file="model.safetensors") -> None:
     save_file({k: v for k, v in weights.items() if k not in names}, folder / file, metadata={"format": "pt"})
 
 
+# --- what is saved ---------------------------------------------------------------------------------------------------
+
+SAVED = [
+    *((tiny_model, {"input_injection": kind}) for kind in ("mlp", "linear", "diagonal")),
+    *((make, {"tie_word_embeddings": tied}) for make in (tiny_model, tiny_image_model) for tied in (True, False)),
+]
+
+
+@pytest.mark.parametrize(("make", "overrides"), SAVED, ids=str)
+def test_saving_and_loading_keeps_every_weight(tmp_path, make, overrides):
+    model = make(**overrides)
+    model.save_pretrained(tmp_path)
+    loaded, report = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is type(model) and not loaded.training and not report["missing_keys"]
+    saved, tied = model.state_dict(), model.config.tie_word_embeddings
+    assert loaded.state_dict().keys() == saved.keys()
+    assert [name for name, value in loaded.state_dict().items() if not torch.equal(value, saved[name])] == []
+    assert (loaded.lm_head.weight is loaded.embed_tokens.weight) == tied
+    assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) != tied
+    ids = torch.arange(model.config.max_position_embeddings)[None] % 7
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert make is tiny_model or not [path for path in tmp_path.glob("*.py") if "fpmdlm" in path.name]
+
+
 # --- weights --------------------------------------------------------------------------------------------------------
 
 
@@ -38,12 +62,8 @@ def test_weights_that_a_checkpoint_lacks_are_named(tmp_path, loader):
 
 
 @pytest.mark.parametrize("make", [tiny_model, tiny_image_model])
-def test_tied_weights_are_not_lacking(tmp_path, make):
-    model = make(tie_word_embeddings=True)
-    model.save_pretrained(tmp_path)
-    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
-    loaded, report = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert not report["missing_keys"] and torch.equal(loaded.lm_head.weight, model.embed_tokens.weight)
+def test_a_tied_weight_that_is_lacking_is_named(tmp_path, make):
+    make(tie_word_embeddings=True).save_pretrained(tmp_path)
     without(tmp_path, "embed_tokens.weight")
     with pytest.raises(ValueError, match=r"lacks .* embed_tokens.weight"):
         AutoModel.from_pretrained(tmp_path)

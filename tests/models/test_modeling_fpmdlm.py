@@ -6,13 +6,14 @@ import itertools
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM
 
 from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion
+from fpmgm.models.block_fpmaskgit import FPMaskGITBlock
 from fpmgm.models.block_fpmdlm import FPMDLMBlock
 from tests.models.helpers import count_calls
 from tests.models.reference_mdlm import reference_forward
-from tests.testing_utils import checkpoint_activations, tiny_config, tiny_model
+from tests.models.test_modeling_fpmaskgit import labelled
+from tests.testing_utils import checkpoint_activations, tiny_config, tiny_image_model, tiny_model
 
 
 MASK = 10  # of tiny_config
@@ -309,17 +310,17 @@ def test_gradients_under_autocast_are_close_after_iterations_without_gradient(in
 def train_gradients(model, batch, **kwargs) -> tuple[dict, list]:
     model.train()
     model.zero_grad()
-    blocks = count_calls(model, FPMDLMBlock)
+    blocks = count_calls(model, (FPMDLMBlock, FPMaskGITBlock))
     torch.manual_seed(7)
     model(**batch, **kwargs).loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters()}, blocks
 
 
 @pytest.mark.parametrize(("every", "iterations_again"), [(1, 3), (2, 2)])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_checkpointing_recomputes_solver_iterations_and_keeps_the_gradients(dropout, every, iterations_again):
-    batch, iterations = corrupted(), {"num_iterations": 3, "num_no_grad_iterations": 2}
-    model = tiny_model(dropout=dropout)
+@pytest.mark.parametrize(("make", "dropout"), [(tiny_model, 0.0), (tiny_model, 0.3), (tiny_image_model, 0.3)], ids=str)
+def test_checkpointing_recomputes_solver_iterations_and_keeps_the_gradients(make, dropout, every, iterations_again):
+    batch = corrupted() if make is tiny_model else labelled()
+    model, iterations = make(dropout=dropout), {"num_iterations": 3, "num_no_grad_iterations": 2}
     plain, run_once = train_gradients(copy.deepcopy(model), batch, **iterations)
     checkpoint_activations(model, every_n_layers=every)
     checkpointed, run_again = train_gradients(model, batch, **iterations)
@@ -422,19 +423,6 @@ def test_fresh_weights_are_uniform_within_the_inverse_root_of_their_inputs():
         assert weight.std().item() == pytest.approx(1 / 8 / 3**0.5, rel=0.05)
 
 
-@pytest.mark.parametrize("overrides", [{"input_injection": k} for k in INJECTIONS] + [{"tie_word_embeddings": True}])
-def test_saving_and_loading_keeps_every_weight(tmp_path, overrides):
-    model = tiny_model(**overrides)
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path)
-    assert type(loaded) is FPMDLMForMaskedDiffusion and not loaded.training
-    saved = model.state_dict()
-    assert loaded.state_dict().keys() == saved.keys()
-    for name, value in loaded.state_dict().items():
-        assert torch.equal(value, saved[name]), name
-    assert torch.equal(loaded(random_ids(2, 5)).logits, model(random_ids(2, 5)).logits)
-
-
 def test_from_pretrained_takes_configuration_fields(tmp_path):
     tiny_model(dropout=0.2).save_pretrained(tmp_path)
     model = FPMDLMForMaskedDiffusion.from_pretrained(tmp_path, dropout=0.4, num_fixed_point_iterations=3)
@@ -452,26 +440,3 @@ def test_weights_that_a_checkpoint_lacks_start_as_in_a_fresh_model(tmp_path, inj
         expected = fresh.fixed_point.get_submodule(part).state_dict()
         for name, value in model.fixed_point.get_submodule(part).state_dict().items():
             assert torch.equal(value, expected[name]), (part, name)
-
-
-# --- bad calls ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("call", "named"),
-    [
-        ({"input_ids": torch.zeros(1, 9, dtype=torch.long)}, "input_ids"),
-        ({"input_ids": torch.zeros(4, dtype=torch.long)}, "input_ids"),
-        ({"num_iterations": 0}, "num_iterations"),
-        ({"num_no_grad_iterations": -1}, "num_no_grad_iterations"),
-        ({"num_kept_iterations": -1}, "num_kept_iterations"),
-        ({"timesteps": None}, "timesteps"),
-    ],
-    ids=["too long", "one dimension", "no iteration", "negative", "fewer than none kept", "no time"],
-)
-def test_bad_calls_name_the_argument(call, named):
-    model = tiny_model(time_conditioning=True)
-    good = {"input_ids": random_ids(1, 4), "timesteps": torch.tensor([0.5])}
-    model(**good)
-    with pytest.raises(ValueError, match=f"`{named}`"):
-        model(**{**good, **call})

@@ -11,10 +11,9 @@ from transformers import BertTokenizerFast
 from fpmgm.data import train_tokenizer
 from fpmgm.models.blocks import block_windows
 from fpmgm.models.generation_inputs import continued
-from tests.models.helpers import lively_model
+from tests.models.helpers import lively_model, record_calls
 from tests.models.test_adaptive_orders import BOUNDS, revealed
 from tests.models.test_generation_mgm import KnownDistribution
-from tests.models.test_reveal import record_calls
 from tests.testing_utils import tiny_config
 
 
@@ -84,33 +83,6 @@ def test_tokenizers_with_token_types_are_taken_and_their_ends_warned_of(caplog):
         assert caplog.text == ""
     finally:
         logging.getLogger("fpmgm").removeHandler(caplog.handler)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"max_new_tokens": 3}, "`max_new_tokens`=3 are put behind a prompt: give `input_ids`, or `length`"),
-        (
-            {"input_ids": [[1] * 6], "max_new_tokens": 3},
-            "`max_new_tokens`=3 .* 6 tokens .*`max_position_embeddings`=8",
-        ),
-        ({"input_ids": [[1] * 6], "max_new_tokens": 0}, "`max_new_tokens`=0 must be a whole number of tokens"),
-        ({"input_ids": [1, 2], "max_new_tokens": 1}, r"`input_ids` of shape \(2,\) must be \(batch, length\)"),
-        (
-            {"input_ids": [[1, 2]], "attention_mask": [[1]], "max_new_tokens": 1},
-            r"`attention_mask` of shape \(1, 1\) must have the shape \(1, 2\)",
-        ),
-        ({"input_ids": [[1]], "max_new_tokens": 3, "length": 5}, "`length`=5 must be the length 4"),
-        ({"stop_at_eos": True}, "`stop_at_eos`=True needs to know .*`eos_token_id=tokenizer.eos_token_id`"),
-        ({"stop_at_eos": True, "eos_token_id": M}, "`eos_token_id`=10 must be a token that the model can write"),
-        ({"stop_at_eos": True, "eos_token_id": 1, "remask": 0.1}, "`stop_at_eos`=True and `remask`=0.1 exclude"),
-        ({"block_length": 0}, "`block_length`=0 must be a whole number of tokens"),
-        ({"block_length": 2, "budget": 9}, "`block_length`=2 makes 4 blocks .* there are 1 steps"),
-    ],
-)
-def test_what_cannot_be_done_is_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        lively_model().generate(**arguments)
 
 
 # --- ends of text ----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 shared first steps, and what each step may cost."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -11,20 +12,11 @@ from fpmgm.models.blocks import block_windows, whole_window
 from fpmgm.models.certainty import most_confident
 from fpmgm.models.draw import draw_uniforms
 from fpmgm.models.schedules import equal_counts, halton_counts, halton_line, remasking_schedule, spread_schedule
-from tests.models.helpers import lively_model
-from tests.testing_utils import tiny_model
+from tests.models.helpers import lively_model, most_confident_first, record_calls
+from tests.testing_utils import tiny_image_model, tiny_model
 
 
 MASK = 10
-
-
-def record_calls(model) -> list[dict]:
-    """The arguments of every forward call, with the tokens under `input_ids`."""
-    calls = []
-    model.register_forward_pre_hook(
-        lambda module, args, kwargs: calls.append({"input_ids": args[0], **kwargs}), with_kwargs=True
-    )
-    return calls
 
 
 # --- remasking ----------------------------------------------------------------------------------------------------
@@ -77,20 +69,13 @@ def test_confidence_order_equals_a_plain_loop():
     ids = torch.tensor([[MASK] * 8, [1, MASK, MASK, 2, MASK, MASK, 3, MASK]])
     uniforms = draw_uniforms(steps, torch.ones(2, 8, dtype=torch.bool), seed=5)
     found = model.generate(ids, num_steps=steps, iterations=3, order="confidence", reuse="none", seed=5)
-    expected = ids.clone()
-    for step, counts in enumerate([[3, 2], [3, 2], [2, 1]]):  # equal shares of 8 and of 5, the larger ones first
-        with torch.no_grad():
-            logits = model(expected, num_iterations=3).logits
-        logits[..., MASK] = float("-inf")
-        p = logits.softmax(dim=-1)
-        for row in range(2):
-            draws = []
-            for i in (expected[row] == MASK).nonzero().flatten().tolist():
-                token = int((p[row, i].cumsum(0) <= uniforms[step, row, i]).sum())
-                draws.append((-round(p[row, i, token].log().item(), 9), i, token))  # of equals the first
-            for _, i, token in sorted(draws)[: counts[row]]:
-                expected[row, i] = token
-    assert torch.equal(found, expected)
+
+    @torch.no_grad()
+    def predict(ids):
+        return model(ids, num_iterations=3).logits[..., :MASK].softmax(dim=-1)
+
+    counts = [[3, 2], [3, 2], [2, 1]]  # equal shares of 8 and of 5, the larger ones first
+    assert torch.equal(found, most_confident_first(predict, ids, MASK, uniforms, counts))
 
 
 def test_confidence_keeps_the_most_probable_draws_of_each_row():
@@ -159,41 +144,40 @@ def test_more_steps_than_masks_are_an_error_for_the_confidence_order_alone():
     assert equal_counts(ids == MASK, 2).tolist() == [[1], [1]]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"remask": 0.0}, "`remask`=0.0 must lie in"),
-        ({"remask": 0.1, "order": "confidence"}, "`remask`=0.1 needs `order`='ancestral'"),
-        ({"tolerance": -1.0}, "`tolerance`=-1.0 must be at least 0"),
-        ({"solver": "newton"}, "`solver`='newton' must be one of"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_bad_arguments_are_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        tiny_model().generate(**arguments)
-
-
 # --- what a step costs --------------------------------------------------------------------------------------------
+
+
+def some_text(padded: bool) -> dict:
+    mask = torch.ones(3, 8, dtype=torch.long)
+    mask[0, 5:], mask[2, :2] = 0, 0
+    call = {"input_ids": torch.randint(0, 11, (3, 8)), "timesteps": torch.rand(3)}
+    return call | ({"attention_mask": mask} if padded else {})
+
+
+CALLS = {
+    "text": (partial(tiny_model, time_conditioning=True), partial(some_text, False)),
+    "padded text": (partial(tiny_model, time_conditioning=True), partial(some_text, True)),
+    "images": (
+        partial(tiny_image_model, num_register_tokens=2),
+        lambda: {"input_ids": torch.randint(0, 8, (3, 9)), "class_labels": torch.arange(3)},
+    ),
+}
 
 
 @pytest.mark.parametrize("layers", [(3, 0, 0), (1, 1, 1), (2, 1, 0), (1, 2, 2)])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("padded", [False, True])
-def test_the_last_block_at_some_positions_equals_the_whole_block(layers, attention, padded):
+@pytest.mark.parametrize("name", CALLS)
+def test_the_last_block_at_some_positions_equals_the_whole_block(layers, attention, name):
     names = ("num_pre_layers", "num_fixed_point_layers", "num_post_layers")
-    model = tiny_model(time_conditioning=True, **dict(zip(names, layers, strict=True))).double()
+    make, call = CALLS[name][0], CALLS[name][1]()
+    model = make(**dict(zip(names, layers, strict=True))).double()
     model.set_attn_implementation(attention)
-    ids, t = torch.randint(0, 11, (3, 8)), torch.rand(3)
-    mask = torch.ones(3, 8, dtype=torch.long)
-    if padded:
-        mask[0, 5:], mask[2, :2] = 0, 0
-    positions = torch.tensor([1, 2, 4, 9, 20, 23])
-    full = model(ids, timesteps=t, attention_mask=mask if padded else None)
-    some = model(ids, timesteps=t, attention_mask=mask if padded else None, logits_positions=positions)
+    positions = torch.tensor([1, 2, 4, 9, 20, 23, 2])
+    full, some = model(**call), model(**call, logits_positions=positions)
     torch.testing.assert_close(some.logits, full.logits.flatten(0, 1)[positions], rtol=0, atol=1e-12)
     hidden = full.last_hidden_state.flatten(0, 1)[positions]
     torch.testing.assert_close(some.last_hidden_state, hidden, rtol=0, atol=1e-12)
+    assert full.logits.shape == (*call["input_ids"].shape, model.config.vocab_size)
 
 
 def test_the_first_step_of_an_unprompted_batch_runs_once_for_all():

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from fpmgm.trainers import last_checkpoint
+from fpmgm.trainers.checkpoints import checkpoint_to_resume
 from fpmgm.trainers.lock import LOCK_FILE
 
 from . import faults
@@ -165,7 +166,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning_and_refused_by_name(stra
         (record,) = caplog.records
         assert "checkpoint-4 is incomplete" in record.getMessage() and name in record.getMessage()
         with pytest.raises(ValueError, match=rf"checkpoint-4' is incomplete.*{name}.*{run / 'checkpoint-2'}"):
-            make_trainer(run).train(resume_from_checkpoint=str(run / "checkpoint-4"))
+            checkpoint_to_resume(run / "checkpoint-4", run)
 
 
 def test_training_goes_on_from_the_last_whole_checkpoint(straight, tmp_path):
@@ -246,17 +247,6 @@ def test_a_checkpoint_of_the_model_alone_is_whole(tmp_path):
 # --- going on --------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_was_cut_off_after_its_last_step_takes_none(straight, tmp_path):
-    run = tmp_path / "run"  # its last step lies within a pass over the data
-    shutil.copytree(straight, run)
-    model = training_model(seed=1, dropout=0.1)
-    trainer = make_trainer(run, model, max_steps=4, train_dataset=token_rows(20), **EVERY_TWO)
-    trainer.train(resume_from_checkpoint=True)
-    assert trainer.state.global_step == 4
-    assert listing(run) == listing(straight)
-    assert differences(trainer.ema.shadow, load_file(straight / "checkpoint-4/ema.safetensors")) == []
-
-
 @pytest.mark.parametrize("step", [3, 4, 6])
 def test_a_stream_that_has_begun_again_is_taken_up_where_it_was(tmp_path, step):
     def train(resume=None):
@@ -309,20 +299,6 @@ def test_a_stop_keeps_the_last_step_alone_under_a_limit_of_one(tmp_path, step):
     assert f"Step {step - 1} is saved in {folder}" in str(error)
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == step - 1
-
-
-def test_a_run_that_goes_on_after_a_stop_equals_the_uninterrupted_one(straight, half):
-    model = training_model(dropout=0.1)
-    arguments = {
-        "max_steps": 4,
-        "train_dataset": token_rows(20),
-        "callbacks": [CallOnce(4, poison_output)],
-        **EVERY_TWO,
-    }
-    with pytest.raises(FloatingPointError, match="Step 3 is saved"):
-        make_trainer(half, model, **arguments).train(resume_from_checkpoint=True)
-    faults.train(half, max_steps=4, save_steps=2)
-    assert differences(contents(half / "checkpoint-4"), contents(straight / "checkpoint-4")) == []
 
 
 def test_a_stop_at_a_step_that_is_saved_does_not_write_it_again(tmp_path):

@@ -20,7 +20,7 @@ from fpmgm.trainers import ConversionConfig, ConversionTrainer, SDTTConfig, SDTT
 from fpmgm.trainers.run_record import Origin
 from tests.testing_utils import tiny_image_model, tiny_image_tokenizer
 
-from .training_utils import make_trainer, training_model
+from .training_utils import image_rows, make_trainer, training_model
 
 
 HOSTILE = [
@@ -132,6 +132,19 @@ def test_the_card_of_text_models_names_a_pipeline_and_tokenizers_that_are_there(
     assert pipeline("fill-mask", model=str(adapter), tokenizer="base", device="cpu")("the <|mask|> fox")
     for folder in (base, bare, adapter):
         run_snippet(folder, monkeypatch)
+
+
+def test_the_card_is_that_of_an_image_model(tmp_path):
+    trainer = make_trainer(
+        tmp_path, tiny_image_model(), train_dataset=image_rows(4), max_steps=1, data_description="random codes"
+    )
+    trainer.train()
+    trainer.save_model()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.pipeline_tag is None and "fpmgm" in card.data.tags
+    assert "fixed-point masked generative image model" in card.text and "random codes" in card.text
+    assert "| tokens, codes, classes | 9, 7, 3 |" in card.text
+    assert "class_labels=[0]" in card.text and "AutoTokenizer" not in card.text
 
 
 def test_the_cards_of_converted_and_distilled_models_say_what_they_come_from(tmp_path):

@@ -33,16 +33,16 @@ from .training_utils import LENGTH, make_trainer, token_rows, training_model
 OURS = {
     "max_steps": "test_epochs_plan_a_run_and_two_lengths_are_refused",
     "num_train_epochs": "test_epochs_plan_a_run_and_two_lengths_are_refused",
-    "per_device_train_batch_size": "test_the_split_into_micro_batches_does_not_change_the_weights",
-    "gradient_accumulation_steps": "test_the_split_into_micro_batches_does_not_change_the_weights",
+    "per_device_train_batch_size": "test_loss_and_gradient_are_those_of_the_masked_cross_entropy",
+    "gradient_accumulation_steps": "test_loss_and_gradient_are_those_of_the_masked_cross_entropy",
     "per_device_eval_batch_size": "test_evaluation_is_the_elbo_per_token_under_fixed_noise",
     "eval_strategy": "test_a_consistency_run_evaluates_where_it_can",
     "eval_on_start": "test_a_consistency_run_evaluates_where_it_can",
     "prediction_loss_only": "test_metrics_and_predictions_are_those_of_the_first_draw",
     "seed": "test_draws_of_iterations_are_uniform_over_the_ranges_and_depend_on_seed_and_step_alone",
-    "max_grad_norm": "test_the_split_into_micro_batches_does_not_change_the_weights",
+    "max_grad_norm": "test_loss_and_gradient_are_those_of_the_masked_cross_entropy",
     CHECKPOINTING: "test_activation_checkpointing_recomputes_and_gives_the_same_weights",
-    f"{CHECKPOINTING}_kwargs": "test_activation_checkpointing_recomputes_and_gives_the_same_adapter",
+    f"{CHECKPOINTING}_kwargs": "test_activation_checkpointing_recomputes_and_gives_the_same_weights",
     "torch_compile": "test_compiled_blocks_under_a_loop_of_any_length_train_alike",
     "load_best_model_at_end": "test_the_best_checkpoint_is_loaded_with_its_average",
     "remove_unused_columns": "test_unknown_columns_that_are_kept_are_refused",
@@ -76,7 +76,7 @@ OLDER = ["gradient_checkpointing", "gradient_checkpointing_kwargs"] if RENAMED e
 OWN = {
     MGMTrainingConfig: {
         "ema_decay": "test_ema_follows_its_formula_and_is_what_is_saved_evaluated_and_exported",
-        "loss_weighting": "test_uniform_weighting_gives_every_masked_position_the_weight_two",
+        "loss_weighting": "test_loss_and_gradient_are_those_of_the_masked_cross_entropy",
         "num_kept_iterations": "test_kept_iterations_give_the_same_weights_and_those_that_drew_more_run_again",
         "eval_num_draws": "test_the_stated_error_is_that_of_the_exact_value",
         "completion_only_loss": "test_prompts_train_as_ids_with_labels_in_every_trainer",
@@ -93,7 +93,7 @@ OWN = {
         "consistency_at": "test_loss_and_gradient_are_those_of_the_formula",
         "consistency_reduction": "test_loss_and_gradient_are_those_of_the_formula",
         "teacher": "test_loss_and_gradient_are_those_of_the_formula",
-        "gap_range": "test_the_teacher_sees_more_at_an_earlier_time",
+        "gap_range": "test_loss_and_gradient_are_those_of_the_formula",
         "consistency_positions": "test_loss_and_gradient_are_those_of_the_formula",
         "stop_at_perplexity_increase": "test_the_first_perplexity_and_the_stop_survive_an_interruption",
     },
@@ -184,19 +184,56 @@ def test_split_batches_are_refused(tmp_path):
         make_trainer(tmp_path, accelerator_config={"split_batches": True})
 
 
-# Options that a choice of another makes meaningless: the configuration or trainer, the options, the message.
-MEANINGLESS = [
-    (SDTTConfig, {"loss_weighting": "uniform"}, "`loss_weighting`='uniform' would be ignored"),
+REFUSED_OPTIONS = [
+    (MGMTrainingConfig, {"eval_num_draws": 0}, "`eval_num_draws`=0 must be at least 1"),
+    (MGMTrainingConfig, {"ema_decay": 1.5}, r"`ema_decay`=1\.5"),
+    (MGMTrainingConfig, {"ema_decay": 1.0}, r"`ema_decay`=1\.0"),
+    (MGMTrainingConfig, {"ema_decay": -0.1}, r"`ema_decay`=-0\.1"),
+    (MGMTrainingConfig, {"long_rows": "keep"}, "`long_rows`='keep' must be one of"),
+    (MGMTrainingConfig, {"completion_multiple": 0}, "`completion_multiple`=0"),
+    (MGMTrainingConfig, {"random_length_share": 1.5}, r"`random_length_share`=1.5 must lie in \[0, 1\]"),
+    (ConsistencyConfig, {"consistency_loss": "mse"}, "`consistency_loss`='mse'.*hidden_mse"),
+    (ConsistencyConfig, {"consistency_at": "first"}, "`consistency_at`='first'.*normed"),
+    (ConsistencyConfig, {"consistency_reduction": "max"}, "`consistency_reduction`='max'.*mean"),
+    (ConsistencyConfig, {"teacher": "other"}, "`teacher`='other'.*ema"),
+    (ConsistencyConfig, {"consistency_weight": 0.0}, "`consistency_weight`=0.0"),
+    (ConsistencyConfig, {"gap_range": [0.3, 0.05]}, r"`gap_range`=\[0.3, 0.05\]"),
+    (ConsistencyConfig, {"gap_range": [0.0, 0.3]}, r"`gap_range`=\[0.0, 0.3\]"),
+    (ConsistencyConfig, {"gap_range": [0.1, 1.0]}, r"`gap_range`=\[0.1, 1.0\]"),
+    (ConsistencyConfig, {"gap_range": [0.1]}, r"`gap_range`=\[0.1\]"),
+    (ConsistencyConfig, {"stop_at_perplexity_increase": -0.1}, "`stop_at_perplexity_increase`=-0.1"),
+    (ConsistencyConfig, {"teacher": "ema", "ema_decay": 0}, "`teacher`='ema'.*`ema_decay`"),
+    (
+        ConsistencyConfig,
+        {"load_best_model_at_end": True, "save_strategy": "steps"},
+        "`load_best_model_at_end`.*one or the other",
+    ),
+    (
+        ConsistencyConfig,
+        {"save_strategy": "best", "metric_for_best_model": "loss"},
+        "`save_strategy`='best'.*one or the other",
+    ),
     (ConsistencyConfig, {"consistency_loss": "logit_kl", "consistency_at": "normed"}, "`consistency_at`='normed'"),
     (ConsistencyConfig, {"consistency_loss": "logit_kl", "consistency_reduction": "sum"}, "`consistency_reduction`"),
-    (MGMTrainingConfig, {"eval_num_draws": 0}, "`eval_num_draws`=0 must be at least 1"),
+    (ConversionConfig, {"distillation_weight": 0.0}, "`distillation_weight`=0.0"),
+    (ConversionConfig, {"distillation_temperature": -1.0}, "`distillation_temperature`=-1.0"),
+    (ConversionConfig, {"gap_range": [0.2, 0.1]}, r"`gap_range`=\[0.2, 0.1\]"),
+    (SDTTConfig, {"loss_weighting": "uniform"}, "`loss_weighting`='uniform' would be ignored"),
+    (SDTTConfig, {"rounds": 0}, "`rounds`=0"),
+    (SDTTConfig, {"steps_per_round": 1.5}, "`steps_per_round`=1.5"),
+    (SDTTConfig, {"teacher_steps": 0}, "`teacher_steps`=0"),
+    (SDTTConfig, {"first_step_size": 0.0}, "`first_step_size`=0.0"),
+    (SDTTConfig, {"first_step_size": 0.2, "rounds": 3}, "`rounds`=3.*1.6"),
 ]
 
 
-@pytest.mark.parametrize(("config", "options", "message"), MEANINGLESS)
-def test_options_without_a_meaning_are_refused(tmp_path, config, options, message):
+@pytest.mark.parametrize(("config", "options", "message"), REFUSED_OPTIONS)
+def test_values_that_are_not_allowed_or_without_a_meaning_are_refused(tmp_path, config, options, message):
     with pytest.raises(ValueError, match=message):
         config(output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+def test_a_model_without_fixed_point_layers_keeps_no_iterations(tmp_path):
     with pytest.raises(ValueError, match="`num_kept_iterations`=2, but the model has no fixed-point layers"):
         make_trainer(tmp_path, training_model(num_fixed_point_layers=0), num_kept_iterations=2)
 

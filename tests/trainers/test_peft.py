@@ -17,7 +17,6 @@ from fpmgm.models.kinds import KINDS
 from fpmgm.trainers import peft as ours
 from fpmgm.trainers.peft import LoraArguments
 
-from ..testing_utils import CHECKPOINTING
 from .training_utils import LENGTH, MASK, VOCABULARY, make_trainer, token_rows, training_model, weights
 
 
@@ -157,53 +156,6 @@ def test_the_trainer_trains_the_adapter_alone_and_exports_its_average(tmp_path):
         assert torch.equal(one.generate(batch_size=3, budget=24, seed=1), drawn)
     checkpoint = PeftModel.from_pretrained(AutoModel.from_pretrained(tmp_path / "base"), tmp_path / "checkpoint-3")
     torch.testing.assert_close(checkpoint.eval()(ids).logits, raw(ids).logits, rtol=1e-9, atol=1e-9)
-
-
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    def trainer(folder, seed, **arguments):
-        torch.manual_seed(seed)
-        return make_trainer(tmp_path / folder, training_model(dropout=0.1), peft_config=lora(), **arguments)
-
-    straight = trainer("straight", 0, max_steps=6)
-    straight.train()
-    trainer("parts", 0, max_steps=3, save_strategy="steps", save_steps=3).train()
-    resumed = trainer("parts", 1, max_steps=6)  # another draw of A, which the checkpoint replaces
-    resumed.train(resume_from_checkpoint=str(tmp_path / "parts/checkpoint-3"))
-    for name, p in straight.model.named_parameters():
-        assert torch.equal(resumed.model.get_parameter(name), p), name
-    for name, average in straight.ema.shadow.items():
-        assert torch.equal(resumed.ema.shadow[name], average), name
-
-
-def test_the_best_adapter_is_loaded_with_its_average(tmp_path):
-    # A rate that ruins the model, so that the best average is not the last.
-    trainer = make_trainer(
-        tmp_path, peft_config=lora(), max_steps=5, learning_rate=0.3, ema_decay=0.5, eval_dataset=token_rows(8),
-        eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
-    )  # fmt: skip
-    trainer.train()
-    losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
-    assert min(losses) < losses[-1]
-    assert trainer.evaluate()["eval_loss"] == min(losses)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_recomputes_and_gives_the_same_adapter(tmp_path, reentrant):
-    results, calls = [], []
-    for checkpointing in (False, True):
-        base, blocks = training_model(), []
-        base.pre_layers[0].register_forward_pre_hook(lambda *_, blocks=blocks: blocks.append(1))
-        torch.manual_seed(0)
-        trainer = make_trainer(
-            tmp_path, base, peft_config=lora(),
-            **{CHECKPOINTING: checkpointing, f"{CHECKPOINTING}_kwargs": {"use_reentrant": reentrant}},
-        )  # fmt: skip
-        trainer.train()
-        results.append(weights(trainer.model))
-        calls.append(len(blocks))
-    assert calls == [3, 6]
-    for name, expected in results[0].items():
-        torch.testing.assert_close(results[1][name], expected, rtol=0, atol=1e-6)
 
 
 def test_the_card_is_that_of_an_adapter(tmp_path):

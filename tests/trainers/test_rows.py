@@ -10,17 +10,15 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import DataCollatorForLanguageModeling
 
 from fpmgm.data import train_tokenizer
-from fpmgm.models.noise import stream_generator
 from fpmgm.trainers.collator import stack_and_pad
 
 from ..testing_utils import tiny_image_model
-from .reference import PROMPTED, RecordSteps, assert_gradient, corrupt, cross_entropy, of_student, with_weights
 from .training_utils import (
     LENGTH,
     MASK,
     image_rows,
+    losses,
     make_trainer,
-    record_calls,
     token_rows,
     training_model,
 )
@@ -30,10 +28,11 @@ def rows(count: int = 8) -> list[dict]:
     return [{"input_ids": ids} for ids in token_rows(count)["input_ids"]]
 
 
-def losses(folder, data, model=None, **arguments) -> list[float]:
+def trained(folder, data, model=None, **arguments) -> list[float]:
+    """The losses of two steps."""
     trainer = make_trainer(folder, model, train_dataset=data, max_steps=2, **arguments)
     trainer.train()
-    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return losses(trainer)
 
 
 # --- cast and dropped ------------------------------------------------------------------------------------------------
@@ -55,7 +54,7 @@ class Memmap(TorchDataset):
 
 def test_rows_of_any_type_and_with_other_columns_train_alike(tmp_path):
     plain = rows()
-    expected = losses(tmp_path, plain)
+    expected = trained(tmp_path, plain)
     ids = [row["input_ids"] for row in plain]
     alike = {
         "memmap": Memmap(tmp_path / "train.bin", np.array(ids)),
@@ -69,9 +68,9 @@ def test_rows_of_any_type_and_with_other_columns_train_alike(tmp_path):
         "labels": [{**row, "labels": row["input_ids"]} for row in plain],
         "no labels": [{**row, "labels": None, "attention_mask": None} for row in plain],
     }
-    assert {name: losses(tmp_path, data) for name, data in alike.items()} == dict.fromkeys(alike, expected)
+    assert {name: trained(tmp_path, data) for name, data in alike.items()} == dict.fromkeys(alike, expected)
     bert = [{**row, "token_type_ids": [0] * LENGTH} for row in plain]
-    assert losses(tmp_path, bert, remove_unused_columns=False) == expected
+    assert trained(tmp_path, bert, remove_unused_columns=False) == expected
 
 
 def test_what_a_collator_pads_is_no_data_and_its_labels_are_honoured(tmp_path):
@@ -80,66 +79,21 @@ def test_what_a_collator_pads_is_no_data_and_its_labels_are_honoured(tmp_path):
     data = [{"input_ids": tokenizer(text)["input_ids"][:LENGTH]} for text in ("the cat sat", "the mat", "a dog", "on")]
     tokenizer.pad_token = tokenizer.eos_token
     found = [
-        losses(tmp_path, data, training_model(**sizes), data_collator=collator)
+        trained(tmp_path, data, training_model(**sizes), data_collator=collator)
         for collator in (stack_and_pad, DataCollatorForLanguageModeling(tokenizer, mlm=False))
     ]
     assert found[0] == pytest.approx(found[1], rel=1e-6)
     with pytest.raises(ValueError, match=r"`input_ids` holds the mask id|`labels` holds"):  # the trainer draws masks
         masking = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.9, seed=0)
-        losses(tmp_path, data, training_model(**sizes), data_collator=masking)
+        trained(tmp_path, data, training_model(**sizes), data_collator=masking)
 
 
 # --- labels of -100 --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-def test_positions_without_a_label_are_neither_masked_nor_scored_nor_counted(tmp_path, batch):
-    model = training_model().double()
-    calls, record = record_calls(model), RecordSteps()
-    trainer = record.watch(
-        make_trainer(
-            tmp_path, model, train_dataset=PROMPTED.rows(6), per_device_train_batch_size=batch,
-            gradient_accumulation_steps=4 // batch, max_grad_norm=0.0, optim="sgd", max_steps=2,
-        )
-    )  # fmt: skip
-    trainer.train()
-    for kwargs, _ in calls:
-        clean = torch.where(kwargs["labels"] == -100, kwargs["input_ids"], kwargs["labels"])
-        scored = torch.stack([PROMPTED.scored(ids) for ids in clean])
-        assert not ((kwargs["input_ids"] == MASK) & ~scored).any()
-    for number, step in enumerate(record.steps):
-        noisy = corrupt(step, number, kind=PROMPTED)
-        student = with_weights(model, step.weights)
-        loss = cross_entropy(of_student(student, noisy, step), noisy)
-        assert_gradient(student, loss, step.gradient)
-        assert trainer.state.log_history[number]["loss"] == pytest.approx(loss.item(), rel=1e-5)
-
-
-def test_evaluation_leaves_the_same_positions_out(tmp_path):
-    model, data = training_model(), PROMPTED.rows(6)
-    trainer = make_trainer(tmp_path, model, eval_dataset=data, seed=3)
-    predictions = trainer.predict(data)
-    for ids, labels in zip(data["input_ids"], predictions.label_ids, strict=True):
-        masked = labels[: len(ids)] != -100
-        assert not (masked & ~PROMPTED.scored(ids).numpy()).any() and (labels[len(ids) :] == -100).all()
-        assert (labels[: len(ids)][masked] == np.array(ids)[masked]).all()
-    weights, total, count = [1 / t for t in times_of_a_draw(6, seed=3)], 0.0, 0
-    for row, ids in enumerate(data["input_ids"]):
-        masked = predictions.label_ids[row] != -100
-        log_p = torch.tensor(predictions.predictions[row][: len(masked)]).double().log_softmax(-1)
-        total -= weights[row] * sum(log_p[i, predictions.label_ids[row][i]].item() for i in np.flatnonzero(masked))
-        count += int(PROMPTED.scored(ids).sum())
-    assert predictions.metrics["test_loss"] == pytest.approx(total / count, rel=1e-5)
-
-
-def times_of_a_draw(count: int, seed: int) -> list[float]:
-    shift = torch.rand((), generator=stream_generator(seed, "eval", 0, "shift")).item()
-    return [1e-3 + (1 - 1e-3) * (1 - abs(2 * ((shift + j * 0.6180339887498949) % 1) - 1)) for j in range(count)]
-
-
 def test_a_step_without_a_label_changes_nothing_and_an_evaluation_without_one_is_refused(tmp_path):
     data = [{**row, "labels": [-100] * LENGTH} for row in rows()]
-    assert losses(tmp_path, data) == [0.0, 0.0]
+    assert trained(tmp_path, data) == [0.0, 0.0]
     with pytest.raises(ValueError, match="nothing to score"):
         make_trainer(tmp_path, eval_dataset=data).evaluate()
 
@@ -187,15 +141,15 @@ def with_bad_row(bad, good: dict) -> list:
     return [good] * 4 + [bad, good]
 
 
-NOT_IN_ARROW = ("floats", "text", "no ids", "a tuple", "two dimensions", "grey mask")  # a column has one type there
-
-
-@pytest.mark.parametrize("source", ["training", "evaluation", "streamed"])
-@pytest.mark.parametrize("name", REFUSED_TEXT)
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [*((name, "training") for name in REFUSED_TEXT)]
+    + [(name, source) for name in ("mask", "class", "short mask") for source in ("evaluation", "streamed")],
+)
 def test_a_bad_row_of_text_is_named(tmp_path, name, source):
     bad, message = REFUSED_TEXT[name]
     data = with_bad_row(bad, {"input_ids": OTHER})
-    if source == "streamed" and name not in NOT_IN_ARROW:
+    if source == "streamed":
         data = Dataset.from_list(data).to_iterable_dataset()
     # Training rows are shuffled: a batch holds all of them.
     sizes = {"per_device_train_batch_size": 6, "per_device_eval_batch_size": 3, "max_steps": 1}
@@ -214,8 +168,9 @@ def test_a_bad_row_of_codes_is_named(tmp_path, name):
         trainer.train()
 
 
-@pytest.mark.parametrize("column", ["label", "labels", "label_ids"])
-@pytest.mark.parametrize("as_dataset", [False, True])
+@pytest.mark.parametrize(
+    ("column", "as_dataset"), [("label", False), ("label_ids", True), ("labels", False), ("labels", True)]
+)
 def test_classes_of_images_under_another_name_are_refused(tmp_path, column, as_dataset):
     data = image_rows(8).rename_column("class_labels", column)
     trainer = make_trainer(tmp_path, tiny_image_model(), train_dataset=data if as_dataset else list(data))
@@ -229,7 +184,7 @@ def test_classes_of_images_under_another_name_are_refused(tmp_path, column, as_d
 def test_unknown_columns_that_are_kept_are_refused(tmp_path):
     data = [{**row, "weight": 0.5} for row in rows()]
     with pytest.raises(ValueError, match=r"drop \['weight'\], or leave `remove_unused_columns` at True"):
-        losses(tmp_path, data, remove_unused_columns=False)
+        trained(tmp_path, data, remove_unused_columns=False)
 
 
 def test_rows_are_named_from_workers_too(tmp_path):

@@ -80,6 +80,24 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
+def assert_equal(actual: dict, expected: dict) -> None:
+    """Assert that tensors of the same names are the same, bit for bit."""
+    assert actual.keys() == expected.keys()
+    assert [name for name in actual if not torch.equal(actual[name], expected[name])] == []
+
+
+def assert_close(actual: dict, expected: dict, tolerance: float = 1e-6) -> None:
+    """Assert that tensors of the same names differ by at most `tolerance` anywhere."""
+    assert actual.keys() == expected.keys()
+    worst = {name: (actual[name].double() - expected[name].double()).abs().max().item() for name in actual}
+    assert {name: x for name, x in worst.items() if not x <= tolerance} == {}
+
+
+def losses(trainer: MGMTrainer) -> list[float]:
+    """The training loss of each log line."""
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
 def record_calls(model: nn.Module) -> list[tuple[dict, object]]:
     """A list that grows by (keyword arguments, output) with each training call of `model`."""
     calls = []
