@@ -19,20 +19,21 @@ test: $(BIN)/.installed  ## lint and tests
 	$(MAKE) check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests  # the workers share the cores
 
-# DeepSpeed, Triton and the image networks stand apart, in an environment that also sees .venv: they are large, and
+# DeepSpeed, Triton, the image networks and what reports stand apart, in an environment that also sees .venv: they are large, and
 # DeepSpeed slows every start and writes to the output.
 $(EXTRAS)/.installed: $(BIN)/.installed
 	$(PYTHON) -m venv $(EXTRAS)
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
 		$$($(EXTRAS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/venv.pth
-	$(EXTRAS)/bin/python -m pip install --quiet -c constraints.txt -e '.[distributed,images-proxy,liger]'
+	$(EXTRAS)/bin/python -m pip install --quiet -c constraints.txt -e '.[distributed,images-proxy,liger]' tensorboard wandb
 	touch $@
 
 test-distributed: $(EXTRAS)/.installed  ## two processes under DDP, ZeRO-1, 2, 3 and FSDP2 against one
 	$(EXTRAS)/bin/python -m pytest -m 'not slow' tests/trainers/test_distributed.py
 
 test-extras: $(EXTRAS)/.installed  ## what needs optional packages; Liger's kernel is interpreted, without a GPU
-	TRITON_INTERPRET=1 $(EXTRAS)/bin/python -m pytest tests/models/test_head.py tests/evaluation/test_image_metrics.py
+	TRITON_INTERPRET=1 $(EXTRAS)/bin/python -m pytest tests/models/test_head.py tests/evaluation/test_image_metrics.py \
+		tests/trainers/test_reports.py
 
 # Gradio stands apart as well: it wants an older Pillow than the one that the tests of pictures ran with.
 test-demo: $(BIN)/.installed  ## the demonstration; with Chromium and its driver (playwright), in a browser too
