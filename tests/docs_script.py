@@ -33,6 +33,8 @@ LENGTH = 64
 SMALLER = {
     r"\bmax_steps=[\d_]+": "max_steps=2",
     r"\bwarmup_steps=[\d_]+": "warmup_steps=1",
+    r"\bnum_iterations=6": "num_iterations=1",
+    r"\bMGMTrainingConfig\(": "MGMTrainingConfig(eval_num_draws=1, ",
     r"\b(hidden_size|intermediate_size)=\d+": r"\1=16",
     r"(train_tokenizer\(.*?vocab_size=)\d+": r"\g<1>300",
     r"\bnum_attention_heads=\d+": "num_attention_heads=2",

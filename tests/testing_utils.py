@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import AutoModel, TrainingArguments
 
 from fpmgm import FPMaskGITConfig, FPMaskGITModel, FPMDLMConfig, FPMDLMForMaskedDiffusion
 from fpmgm.models.modeling_xqgan import XQGANConfig, XQGANModel
@@ -83,6 +83,20 @@ def tiny_image_tokenizer(seed: int = 0, scale: float = 0.3, **overrides) -> XQGA
         "codebook_dim": 4,
     }
     return _shaken(XQGANModel, XQGANConfig(**{**defaults, **overrides}), seed, scale)
+
+
+def saved_adapter(folder: Path, base: torch.nn.Module, **options) -> torch.nn.Module:
+    """`base` with an adapter that does something, the one saved in `folder/base`, the other in `folder/adapter`."""
+    from peft import LoraConfig, get_peft_model
+
+    base.save_pretrained(folder / "base")
+    torch.manual_seed(1)
+    model = get_peft_model(AutoModel.from_pretrained(folder / "base"), LoraConfig(r=2, **options)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * parameter.requires_grad * torch.randn_like(parameter))
+    model.save_pretrained(folder / "adapter")
+    return model
 
 
 def _shaken(model_class, config, seed: int, scale: float):

@@ -158,7 +158,9 @@ class MGMGenerationMixin:
         """The loop over steps: start of the solver, denoiser, draw at the revealed positions. Gives the tokens (B, L)
         and what was booked.
 
-        Which positions a step needs is known on the CPU. A step waits for the device only where the rule has to ask.
+        Rows that are `alike`, with nothing but masks and no padding, differ by their class alone until the first token
+        is revealed: the first step runs one of each. Which positions a step needs is known on the CPU; it waits for
+        the device only where the rule has to ask.
         """
         batch_size, length = tokens.shape
         copies = 1 if classes is None else len(classes) // batch_size  # 2: guidance, the second without classes
@@ -168,7 +170,7 @@ class MGMGenerationMixin:
         for step in logging.tqdm(range(plan.num_steps), desc="denoising", disable=not config.progress_bar):
             # 1. the positions whose logits the step needs; where there are none, and nothing is reused, it is idle
             turn = rule.turn(step, tokens)
-            positions, unfinished, _ = turn
+            positions, unfinished = turn.positions, turn.unfinished
             if unfinished is not None and not unfinished.any():
                 break
             active = frozen.active(step, turn)  # (B, L + R), or None: all

@@ -152,7 +152,7 @@ class ScheduledReveal:
         if len(positions) == 0:
             return self._remask(step, tokens), torch.zeros_like(tokens, dtype=torch.bool)
         uniforms = to_device(self.uniforms[min(step, len(self.uniforms) - 1)][positions], device)
-        drawn, _ = draw_tokens(logits, uniforms, self.mask_token_id, config.temperature, config.top_k, config.top_p)
+        drawn, _ = _draw(logits, uniforms, self.mask_token_id, config)
         if config.final == "argmax":
             left_over = torch.isin(positions, self.schedule.left_over)
             drawn = _likeliest(left_over, drawn, logits, self.mask_token_id)
@@ -205,12 +205,9 @@ class ConfidenceReveal:
         self, step: int, tokens: torch.Tensor, positions: torch.Tensor, logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens after the step, (B, L), and what it revealed, (B, L) bool."""
-        config, rows = self.config, positions // tokens.shape[1]
         uniforms = to_device(self.uniforms[step][positions], tokens.device)
-        drawn, probabilities = draw_tokens(
-            logits, uniforms, self.mask_token_id, config.temperature, config.top_k, config.top_p
-        )
-        kept = most_confident(probabilities.cpu(), rows, self.counts[step], _tie(logits))
+        drawn, probabilities = _draw(logits, uniforms, self.mask_token_id, self.config)
+        kept = most_confident(probabilities.cpu(), positions // tokens.shape[1], self.counts[step], _tie(logits))
         return _write(tokens, to_device(positions[kept], tokens.device), drawn[to_device(kept, drawn.device)])
 
 
@@ -259,7 +256,7 @@ class AdaptiveReveal:
         kept = (kept & ~left_over if config.final == "none" else kept).nonzero().squeeze(1)
         chosen, logits = positions[kept], logits[to_device(kept, device)]
         uniforms = to_device(self.uniforms[chosen], device)
-        drawn, _ = draw_tokens(logits, uniforms, self.mask_token_id, config.temperature, config.top_k, config.top_p)
+        drawn, _ = _draw(logits, uniforms, self.mask_token_id, config)
         if config.final == "argmax":
             drawn = _likeliest(left_over[kept], drawn, logits, self.mask_token_id)
         return _write(tokens, to_device(chosen, device), drawn)
@@ -349,6 +346,11 @@ IMAGE_ORDERS = {
     "confidence": image_confidence,
     **ADAPTIVE_ORDERS,
 }
+
+
+def _draw(logits, uniforms, mask_token_id: int, config: MGMGenerationConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (P,) of `logits` (P, V), as `config` sharpens and cuts these, and their probabilities."""
+    return draw_tokens(logits, uniforms, mask_token_id, config.temperature, config.top_k, config.top_p)
 
 
 def _likeliest(where: torch.Tensor, drawn: torch.Tensor, logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:

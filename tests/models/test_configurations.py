@@ -238,7 +238,7 @@ BAD_IN_IMAGES = [
     ("config", "bad"),
     [(tiny_config, bad) for bad in BAD_IN_ALL + BAD_IN_TEXT]
     + [(tiny_image_config, bad) for bad in BAD_IN_ALL + BAD_IN_IMAGES],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else value.__name__,
 )
 def test_bad_configurations_name_the_field(config, bad):
     with pytest.raises(ValueError, match=f"`{next(iter(bad))}`"):

@@ -5,12 +5,12 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, GenerationConfig
 
 from fpmgm import FPMDLMForMaskedDiffusion, MGMGenerationConfig
-from tests.testing_utils import tiny_image_model, tiny_model
+from tests.testing_utils import saved_adapter, tiny_image_model, tiny_model
 
 
 IDS = torch.tensor([[1, 2, 10, 4]])
@@ -29,7 +29,7 @@ SAVED = [
 ]
 
 
-@pytest.mark.parametrize(("make", "overrides"), SAVED, ids=str)
+@pytest.mark.parametrize(("make", "overrides"), SAVED)
 def test_saving_and_loading_keeps_every_weight(tmp_path, make, overrides):
     model = make(**overrides)
     model.save_pretrained(tmp_path)
@@ -72,12 +72,7 @@ def test_a_tied_weight_that_is_lacking_is_named(tmp_path, make):
 @pytest.mark.filterwarnings("ignore")
 def test_an_adapter_needs_its_own_weights_and_those_of_its_base(tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
-    tiny_model().save_pretrained(base)
-    model = get_peft_model(AutoModel.from_pretrained(base), LoraConfig(r=2, target_modules=["qkv_proj"]))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter) * ("lora" in name))
-    model.save_pretrained(adapter)
+    model = saved_adapter(tmp_path, tiny_model())
     expected = model(IDS).logits
     assert torch.equal(AutoModel.from_pretrained(adapter)(IDS).logits, expected)
 
@@ -94,14 +89,7 @@ def test_an_adapter_needs_its_own_weights_and_those_of_its_base(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_an_adapter_whose_weights_are_not_found_is_refused_not_random(tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
-    tiny_model().save_pretrained(base)
-    config = LoraConfig(r=2, target_modules=["qkv_proj"], use_dora=True)
-    model = get_peft_model(AutoModel.from_pretrained(base), config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter) * ("lora" in name))
-    model.save_pretrained(adapter)
-    expected = model.eval()(IDS).logits
+    expected = saved_adapter(tmp_path, tiny_model(), use_dora=True)(IDS).logits
     loaded = PeftModel.from_pretrained(AutoModel.from_pretrained(base), adapter)
     torch.testing.assert_close(loaded(IDS).logits, expected)
     try:  # another version of transformers may find them

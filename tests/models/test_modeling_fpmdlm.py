@@ -317,7 +317,7 @@ def train_gradients(model, batch, **kwargs) -> tuple[dict, list]:
 
 
 @pytest.mark.parametrize(("every", "iterations_again"), [(1, 3), (2, 2)])
-@pytest.mark.parametrize(("make", "dropout"), [(tiny_model, 0.0), (tiny_model, 0.3), (tiny_image_model, 0.3)], ids=str)
+@pytest.mark.parametrize(("make", "dropout"), [(tiny_model, 0.0), (tiny_model, 0.3), (tiny_image_model, 0.3)])
 def test_checkpointing_recomputes_solver_iterations_and_keeps_the_gradients(make, dropout, every, iterations_again):
     batch = corrupted() if make is tiny_model else labelled()
     model, iterations = make(dropout=dropout), {"num_iterations": 3, "num_no_grad_iterations": 2}

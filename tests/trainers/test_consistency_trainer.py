@@ -164,6 +164,7 @@ def test_masks_that_coincide_differ_by_the_token_that_is_hidden_last(tmp_path):
     wider = nested_pairs(tmp_path / "wide", gap_range=[0.2, 0.2])
     rows = 0
     for (noisy, clean), (_, cleaner) in zip(pairs, wider, strict=True):
+        torch.testing.assert_close(cleaner["timesteps"], (noisy["timesteps"] - 0.2).clamp(min=1e-3))
         masked, still_masked, later = (state["input_ids"] == MASK for state in (noisy, clean, cleaner))
         some = masked.any(dim=1)
         assert ((masked & ~still_masked).sum(dim=1)[some] == 1).all()

@@ -7,13 +7,13 @@ import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 from fpmgm.data import train_tokenizer
 
-from ..testing_utils import tiny_image_model
-from .training_utils import LENGTH, VOCABULARY, image_rows, make_trainer, token_rows, training_model, weights
+from ..testing_utils import saved_adapter, tiny_image_model
+from .training_utils import image_rows, make_trainer, token_rows, training_model, weights
 
 
 @pytest.fixture(scope="module")
@@ -69,22 +69,8 @@ def test_no_warning_is_left_that_a_user_cannot_act_on(tmp_path, tokenizer, caplo
 # --- adapters --------------------------------------------------------------------------------------------------------
 
 
-def saved_adapter(folder, **options) -> torch.Tensor:
-    """Saves a model and an adapter that does something; returns ids and the logits of both together."""
-    training_model(scale=0.3).double().save_pretrained(folder / "base")
-    torch.manual_seed(1)
-    model = get_peft_model(AutoModel.from_pretrained(folder / "base"), LoraConfig(r=2, **options)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(folder / "adapter")
-    ids = torch.randint(0, VOCABULARY, (2, LENGTH))
-    return ids, model(ids).logits
-
-
 def test_a_frozen_adapter_says_how_it_is_trained(tmp_path):
-    saved_adapter(tmp_path)
+    saved_adapter(tmp_path, training_model(scale=0.3))
     base, adapter = tmp_path / "base", str(tmp_path / "adapter")
     frozen = [
         AutoModel.from_pretrained(adapter),
