@@ -6,7 +6,7 @@
 
 from ..models.image_tokenizer import to_uint8
 from .budget_report import budget_table, evaluate_budgets
-from .comparison import clearly_below, compare_values, plus_minus, pool_settings
+from .comparison import clearly_below, compare_values, over_seeds, plus_minus, pool_settings
 from .distances import energy_distance
 from .extractors import EfficientNetLiteExtractor, InceptionExtractor
 from .frontier import common_entropies, perplexity_at_entropy, standard_error_at_entropy, undominated
@@ -64,6 +64,7 @@ __all__ = [
     "measure_latency",
     "measure_samples",
     "perplexity_at_entropy",
+    "over_seeds",
     "plus_minus",
     "pool_settings",
     "provenance",

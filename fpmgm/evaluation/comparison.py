@@ -6,8 +6,10 @@ A difference that noise explains is none: nothing is called better within its er
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+import numpy as np
 
 
 CLEAR = 2.0  # standard errors of a difference
@@ -33,6 +35,19 @@ def plus_minus(value: float, error: float | None, digits: int = 2) -> str:
     ('758.2 ± 54.0', '43.40')
     """
     return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def over_seeds(values: Sequence[float | None], digits: int = 3) -> str | None:
+    """Mean of a figure over training runs, with its standard error where there are several; `None` where one has none.
+
+    Examples:
+        >>> over_seeds([1.0, 2.0]), over_seeds([1.0]), over_seeds([1.0, None])
+        ('1.500 ± 0.500', '1.000', None)
+    """
+    if None in values:
+        return None
+    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
+    return plus_minus(float(np.mean(values)), error, digits)
 
 
 def compare_values(rows: Iterable[dict[str, Any]], name: str) -> list[dict[str, Any]]:

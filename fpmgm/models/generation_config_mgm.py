@@ -136,7 +136,8 @@ class MGMGenerationConfig(GenerationConfig):
     Args: Parameters that control the output
         block_length (`int`, *optional*): Write text block by block, each of so many masked positions in their order:
             a block begins when the one before it is written. The steps, and the iterations of an allocation, are
-            shared over the blocks by their sizes. `None`: no blocks.
+            shared over the blocks by their sizes; rows with fewer masked positions than others have the iterations of
+            the row with the most, which alone they might not have. `None`: no blocks.
         stop_at_eos (`bool`, defaults to `False`): End a text at the first `eos_token_id` that is written in it:
             nothing is written behind it any more, the sequence is finished when all before it is written, and what
             is behind it in the result is `pad_token_id`.

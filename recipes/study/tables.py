@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fpmgm.evaluation import plus_minus
+from fpmgm.evaluation import over_seeds, plus_minus
 from fpmgm.evaluation.report import table
 from study.plan import Plan
 
@@ -138,13 +138,6 @@ def seeds_lines(runs: Sequence[dict], budgets: Sequence[int], entropy: float) ->
         if any(cells):
             lines.append([f"{label.removeprefix(title + ', ')}, at unigram entropy {entropy:.3f}", None, None, *cells])
     return lines
-
-
-def over_seeds(values: Sequence[float | None]) -> str | None:
-    """Mean and its standard error; `None` where a seed has no value."""
-    if len(values) < 2 or None in values:
-        return None
-    return plus_minus(np.mean(values), np.std(values, ddof=1) / np.sqrt(len(values)), digits=3)
 
 
 def equal_entropy_table(rows: Sequence[dict], truth: dict) -> str:

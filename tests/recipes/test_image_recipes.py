@@ -203,20 +203,34 @@ def test_recipes_start_from_descendants_of_mdlm_too(tmp_path, monkeypatch):
     assert asked == ["scaling", "scaling", ("jdeschena/sdtt", "scaling")]
 
 
-def test_digits_need_no_download(tmp_path):
-    argv = ["--output_dir", str(tmp_path), "--hidden_size", "16", "--max_steps", "2", "--num_samples", "20"]
-    results = digits.main([*argv, "--budgets", "6", "--guidance_scales", "1", "2"])
-    assert [row["guidance_evaluations"] > 0 for row in results["samples"]] == [False, True]
+def test_digits_need_no_download_and_go_on_with_the_models_that_are_missing(tmp_path, monkeypatch):
+    argv = ["--output_dir", str(tmp_path), "--hidden_size", "16", "--max_steps", "2", "--consistency_steps", "2"]
+    argv += ["--batch_size", "8", "--num_samples", "20", "--budgets", "6", "--reuse", "none", "3sr"]
+    monkeypatch.setattr(digits, "MODELS", {**digits.MODELS, "maskgit-12": (2, 0, 0)})
+    first = digits.main(argv)["runs"]
+    assert [each["further"] for each in first] == [None, "further", "consistency"]
+    assert len({each["validation_loss"] for each in first}) == 3
+    assert [row["guidance_evaluations"] > 0 for row in first[0]["samples"]] == [False, True, True] * 2
+    check_sheet(np.asarray(Image.open(tmp_path / "digits.png").convert("L")), rows=3 * 3)
+    results = digits.main([*argv, "--models", "fp-maskgit", "maskgit-12"])
     assert results["held_out"]["recognised"] > 0.95  # real digits, by a judge that saw others
-    sheet = np.asarray(Image.open(tmp_path / "digits.png").convert("L"))
+    assert json.loads((tmp_path / "results.json").read_text())["runs"] == results["runs"]
+    assert results["runs"][:3] == first and len(results["runs"]) == 2 * 3
+    assert len(results["runs"][-1]["samples"]) == 3  # its blocks leave nothing to reuse
+    assert f"{results['runs'][-1]['validation_loss']:.3f}" in (tmp_path / "results.md").read_text()
+    with pytest.raises(ValueError, match=r"fp-maskgit_seed0 was made with \{'budgets': \[6\]\}: give the same"):
+        digits.main([*argv, "--budgets", "12"])
+
+
+def check_sheet(sheet, rows: int) -> None:
+    """Enlarged digits, words above and beside them."""
     side, gap = digits.ENLARGED * 8, 2
-    top, left = sheet.shape[0] - 2 * side - gap, np.flatnonzero((sheet < 255).mean(axis=0) > 0.5)[0]
-    assert (sheet[:top] < 128).any() and (sheet[top:, : left - gap] < 128).any()  # words above and beside
-    for row in range(2):
+    top, left = sheet.shape[0] - rows * side - (rows - 1) * gap, np.flatnonzero((sheet < 255).mean(axis=0) > 0.5)[0]
+    assert (sheet[:top] < 128).any() and (sheet[top:, : left - gap] < 128).any()
+    for row in range(rows):
         for digit in range(10):
             tile = sheet[top + row * (side + gap) :, left + digit * (side + gap) :][:side, :side]
             assert (tile == np.kron(tile[:: digits.ENLARGED, :: digits.ENLARGED], np.ones((8, 8)))).all()
-    assert json.loads((tmp_path / "results.json").read_text())["samples"] == results["samples"]
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
