@@ -17,7 +17,7 @@ from typing import Any, NewType, get_args, get_type_hints
 import yaml
 from huggingface_hub import constants, repo_info
 from huggingface_hub.file_download import repo_folder_name
-from transformers import HfArgumentParser, PreTrainedConfig, TrainingArguments
+from transformers import HfArgumentParser, PreTrainedConfig
 
 
 # Types of options that must name something that is there.
@@ -212,7 +212,7 @@ class _Parser(HfArgumentParser):
                 names = [name for name, other in homes.items() if other is home]
                 if names:
                     title = re.sub(r"[`\[\]]", "", home.__doc__.strip().split("\n")[0].rstrip("."))
-                    (last if home is TrainingArguments else groups)[title] = names
+                    (last if home.__name__ == "TrainingArguments" else groups)[title] = names
         return groups | dict(zip(["All else that Hugging Face's Trainer takes"], last.values(), strict=False))
 
     def format_help(self) -> str:

@@ -1,12 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arrays and pictures that explain what a model does."""
 
-from transformers.utils.import_utils import is_matplotlib_available
-
-
-if not is_matplotlib_available():
-    raise ImportError("fpmgm.analysis needs matplotlib: pip install 'fpmgm[eval]'")
-
 from .denoising import plot_denoising
 from .divergence import lagged_divergence, overall, plot_lagged_divergence
 from .frontier_pictures import plot_frontier

@@ -3,11 +3,11 @@
 
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
 
 from ..models.generation_mgm import GenerationStep
 from ..models.text_input import text_of
+from .axes import new_figure, save
 
 
 COLUMNS = 96  # characters per line of text
@@ -38,7 +38,7 @@ def plot_denoising(
     panels = [_tokens(step, tokenizer, row) for step in chosen]
     lines = [_wrap(panel) for panel in panels]
     height = sum(len(panel) + 1.6 for panel in lines)
-    figure = Figure(figsize=(COLUMNS * 0.092, height * 0.23))
+    figure = new_figure(COLUMNS * 0.092, height * 0.23, layout=None)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(-1, COLUMNS + 1), ylim=(height, 0))
     axes.axis("off")
     y = 1.0
@@ -52,8 +52,7 @@ def plot_denoising(
                 axes.barh(y, len(text), left=x, height=0.86, color=COLORS[kind])
                 axes.text(x, y, text, fontsize=10.4, family="monospace", va="center")
         y += 1.6
-    figure.savefig(path, dpi=160)
-    return Path(path)
+    return save(figure, path, dpi=160)
 
 
 def _tokens(step: GenerationStep, tokenizer: PreTrainedTokenizerBase, row: int) -> list[tuple[str, str]]:

@@ -8,13 +8,12 @@ from collections import deque
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
 from ..models.head import chunk_rows, forbid, wide
-from .axes import finish
+from .axes import finish, new_figure, save
 from .solver import denoiser_call
 from .trajectory import Trajectory
 
@@ -101,7 +100,7 @@ def plot_lagged_divergence(
         `Path` of the picture.
     """
     several = len(divergences) > 1
-    figure = Figure(figsize=(14 if several else 9.5, 4.2), layout="constrained")
+    figure = new_figure(14 if several else 9.5, 4.2)
     along, against, *change = figure.subplots(1, 3 if several else 2)
     reference = next(iter(divergences))
     for i, (name, by_steps) in enumerate(divergences.items()):
@@ -125,8 +124,7 @@ def plot_lagged_divergence(
         axes.axhline(0, color="#bbbbbb", linewidth=0.8)
         labels = {"xlabel": "lag (steps)", "ylabel": "change of the mean KL (%)"}
         finish(axes, title=f"against {reference}", xticks=lags, **labels)
-    figure.savefig(path, dpi=120)
-    return Path(path)
+    return save(figure, path)
 
 
 def overall(divergences: torch.Tensor) -> torch.Tensor:

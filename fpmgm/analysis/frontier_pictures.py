@@ -4,9 +4,7 @@
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from .axes import logarithmic_perplexity
+from .axes import logarithmic_perplexity, new_figure, save
 
 
 def plot_frontier(
@@ -28,7 +26,7 @@ def plot_frontier(
     Returns:
         `Path` of the picture.
     """
-    figure = Figure(figsize=(7, 4.8), layout="constrained")
+    figure = new_figure(7, 4.8)
     axes = figure.add_subplot()
     swept = {}  # what the numbers in the points are
     for color, (name, points) in enumerate(curves.items()):
@@ -50,5 +48,4 @@ def plot_frontier(
     axes.set_xlabel("unigram entropy (nats); further right: more varied")
     logarithmic_perplexity(axes, f"generative perplexity; lower is better\n({judge})")
     axes.legend(fontsize=8, title=f"in the points: {', '.join(filter(None, swept))}", title_fontsize=8)
-    figure.savefig(path, dpi=120)
-    return Path(path)
+    return save(figure, path)

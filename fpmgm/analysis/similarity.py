@@ -5,8 +5,9 @@ import itertools
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from transformers import PreTrainedConfig
+
+from .axes import new_figure, save
 
 
 def running_layers(config: PreTrainedConfig) -> list[str]:
@@ -41,7 +42,7 @@ def plot_similarity(similarity: torch.Tensor, path: str | Path, names: list[str]
     similarity, depth = similarity.numpy(), len(similarity)
     names = [str(i + 1) for i in range(depth)] if names is None else names
     rotation = 90 if max(map(len, names)) > 2 else 0
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    figure = new_figure(8, 4.2)
     heat, line = figure.subplots(1, 2, width_ratios=[1.15, 1])
     image = heat.imshow(similarity, origin="lower", aspect="auto", vmin=0, vmax=1, cmap="Blues")
     heat.set_xticks(range(depth), names, rotation=rotation, fontsize=8)
@@ -60,5 +61,4 @@ def plot_similarity(similarity: torch.Tensor, path: str | Path, names: list[str]
     line.set_title("linear CKA of neighbours", fontsize=10)
     line.legend(fontsize=8, loc="lower left")
     line.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    return Path(path)
+    return save(figure, path)

@@ -7,10 +7,9 @@ Shapes: B batch, T denoising steps, N iterations, U reuses, S reuse states.
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 
 from ..models.reuse import REUSE_STATES, REUSES
-from .axes import finish
+from .axes import finish, new_figure, save
 from .solver import SolverMeasurements
 
 
@@ -33,7 +32,7 @@ def plot_movement(measured: dict[str, SolverMeasurements], path: str | Path) -> 
     Returns:
         `Path` of the picture.
     """
-    figure = Figure(figsize=(1.2 + 4.4 * len(measured), 4), layout="constrained")
+    figure = new_figure(1.2 + 4.4 * len(measured), 4)
     panels = figure.subplots(1, len(measured), sharey=True, squeeze=False)[0]
     for axes, (name, found) in zip(panels, measured.items(), strict=True):
         for state, (label, color) in STATE_STYLES.items():
@@ -42,7 +41,7 @@ def plot_movement(measured: dict[str, SolverMeasurements], path: str | Path) -> 
                 axes.plot(_steps(curve), curve, color=color, marker=".", label=label)
         finish(axes, log=True, whole=True, title=name, xlabel="denoising step s")
     panels[0].set_ylabel("token's movement, ‖h*ₛ − h*ₛ₋₁‖ / ‖h*ₛ‖")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_start_distances(measured: dict[str, SolverMeasurements], path: str | Path) -> Path:
@@ -56,8 +55,7 @@ def plot_start_distances(measured: dict[str, SolverMeasurements], path: str | Pa
         `Path` of the picture.
     """
     states = [s for s in STATE_STYLES if any(_has(found, s) for found in measured.values())]
-    size = (3.4 * (1 + len(states)), 0.6 + 2.9 * len(measured))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = new_figure(3.4 * (1 + len(states)), 0.6 + 2.9 * len(measured))
     rows = figure.subplots(len(measured), 1 + len(states), sharex=True, sharey=True, squeeze=False)
     for (name, found), (whole, *by_state) in zip(measured.items(), rows, strict=True):
         for u, reuse in enumerate(REUSES):
@@ -73,7 +71,7 @@ def plot_start_distances(measured: dict[str, SolverMeasurements], path: str | Pa
             finish(axes, legend=False, log=True, whole=True, title=STATE_STYLES[state][0])
     for axes in rows[-1]:
         axes.set_xlabel("denoising step")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_residuals(measured: dict[str, SolverMeasurements], path: str | Path) -> Path:
@@ -86,7 +84,7 @@ def plot_residuals(measured: dict[str, SolverMeasurements], path: str | Path) ->
     Returns:
         `Path` of the picture.
     """
-    figure = Figure(figsize=(10, 0.6 + 3.4 * len(measured)), layout="constrained")
+    figure = new_figure(10, 0.6 + 3.4 * len(measured))
     rows = figure.subplots(len(measured), 2, sharey=True, squeeze=False)
     for (name, found), (by_iteration, by_step) in zip(measured.items(), rows, strict=True):
         residuals = found.residuals.mean(dim=-1)  # (U, T, N)
@@ -101,7 +99,7 @@ def plot_residuals(measured: dict[str, SolverMeasurements], path: str | Path) ->
         finish(by_iteration, log=True, title=title, xlabel="iteration", ylabel=label, xticks=iterations)
         title = f"iteration 1 (dashed) and {len(iterations)} (solid)"
         finish(by_step, legend=False, log=True, whole=True, title=title, xlabel="denoising step")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _steps(curve: torch.Tensor) -> torch.Tensor:
@@ -110,8 +108,3 @@ def _steps(curve: torch.Tensor) -> torch.Tensor:
 
 def _has(found: SolverMeasurements, state: str) -> bool:
     return bool(found.shares[:, REUSE_STATES.index(state)].any())
-
-
-def _save(figure: Figure, path: str | Path) -> Path:
-    figure.savefig(path, dpi=120)
-    return Path(path)

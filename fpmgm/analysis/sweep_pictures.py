@@ -5,25 +5,22 @@ They draw rows of `fpmgm.evaluation.sweep`; what a row sets is `row["sampling"][
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
-from matplotlib.patches import Rectangle
 
-from .axes import entropy_axis, logarithmic_perplexity, logarithmic_seconds, logarithmic_values
+from .axes import entropy_axis, logarithmic_perplexity, logarithmic_seconds, logarithmic_values, new_figure, save
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 
 PERPLEXITY, ENTROPY = "generative_perplexity", "unigram_entropy"
 TITLES = {PERPLEXITY: "generative perplexity", ENTROPY: "unigram entropy (nats)"}
-COLORS = {  # light, so that black numbers are read on them
-    PERPLEXITY: ListedColormap(colormaps["Blues"](np.linspace(0.6, 0, 256))),
-    ENTROPY: ListedColormap(colormaps["Greens"](np.linspace(0, 0.6, 256))),
-}
+COLORS = {PERPLEXITY: ("Blues", 0.6, 0), ENTROPY: ("Greens", 0, 0.6)}  # light: black numbers are read on them
 BARS = {PERPLEXITY: "× the lowest perplexity (dark: better)", ENTROPY: "nats (dark: more varied words)"}
 LEAST_SPAN = {PERPLEXITY: 0.2, ENTROPY: 0.1}  # of the colours, in nats: small differences must look small
 FRAME = "#e07b1f"
@@ -45,7 +42,7 @@ def plot_plans(rows: list[dict[str, Any]], config, path: str | Path, judge: str,
         `Path` of the picture.
     """
     steps, iterations = _values(rows, "num_steps"), _values(rows, "iterations")
-    figure = Figure(figsize=(7, 2.2 + 0.8 * len(steps)), layout="constrained")
+    figure = new_figure(7, 2.2 + 0.8 * len(steps))
     for axes, measure in zip(figure.subplots(2, 1, sharex=True), TITLES, strict=True):
         image = _heat_map(axes, rows, measure, "num_steps", "iterations", below=0.25)  # a line may cross the middle
         for budget in budgets:
@@ -53,8 +50,7 @@ def plot_plans(rows: list[dict[str, Any]], config, path: str | Path, judge: str,
         axes.set(ylabel="denoising steps", xlabel="fixed-point iterations per step" if measure == ENTROPY else "")
         _share_colors(figure, [image], [axes], measure, location="right")
     figure.suptitle(f"judge: {judge}; {WITHIN_ERROR};\ndashed: equal budgets of block evaluations", fontsize=9)
-    figure.savefig(path, dpi=120)
-    return Path(path)
+    return save(figure, path)
 
 
 def plot_allocations(rows: list[dict[str, Any]], path: str | Path, judge: str) -> Path:
@@ -69,7 +65,7 @@ def plot_allocations(rows: list[dict[str, Any]], path: str | Path, judge: str) -
         `Path` of the picture.
     """
     reuses, allocations = _values(rows, "reuse"), _values(rows, "allocation")
-    figure = Figure(figsize=(1 + 3.7 * len(reuses), 6), layout="constrained")
+    figure = new_figure(1 + 3.7 * len(reuses), 6)
     panels = figure.subplots(2, len(reuses), sharex=True, sharey="row", squeeze=False, height_ratios=[2, 1])
     for column, reuse in enumerate(reuses):
         for place, allocation in enumerate(allocations):
@@ -83,8 +79,7 @@ def plot_allocations(rows: list[dict[str, Any]], path: str | Path, judge: str) -
         panels[1, column].set_xlabel("budget (block evaluations)")
     _label_rows(panels, judge)
     panels[0, -1].legend(fontsize=8, title="allocation", title_fontsize=8)
-    figure.savefig(path, dpi=120)
-    return Path(path)
+    return save(figure, path)
 
 
 def plot_gammas(rows: list[dict[str, Any]], path: str | Path, judge: str) -> Path:
@@ -101,7 +96,7 @@ def plot_gammas(rows: list[dict[str, Any]], path: str | Path, judge: str) -> Pat
     """
     settings = [(b, g) for g in _values(rows, "gamma_unchanged") for b in _values(rows, "budget")]
     height = 1.1 + 0.34 * len(_values(rows, "gamma_masked"))
-    figure = Figure(figsize=(7, 1.6 + height * len(settings)), layout="constrained")
+    figure = new_figure(7, 1.6 + height * len(settings))
     panels = figure.subplots(len(settings), 2, sharex=True, sharey=True, squeeze=False)
     images = {measure: [] for measure in TITLES}
     for (budget, unchanged), pair in zip(settings, panels, strict=True):
@@ -114,8 +109,7 @@ def plot_gammas(rows: list[dict[str, Any]], path: str | Path, judge: str) -> Pat
         _share_colors(figure, images[measure], list(panels[:, column]), measure, location="bottom")
     figure.supylabel("γ of masked tokens, from all masked to all visible", fontsize=9)
     figure.suptitle(f"judge: {judge}\n{WITHIN_ERROR}", fontsize=9)
-    figure.savefig(path, dpi=120)
-    return Path(path)
+    return save(figure, path)
 
 
 def plot_checkpoints(
@@ -139,7 +133,7 @@ def plot_checkpoints(
         `Path` of the picture.
     """
     count = 3 if validation else 2
-    figure = Figure(figsize=(4 * count, 3.8), layout="constrained")
+    figure = new_figure(4 * count, 3.8)
     panels = figure.subplots(1, count)
     for place, budget in enumerate(_values(rows, "budget")):
         line = sorted(_where(rows, budget=budget), key=lambda row: row["step"])
@@ -159,8 +153,7 @@ def plot_checkpoints(
     for axes in panels:
         axes.set_xlabel("optimizer steps")
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    return Path(path)
+    return save(figure, path)
 
 
 def plot_latency(lines: dict[str, list[dict[str, Any]]], path: str | Path, judge: str) -> Path:
@@ -175,7 +168,7 @@ def plot_latency(lines: dict[str, list[dict[str, Any]]], path: str | Path, judge
     Returns:
         `Path` of the picture.
     """
-    figure = Figure(figsize=(7.5, 6.2), layout="constrained")
+    figure = new_figure(7.5, 6.2)
     panels = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1], squeeze=False)
     for place, (name, rows) in enumerate(lines.items()):
         rows = sorted(rows, key=lambda row: _options(row)["budget"])
@@ -189,8 +182,7 @@ def plot_latency(lines: dict[str, list[dict[str, Any]]], path: str | Path, judge
     _label_rows(panels, judge)
     panels[0, 0].legend(fontsize=8)
     logarithmic_seconds(panels[1, 0], "seconds per sequence (generation only); numbers: budgets")
-    figure.savefig(path, dpi=120)
-    return Path(path)
+    return save(figure, path)
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
@@ -213,7 +205,7 @@ def _where(rows: list[dict[str, Any]], **values: Any) -> list[dict[str, Any]]:
     return [row for row in rows if all(_options(row)[name] == value for name, value in values.items())]
 
 
-def _line(axes: Axes, x: list[float], rows: list[dict[str, Any]], measure: str, place: int, label: str) -> None:
+def _line(axes: "Axes", x: list[float], rows: list[dict[str, Any]], measure: str, place: int, label: str) -> None:
     """A measure of the rows with its standard error, where it has one."""
     errors = [row.get(f"{measure}_standard_error") or 0 for row in rows]
     style = {"color": f"C{place}", "marker": MARKERS[place % len(MARKERS)], "markersize": 4, "linewidth": 1.2}
@@ -229,29 +221,36 @@ def _label_rows(panels: np.ndarray, judge: str) -> None:
 
 
 def _heat_map(
-    axes: Axes, rows: list[dict[str, Any]], measure: str, vertical: str, horizontal: str, below: float = 0.0
-) -> AxesImage:
+    axes: "Axes", rows: list[dict[str, Any]], measure: str, vertical: str, horizontal: str, below: float = 0.0
+) -> "AxesImage":
     """A cell for each pair of values with its number, `below` its middle; its colour is yet to be scaled."""
+    from matplotlib import colormaps, colors, patches
+
     ys, xs = _values(rows, vertical), _values(rows, horizontal)
     values, errors = np.full((2, len(ys), len(xs)), np.nan)
     for row in rows:
         cell = ys.index(_options(row)[vertical]), xs.index(_options(row)[horizontal])
         values[cell], errors[cell] = row[measure], row.get(f"{measure}_standard_error") or np.nan
     lowest = np.unravel_index(np.nanargmin(values), values.shape)
-    colors = np.log(values / values[lowest]) if measure == PERPLEXITY else values
-    image = axes.imshow(colors, origin="lower", aspect="auto", cmap=COLORS[measure])
+    shades = np.log(values / values[lowest]) if measure == PERPLEXITY else values
+    palette, first, last = COLORS[measure]
+    shown = colors.ListedColormap(colormaps[palette](np.linspace(first, last, 256)))
+    image = axes.imshow(shades, origin="lower", aspect="auto", cmap=shown)
     for y, x in np.argwhere(~np.isnan(values)):
         axes.text(x, y - below, _short(values[y, x]), ha="center", va="center", fontsize=9)
     if measure == PERPLEXITY:
         for y, x in np.argwhere(values - values[lowest] <= 2 * np.hypot(errors, errors[lowest])):
-            axes.add_patch(Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, fill=False, edgecolor=FRAME, linewidth=1.6))
+            frame = patches.Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, fill=False, edgecolor=FRAME, linewidth=1.6)
+            axes.add_patch(frame)
     axes.set_xticks(range(len(xs)), [str(x) for x in xs])
     axes.set_yticks(range(len(ys)), [str(y) for y in ys])
     axes.set_title(TITLES[measure], fontsize=10)
     return image
 
 
-def _share_colors(figure: Figure, images: list[AxesImage], panels: list[Axes], measure: str, location: str) -> None:
+def _share_colors(
+    figure: "Figure", images: list["AxesImage"], panels: list["Axes"], measure: str, location: str
+) -> None:
     """One scale of colours for all `images`, wide enough for small differences to look small, and its bar."""
     low = min(image.get_array().min() for image in images)
     high = max(image.get_array().max() for image in images)
@@ -273,7 +272,7 @@ def _short(value: float) -> str:
     return f"{value:.{max(0, 2 - int(np.log10(max(value, 1))))}f}"
 
 
-def _budget_line(axes: Axes, config, steps: list[int], iterations: list[int], budget: int) -> None:
+def _budget_line(axes: "Axes", config, steps: list[int], iterations: list[int], budget: int) -> None:
     """Where `budget` pays `steps` of how many iterations; between the cells both are linear."""
     explicit, shared = config.num_pre_layers + config.num_post_layers, config.num_fixed_point_layers
     if shared == 0:
