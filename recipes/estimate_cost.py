@@ -10,6 +10,7 @@ A model is one of the presets, a folder, a hub name, or a recipe's YAML with the
 but for `--hardware cpu`, which times a product and a copy. What is exact and what is an estimate: docs/cost.md.
 """
 
+import functools
 import json
 import os
 import time
@@ -22,7 +23,7 @@ import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
 from fpmgm import FPMaskGITConfig, FPMDLMConfig, plan_budget
-from fpmgm.analysis.cost import NARROW, Call, Trace, Work, count_parameters, traced
+from fpmgm.analysis.cost import NARROW, Call, Trace, Work, count_parameters, trace_call
 from fpmgm.analysis.planning import (
     ENGINES,
     largest_masked_share,
@@ -224,6 +225,7 @@ def estimate(name: str, config: PreTrainedConfig, args: CostArguments, hardware:
     mean, fullest = masked_shares(kind, 1).item(), fullest_share(args, kind)
     few = min(mean, 1 / args.micro_batch_size)  # as many positions as a sequence has
 
+    @functools.cache
     def step(share: float) -> dict[str, Work]:
         return training_work(
             config, args.micro_batch_size, length, share, args.checkpointing, args.num_kept_iterations, args.dtype
@@ -231,7 +233,7 @@ def estimate(name: str, config: PreTrainedConfig, args: CostArguments, hardware:
 
     if groups == 1:
         whole = slowest = step(mean)
-    else:
+    else:  # on a line, which goes through the step that `memory` looks at too
         shares = mean, largest_masked_share(kind, args.gpus, args.micro_batches)
         whole, slowest = (on_line(step, share, few, fullest) for share in shares)
     batch = {part: work * (1 if part == "optimizer" else groups) for part, work in whole.items()}
@@ -265,13 +267,14 @@ def memory(config: PreTrainedConfig, length: int, args: CostArguments, hardware:
     iterations = {"num_iterations": config.grad_iterations[1], "num_kept_iterations": args.num_kept_iterations}
     iterations["num_no_grad_iterations"] = sum(config.no_grad_iterations) // 2  # as in the mean step
 
+    @functools.cache
     def step(size: int, checkpointing: bool) -> Trace:
         call = Call(
             size, length, *masked_positions(share, size, length), training=True, checkpointing=checkpointing,
             accumulating=accumulating, dtype=args.dtype, device="cpu" if args.hardware == "cpu" else "cuda",
             **iterations,
         )  # fmt: skip
-        return traced(config, call)
+        return trace_call(config, call)
 
     def peak(size: int, engine: str, checkpointing: bool) -> dict[str, float]:
         return training_memory(

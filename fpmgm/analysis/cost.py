@@ -12,12 +12,12 @@ import functools
 import json
 import weakref
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.initialization import no_init_weights
@@ -36,9 +36,7 @@ PARTS = {  # by the first words of a module's name, the first that fits; all els
     "lm_head": "head",
 }
 STORAGES = ("activations", "working", "gradients", "copies")  # copies are weights cast for products
-# Deeper stacks and more iterations run at these depths, and the block or iteration of that name counts for the others
-# like it.
-DEPTHS = {"pre_layers.1": 3, "post_layers.1": 3, "no_grad 2": 2, "grad 2": 3}
+FEW = 3  # layers in a row, or iterations, that run where there are more: the first, one for all others, and the last
 NARROW = {"float32": 4, "bfloat16": 2}  # bytes of a number in the products; bfloat16 is autocast
 
 
@@ -104,8 +102,8 @@ class Meter(TorchDispatchMode):
     def leave(self, name: str, output) -> None:
         """A module returns."""
         place = self.place_of(name)
-        for x in tree_leaves(output):
-            if isinstance(x, torch.Tensor) and x.requires_grad:
+        for x in tensors(output.values() if isinstance(output, dict) else (output,)):
+            if x.requires_grad:
                 x.register_hook(lambda slope: self.enter(name, place))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -113,8 +111,8 @@ class Meter(TorchDispatchMode):
             return args[0].fake_device
         kwargs = kwargs or {}
         output = function(*args, **kwargs)
-        given = (args, {name: value for name, value in kwargs.items() if name != "out"})
-        read, written = ([x for x in tree_leaves(v) if isinstance(x, torch.Tensor)] for v in (given, output))
+        read = tensors((*args, *(value for name, value in kwargs.items() if name != "out")))
+        written = tensors((output,))
         known = {x.untyped_storage()._cdata for x in read}
         fresh = [x for x in written if x.untyped_storage()._cdata not in known]
         if (fresh or function._schema.is_mutable) and function._overloadpacket not in UNWRITTEN:  # no view
@@ -150,7 +148,7 @@ class Meter(TorchDispatchMode):
             self.kinds[key] = "gradients"
 
 
-def summed(works: list, changes: list, times: dict[str, int]) -> Trace:
+def add_up(works: list, changes: list, times: dict[str, int]) -> Trace:
     """What a meter saw, some places counted a number of `times`."""
     work: dict[str, Work] = {}
     for place, part, done in works:
@@ -164,6 +162,17 @@ def summed(works: list, changes: list, times: dict[str, int]) -> Trace:
             turn = []
         turn.append(change)
     return Trace(work, moments)
+
+
+def tensors(values: Iterable) -> list[torch.Tensor]:
+    """Those among an operator's arguments or results, and in lists of them."""
+    found = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors(value)
+    return found
 
 
 def in_backward() -> bool:
@@ -231,18 +240,29 @@ class Call:
     num_kept_iterations: int | None = None
 
 
-def traced(config: PreTrainedConfig, call: Call) -> Trace:
+def trace_call(config: PreTrainedConfig, call: Call) -> Trace:
     """What a call of the model of a configuration does.
 
     Example:
 
     ```python
     >>> from fpmgm import FPMDLMConfig
-    >>> trace = traced(FPMDLMConfig(), Call(1, 1024, positions=512, training=True, num_iterations=4))
+    >>> trace = trace_call(FPMDLMConfig(), Call(1, 1024, positions=512, training=True, num_iterations=4))
     >>> round(sum(work.flops for work in trace.work.values()) / 1e12, 2), max(map(sum, trace.moments)) // 10**6
     (0.49, 733)
 
     ```
+    """
+    short_config, short_call, times = shortened(config, call)
+    return add_up(*run_under_meter(short_config.to_json_string(use_diff=False), short_call), times)
+
+
+def shortened(config: PreTrainedConfig, call: Call) -> tuple[PreTrainedConfig, Call, dict[str, int]]:
+    """A configuration and a call with at most `FEW` layers in each stack and iterations of each kind, and how many
+    times what the meter sees at a place counts for all.
+
+    The second layer or iteration counts for those left out: the first and the last hold other things. Where a gradient
+    does not come, or other layers follow, the last is like the second.
     """
     no_grad, grad, kept = call.num_no_grad_iterations, call.num_iterations, call.num_kept_iterations
     grad = config.num_fixed_point_iterations if grad is None else grad
@@ -250,30 +270,29 @@ def traced(config: PreTrainedConfig, call: Call) -> Trace:
         no_grad, grad = 0, 0
     elif not call.training:
         no_grad, grad = no_grad + grad, 0
-    wanted = {"pre_layers.1": config.num_pre_layers, "post_layers.1": config.num_post_layers}
-    wanted |= {"no_grad 2": no_grad, "grad 2": grad}
-    run = {place: min(n, DEPTHS[place]) for place, n in wanted.items()}
+    pre, post = config.num_pre_layers, config.num_post_layers
+    follow = post + config.num_fixed_point_layers > 0
+    run_pre, run_post = min(pre, FEW - follow), min(post, FEW)
+    run_no_grad, run_grad = min(no_grad, FEW - 1), min(grad, FEW)
     if call.checkpointing or kept is None or kept >= grad:
         kept = None
     else:
-        run["grad 2"] = grad  # they are not alike
-    no_grad, grad = run["no_grad 2"], run["grad 2"]
-    shallow = {"num_pre_layers": run["pre_layers.1"], "num_post_layers": run["post_layers.1"]}
-    works, changes = metered(
-        type(config)(**{**config.to_dict(), **shallow}).to_json_string(use_diff=False),
-        replace(
-            call,
-            num_iterations=grad or no_grad,
-            num_no_grad_iterations=no_grad if grad else 0,
-            num_kept_iterations=kept,
-        ),
-    )
-    times = {place: n - run[place] + 1 for place, n in wanted.items() if n > run[place]}
-    return summed(works, changes, times)
+        run_grad = grad  # they are not alike
+    left_out = {
+        "pre_layers.1": pre - run_pre,
+        "post_layers.1": post - run_post,
+        "no_grad 2": no_grad - run_no_grad,
+        "grad 2": grad - run_grad,
+    }
+    short = type(config)(**{**config.to_dict(), "num_pre_layers": run_pre, "num_post_layers": run_post})
+    iterations = (run_no_grad, run_grad) if run_grad else (0, run_no_grad)
+    numbers = dict(zip(("num_no_grad_iterations", "num_iterations"), iterations, strict=True))
+    times = {place: 1 + count for place, count in left_out.items()}
+    return short, replace(call, **numbers, num_kept_iterations=kept), times
 
 
 @functools.lru_cache(maxsize=32)
-def metered(described: str, call: Call) -> tuple[list, list]:
+def run_under_meter(described: str, call: Call) -> tuple[list, list]:
     """What a meter saw of a call of the model that a configuration in JSON describes."""
     config = AutoConfig.for_model(**json.loads(described))
     model, mode = fake_model(config)

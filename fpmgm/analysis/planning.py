@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from ..models.draw import draw_tokens
 from ..models.kinds import Kind
-from .cost import STORAGES, Call, Meter, Trace, Work, count_parameters, traced
+from .cost import STORAGES, Call, Meter, Trace, Work, count_parameters, trace_call
 
 
 METHODS = ("base", "consistency", "conversion", "sdtt")
@@ -83,7 +83,7 @@ def training_work(
         dtype=dtype, device="cuda",
     )  # fmt: skip
     drawn = draws(config, None if checkpointing else kept_iterations)
-    parts = mixed([(weight, traced(config, replace(call, **numbers)).work) for weight, numbers in drawn])
+    parts = mixed([(weight, trace_call(config, replace(call, **numbers)).work) for weight, numbers in drawn])
     return {**parts, "optimizer": Work(0, OPTIMIZER_BYTES * count_parameters(config)["total"])}
 
 
@@ -118,7 +118,7 @@ def teacher_work(
     call = Call(batch_size, length, *masked_positions(share, batch_size, length), dtype=dtype)
 
     def calls(head: bool) -> Work:
-        found = [traced(config, replace(call, head=head, num_iterations=n)).work for n in numbers]
+        found = [trace_call(config, replace(call, head=head, num_iterations=n)).work for n in numbers]
         return sum(mixed([(1 / len(numbers), work) for work in found]).values(), Work())
 
     if method == "sdtt":  # the last of its steps alone has logits that are read everywhere
@@ -298,11 +298,11 @@ def call_work(config: PreTrainedConfig, call: Call) -> dict[str, Work]:
     """Of a call without gradient. One row's is linear in its positions: the same two traces serve all plans."""
 
     def of_row(positions: int) -> dict[str, Work]:
-        return traced(config, replace(call, positions=positions, queries=positions)).work
+        return trace_call(config, replace(call, positions=positions, queries=positions)).work
 
     if call.batch_size == 1 and 1 < call.positions < call.length:
         return on_line(of_row, call.positions, 1, call.length - 1)
-    return traced(config, call).work
+    return trace_call(config, call).work
 
 
 def draw_work(vocabulary: int) -> Work:

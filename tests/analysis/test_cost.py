@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from fpmgm import FPMaskGITConfig, FPMaskGITModel, FPMDLMConfig, FPMDLMForMaskedDiffusion
 from fpmgm.analysis import planning
-from fpmgm.analysis.cost import Call, count_parameters, traced
+from fpmgm.analysis.cost import Call, count_parameters, trace_call
 from fpmgm.analysis.measured import counted_flops
 from fpmgm.analysis.planning import (
     SamplingStep,
@@ -74,7 +74,7 @@ def call(model, iterations=(0, 0), backward=False, kept=None) -> None:
 def computed(config, iterations=(0, 0), **options) -> float:
     names = ("num_no_grad_iterations", "num_iterations")
     given = dict(zip(names, iterations, strict=True))
-    return flops(traced(config, Call(BATCH, config.max_position_embeddings, 7, 5, **given, **options)).work)
+    return flops(trace_call(config, Call(BATCH, config.max_position_embeddings, 7, 5, **given, **options)).work)
 
 
 ARCHITECTURES = {
@@ -269,7 +269,7 @@ def check_bytes(model, dtype: str, rel: float) -> None:
             if training:
                 loss.backward()
         given = {"num_no_grad_iterations": 2, "num_iterations": 3}
-        parts = traced(model.config, Call(4, 64, 128, 32, training=training, dtype=dtype, **given)).work
+        parts = trace_call(model.config, Call(4, 64, 128, 32, training=training, dtype=dtype, **given)).work
         assert sum(work.bytes for work in parts.values()) == pytest.approx(traffic.total, rel=rel)
 
 
@@ -280,7 +280,7 @@ def test_the_mean_step_is_that_of_all_draws():
         expected = sum(computed(config, pair, training=True, num_kept_iterations=kept) for pair in drawn) / len(drawn)
         parts = training_work(config, BATCH, LENGTH, 7 / 24, kept_iterations=kept)
         seven, five = (Call(BATCH, LENGTH, 7, q, training=True, num_iterations=2) for q in (7, 5))
-        queries = flops(traced(config, seven).work) - flops(traced(config, five).work)
+        queries = flops(trace_call(config, seven).work) - flops(trace_call(config, five).work)
         assert flops(parts) == pytest.approx(expected + queries, rel=1e-12)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fpmgm import FPMaskGITConfig, FPMaskGITModel, FPMDLMConfig, FPMDLMForMaskedDiffusion
-from fpmgm.analysis.cost import DEPTHS, NARROW, Call, count_parameters, places, traced
+from fpmgm.analysis.cost import NARROW, Call, count_parameters, places, trace_call
 from fpmgm.analysis.measured import allocated_peak
 from fpmgm.analysis.planning import ENGINES, training_memory
 from fpmgm.models.noise import arccos_ratio
@@ -108,7 +108,7 @@ def check_peak(config, batch_size: int, checkpointing: bool, dtype: str, kept: i
 
 
 def memory(config, *shape, engine: str = "single", gpus: int = 1, ema: bool = True, **options) -> dict[str, float]:
-    trace = traced(config, Call(*shape, training=True, **options))
+    trace = trace_call(config, Call(*shape, training=True, **options))
     narrow, accumulating = NARROW[options.get("dtype", "float32")], options.get("accumulating", False)
     return training_memory(
         trace, count_parameters(config), config.num_hidden_layers, engine, gpus, narrow, accumulating, ema
@@ -183,12 +183,12 @@ def test_blocks_and_iterations_that_are_counted_hold_and_cost_what_all_of_them_d
     options = {"checkpointing": checkpointing, "dtype": dtype, "num_no_grad_iterations": 3, "num_iterations": 5}
 
     def found() -> tuple[float, float, float]:
-        trace = traced(config, Call(BATCH, LENGTH, 100, training=True, **options))
+        trace = trace_call(config, Call(BATCH, LENGTH, 100, training=True, **options))
         flops, moved = (sum(getattr(work, name) for work in trace.work.values()) for name in ("flops", "bytes"))
         return flops, pytest.approx(moved, rel=1e-5), memory(config, BATCH, LENGTH, 100, **options)
 
     counted = found()
-    monkeypatch.setattr("fpmgm.analysis.cost.DEPTHS", dict.fromkeys(DEPTHS, 99))
+    monkeypatch.setattr("fpmgm.analysis.cost.FEW", 99)
     assert counted == found()
 
 
