@@ -81,21 +81,32 @@ MODELS = {
     "maskgit_12": FPMaskGITConfig(**layers(12, 0, 0)),
     "fp_maskgit": FPMaskGITConfig(**layers(4, 1, 4)),
 }
-# Optimizer steps and method; all of batches of `batch_size` sequences.
-RUNS = {
-    "fpmdlm": {
-        "pretraining": (1_000_000, "base"),
-        "consistency post-training": (30_000, "consistency"),
-        "conversion from an MDLM": (40_000, "conversion"),
-        "SDTT, 7 rounds": (70_000, "sdtt"),
-    },
-    "fpmaskgit": {
-        "pretraining": (50_000, "base"),
-        "consistency post-training": (10_000, "consistency"),
-        "conversion from MaskGIT-Large": (10_000, "conversion"),
-    },
+
+
+class Training(NamedTuple):
+    """One of the paper's: its title, optimizer steps, method, and the layers of a teacher that is another model."""
+
+    title: str
+    steps: int
+    method: str
+    teacher: dict[str, int] | None = None
+
+
+# Conversion and consistency make fixed-point models; SDTT is the explicit ones' baseline.
+TRAININGS = {  # by type of model and whether it has fixed-point layers
+    ("fpmdlm", True): [
+        Training("pretraining", 1_000_000, "base"),
+        Training("consistency post-training", 30_000, "consistency"),
+        Training("conversion from an MDLM", 40_000, "conversion", layers(12, 0, 0)),
+    ],
+    ("fpmdlm", False): [Training("pretraining", 1_000_000, "base"), Training("SDTT, 7 rounds", 70_000, "sdtt")],
+    ("fpmaskgit", True): [
+        Training("pretraining", 50_000, "base"),
+        Training("consistency post-training", 10_000, "consistency"),
+        Training("conversion from MaskGIT-Large", 10_000, "conversion", layers(24, 0, 0)),
+    ],
+    ("fpmaskgit", False): [Training("pretraining", 50_000, "base")],
 }
-TEACHERS = {"fpmdlm": layers(12, 0, 0), "fpmaskgit": layers(24, 0, 0)}  # of a conversion
 UTILISATION = 0.11  # what the paper's hours on eight H200 imply: docs/cost.md
 
 
@@ -243,9 +254,8 @@ def estimate(name: str, config: PreTrainedConfig, args: CostArguments, hardware:
         "step": {part: asdict(work) for part, work in batch.items()},
         "memory": memory(config, length, args, hardware),
         "runs": [
-            run(config, title, length, args, speed, whole, slowest)
-            for title in RUNS[config.model_type]
-            if runs_on(config, title)
+            hours_and_cost(config, training, length, args, speed, whole, slowest)
+            for training in TRAININGS[config.model_type, config.num_fixed_point_layers > 0]
         ],
         "sampling": [sampling(config, budget, length, args, speed) for budget in args.budgets],
     }
@@ -306,29 +316,20 @@ def memory(config: PreTrainedConfig, length: int, args: CostArguments, hardware:
     return rows
 
 
-def runs_on(config: PreTrainedConfig, title: str) -> bool:
-    """Conversion makes fixed-point models; SDTT is the explicit ones' baseline."""
-    fixed_point = config.num_fixed_point_layers > 0
-    method = RUNS[config.model_type][title][1]
-    return {"conversion": fixed_point, "consistency": fixed_point, "sdtt": not fixed_point}.get(method, True)
-
-
-def run(
+def hours_and_cost(
     config: PreTrainedConfig,
-    title: str,
+    training: Training,
     length: int,
     args: CostArguments,
     speed: tuple[float, float],
     whole: dict[str, Work],
     slowest: dict[str, Work],
 ) -> dict:
-    """Hours and cost of a run from its mean step and the slowest rank's: all wait for the one with most masked."""
-    steps, method = RUNS[config.model_type][title]
+    """Those of a training from its mean step and the slowest rank's: all wait for the one with most masked."""
+    title, steps, method, layers_of_teacher = training
     if method == "base" and args.steps is not None:
         steps = args.steps
-    teacher = config
-    if method == "conversion":
-        teacher = type(config)(**{**config.to_dict(), **TEACHERS[config.model_type]})
+    teacher = type(config)(**{**config.to_dict(), **(layers_of_teacher or {})})
     kind = KINDS[config.model_type]
     shares = masked_shares(kind, 1).item(), largest_masked_share(kind, args.gpus, args.micro_batches)
     taught, slowest_taught = (

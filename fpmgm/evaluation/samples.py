@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..models.budget import check_whole, explicit_plan, plan_budget
-from ..models.freeze import expected_shares
+from ..models.budget import check_whole
 from .store import ResultStore, fingerprint, finish
 
 
@@ -145,15 +144,8 @@ def sampling_protocol(
 def check_plan(model: PreTrainedModel, options: dict[str, Any], length: int | None = None) -> None:
     """Raise at once what `generate` would raise of these options in the midst of an evaluation."""
     config, _ = model.generation_config.updated(**options).tuned(given=options)
-    if config.iterations is None:
-        shares = None
-        if getattr(config, "freeze", False):  # a checkpoint's own code may be older
-            length = length or model.config.max_position_embeddings
-            shares = expected_shares(config, model.orders, length, model.config.num_register_tokens)
-        aim = getattr(config, "iterations_per_step", 4)  # a checkpoint's own code may be older
-        plan_budget(model.config, config.budget, config.num_steps, config.allocation, None, shares, aim)
-    else:
-        explicit_plan(model.config, config.iterations, config.num_steps)
+    wanted = torch.ones(1, length or model.config.max_position_embeddings, dtype=torch.bool)
+    model._plan(config, wanted)  # of the checkpoint's own code, which may be older than this
 
 
 def timed_batch(model: PreTrainedModel, seeds: list[int], length: int | None, options: dict[str, Any]) -> dict:

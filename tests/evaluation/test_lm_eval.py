@@ -337,6 +337,15 @@ def test_every_argument_matters(name, value, where, monkeypatch):
     assert seen({**mc_num, name: value}) != seen(mc_num)
 
 
+def test_whether_blocks_have_a_step_each_is_asked_of_a_text_not_of_the_longest():
+    model = tiny_model().double()
+    model.generation_config.block_length = 2
+    lm = evaluated(model, budget=12, num_steps=2)
+    assert write(lm, ("a", {"max_gen_toks": 4})) != [""]
+    with pytest.raises(ValueError, match="`block_length`=2"):
+        write(lm, ("a", {"max_gen_toks": 6}))
+
+
 def merged(model):
     return SimpleNamespace(merge_and_unload=lambda: model)
 

@@ -135,7 +135,8 @@ class MGMLM(TemplateLM):
         self.denoiser = Denoiser(self.model, self.iterations)
         generation = {"budget": budget, "num_steps": num_steps, "reuse": reuse}
         self.generation = {name: value for name, value in generation.items() if value is not None}
-        check_plan(self.model, self.generation)  # a wrong value is an error now, not hours later
+        # A wrong value is an error now, not hours later; into how many blocks a text is cut, the task says.
+        check_plan(self.model, self.generation, self.model.generation_config.block_length)
         self.source = {
             "pretrained": str(getattr(pretrained, "name_or_path", pretrained)),
             "revision": revision,
