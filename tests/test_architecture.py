@@ -3,6 +3,7 @@
 
 import ast
 import doctest
+import functools
 import importlib
 import importlib.util
 import os
@@ -31,11 +32,13 @@ every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.re
 model_files = pytest.mark.parametrize("path", sorted(MODELS.glob("*.py")), ids=lambda path: path.name)
 
 
+@functools.cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def imported_modules(path: Path) -> set[str]:
+@functools.cache
+def imported_modules(path: Path) -> frozenset[str]:
     """Absolute names of all modules that `path` imports anywhere, relative imports resolved."""
     module = path.relative_to(PACKAGE.parent).with_suffix("")
     package = module.parts[:-1]  # for __init__.py too: the folder it stands in
@@ -49,7 +52,7 @@ def imported_modules(path: Path) -> set[str]:
             found.add(".".join(base))
             # `from .. import trainers` imports a module too
             found |= {".".join([*base, alias.name]) for alias in node.names}
-    return found
+    return frozenset(found)
 
 
 def sub_package(name: str) -> str | None:
@@ -70,6 +73,7 @@ def lines_without_docstring(function: ast.FunctionDef) -> int:
     return lines
 
 
+@functools.cache
 def called_names(path: Path) -> list[tuple[str, ast.Call]]:
     """Every call with the name it is written with, such as `torch.load`."""
     return [(ast.unparse(node.func), node) for node in ast.walk(parse(path)) if isinstance(node, ast.Call)]

@@ -162,7 +162,7 @@ def runs():
         allowed = RUNS + ([] if "image" in name else OF_TEXT)
         allowed = [options for options in allowed if "explicit" not in name or not OF_SOLVER & set(options)]
         for options in allowed if name in ("text", "image") else allowed[place % 3 :: 5]:
-            yield name, {"batch_size": 3, "seed": [5, 6, 7], "budget": 36, **call, **options}
+            yield name, {"batch_size": 3, "seed": [5, 6, 7], "budget": 27, **call, **options}
 
 
 @pytest.mark.parametrize(("name", "call"), list(runs()))

@@ -180,6 +180,16 @@ def test_the_last_block_at_some_positions_equals_the_whole_block(layers, attenti
     assert full.logits.shape == (*call["input_ids"].shape, model.config.vocab_size)
 
 
+def test_the_last_block_is_whole_where_a_kernels_mask_has_no_rows(monkeypatch):
+    model, ids, outputs = lively_model(), torch.randint(0, 11, (3, 8)), []
+    model.post_layers[-1].register_forward_hook(lambda module, args, output: outputs.append(output))
+    call = {"input_ids": ids, "logits_positions": torch.tensor([1, 9, 20])}
+    pruned = model(**call)
+    monkeypatch.setattr("fpmgm.models.modeling_mgm.has_rows", lambda bias: False)
+    torch.testing.assert_close(model(**call).logits, pruned.logits, rtol=0, atol=1e-12)
+    assert [output.shape for output in outputs] == [(3, 16), (3, 8, 16)]
+
+
 def test_the_first_step_of_an_unprompted_batch_runs_once_for_all():
     model = lively_model()
     calls = record_calls(model)

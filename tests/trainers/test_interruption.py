@@ -102,7 +102,6 @@ def resumed(make, folder: Path, step: int, **options) -> tuple[dict, dict]:
 
 
 PLANS = {
-    "consistency": (consistency, {"max_steps": 6, "save_steps": 2}, 2),
     "a learned projection": (
         consistency,
         {

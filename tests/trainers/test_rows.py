@@ -151,8 +151,9 @@ def test_a_bad_row_of_text_is_named(tmp_path, name, source):
     data = with_bad_row(bad, {"input_ids": OTHER})
     if source == "streamed":
         data = Dataset.from_list(data).to_iterable_dataset()
-    # Training rows are shuffled: a batch holds all of them.
-    sizes = {"per_device_train_batch_size": 6, "per_device_eval_batch_size": 3, "max_steps": 1}
+    # Training rows are shuffled: a batch holds all of them. Those of a stream are counted from batch to batch.
+    sizes = {"per_device_train_batch_size": 3 if source == "streamed" else 6, "per_device_eval_batch_size": 3}
+    sizes |= {"max_steps": 2}
     trainer = make_trainer(tmp_path, train_dataset=data, eval_dataset=data, **sizes)
     number, data_name = "." if name == "class" else 4, "evaluation" if source == "evaluation" else "training"
     with pytest.raises(ValueError, match=f"row {number} of the {data_name} data: {message}"):
