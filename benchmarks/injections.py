@@ -25,6 +25,7 @@ import transformers
 from datasets import Dataset
 
 from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion
+from fpmgm.analysis.axes import new_figure, save
 from fpmgm.command_line import LocalPath, parse_arguments
 from fpmgm.data import load_text, pack, train_tokenizer
 from fpmgm.evaluation import provenance
@@ -191,10 +192,9 @@ def grouped(result: dict) -> dict[tuple[str, float], list[dict]]:
 
 def draw(result: dict, path: Path) -> None:
     """The last perplexity against the learning rate, and the runs at each injection's best rate against time."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure = new_figure(9, 3.8)
     left, right = figure.subplots(1, 2, sharey=True)
     for injection in INJECTIONS:
         groups = {rate: rows for (name, rate), rows in grouped(result).items() if name == injection}
@@ -221,7 +221,7 @@ def draw(result: dict, path: Path) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=range(1, 10)))
         axes.yaxis.set_major_formatter("{x:.0f}")
         axes.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=140)
+    save(figure, path, dpi=140)
 
 
 def main() -> None:

@@ -15,8 +15,8 @@ seconds are those that it worked for this process, so that others' work on a sha
 
 import os
 import statistics
-import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -31,7 +31,7 @@ from fpmgm.evaluation.lm_eval import MGMLM, PROTOCOLS
 from fpmgm.evaluation.lm_eval.protocols import Draws, thinned
 from fpmgm.evaluation.report import table, write_report
 from fpmgm.models.noise import stream_generator
-from sampling_speed import ARCHITECTURES, random_model, sizes_of
+from sampling_speed import ARCHITECTURES, now, random_model, sizes_of
 
 
 EOS = 0
@@ -130,14 +130,6 @@ def copies(protocol: str, pairs: list, mc_num: int) -> int:
     return sum(len(thinned(draw(protocol, *pair, mc_num).draws).masked) for pair in pairs)
 
 
-def now(device: str) -> float:
-    """Seconds, after the device has finished."""
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def measure(args: Arguments, model, protocol: str) -> dict:
     """Seconds of both for the same requests, taking turns."""
     mc_num = args.mc_num or PROTOCOLS[protocol].mc_num
@@ -154,14 +146,15 @@ def measure(args: Arguments, model, protocol: str) -> dict:
         batch_size=args.batch_size,
         device=args.device,
     )
+    seconds_now = partial(now, args.device, "process" if args.device == "cpu" else "wall")
     seconds = {"plain": [], "ours": []}
     for _ in range(args.repetitions):
-        begin = now(args.device)
+        begin = seconds_now()
         expected = [plain(model, protocol, *pair, mc_num, args.batch_size) for pair in pairs]
-        between = now(args.device)
+        between = seconds_now()
         found = [score for score, _ in lm.loglikelihood(requests, disable_tqdm=True)]
         seconds["plain"].append(between - begin)
-        seconds["ours"].append(now(args.device) - between)
+        seconds["ours"].append(seconds_now() - between)
         torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=args.tolerance, atol=0)
     return {
         "protocol": protocol,

@@ -34,6 +34,7 @@ import torch
 from tqdm.auto import tqdm
 
 from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion, MGMGenerationConfig, plan_budget
+from fpmgm.analysis.axes import new_figure, save
 from fpmgm.analysis.measured import counted_flops, peak_in_subprocess
 from fpmgm.command_line import parse_arguments
 from fpmgm.evaluation import provenance
@@ -133,16 +134,18 @@ def plain(model, batch_size, length, plan, reuse, after_step=None, draw=gumbel_d
     return tokens
 
 
-def ours(model, batch_size, length, plan, reuse, after_step=None) -> torch.Tensor:
-    """`generate`."""
+def ours(model, batch_size, length, plan, reuse, after_step=None, prompt=0, **options) -> torch.Tensor:
+    """`generate`; the first `prompt` positions are given."""
+    input_ids = torch.full((batch_size, length), model.config.mask_token_id)
+    input_ids[:, :prompt] = 1
     return model.generate(
-        batch_size=batch_size,
-        length=length,
+        input_ids,
         num_steps=plan.num_steps,
         iterations=plan.iterations,
         reuse=reuse,
         seed=0,
         callback=None if after_step is None else lambda step: after_step(step.step),
+        **options,
     )
 
 
@@ -167,19 +170,9 @@ def floor(model, batch_size, length, plan, reuse, after_step=None) -> None:
             after_step(step)
 
 
-def frozen(model, batch_size, length, plan, reuse, after_step=None, prompt=0) -> torch.Tensor:
-    """`generate` with frozen positions, the first `prompt` of which are given."""
-    input_ids = torch.full((batch_size, length), model.config.mask_token_id)
-    input_ids[:, :prompt] = 1
-    return model.generate(
-        input_ids,
-        num_steps=plan.num_steps,
-        iterations=plan.iterations,
-        reuse=reuse,
-        freeze=True,
-        seed=0,
-        callback=None if after_step is None else lambda step: after_step(step.step),
-    )
+def frozen(*arguments, **options) -> torch.Tensor:
+    """`generate` with frozen positions."""
+    return ours(*arguments, freeze=True, **options)
 
 
 PROCEDURES = {"plain": plain, "ours": ours, "floor": floor, "frozen": frozen}
@@ -282,7 +275,7 @@ def enumerate_two_steps(model, plan) -> torch.Tensor:
 # --- the measurement ----------------------------------------------------------------------------------------------
 
 
-def now(clock: str, device: str) -> float:
+def now(device: str, clock: str = "wall") -> float:
     """Seconds, after the device has finished."""
     if device == "cuda":
         torch.cuda.synchronize()
@@ -388,8 +381,7 @@ def counted_runs(args: Arguments) -> list[dict]:
             model = FPMDLMForMaskedDiffusion(FPMDLMConfig(**ARCHITECTURES[name], **sizes)).eval()
         plan, flops = plan_budget(model.config, budget), {}
         for run, prompt in ((ours, 0), (frozen, 0), (frozen, int(PROMPT * args.length))):
-            call = partial(run, model, args.batch_sizes[0], args.length, plan, reuse)
-            call = partial(call, prompt=prompt) if prompt else call
+            call = partial(run, model, args.batch_sizes[0], args.length, plan, reuse, prompt=prompt)
             with patch.object(Ledger, "close", lambda ledger, tokens, lengths: tokens):  # it asks for values
                 flops[f"{run.__name__}, long prompt" if prompt else run.__name__] = counted_flops(call)
         shares = expected_shares(MGMGenerationConfig(freeze=True), model.orders, args.length)(plan.num_steps)
@@ -411,7 +403,7 @@ def chosen(runs: list[tuple], args: Arguments) -> list[tuple]:
 def measure(args: Arguments) -> dict:
     """Seconds of every configuration."""
     models = {name: make_model(name, args) for name in ARCHITECTURES}
-    rows, seconds, runs = [], partial(now, args.clock, args.device), chosen(RUNS, args)
+    rows, seconds, runs = [], partial(now, args.device, args.clock), chosen(RUNS, args)
     grid = [(b, budget) for b in args.batch_sizes for budget in (args.budgets if b == args.batch_sizes[0] else [96])]
     if args.device == "cuda":
         grid = list(itertools.product(args.batch_sizes, args.budgets))
@@ -446,9 +438,9 @@ def whole_run(args: Arguments, models, rows) -> list[dict]:
     for run in chosen(RUNS + FROZEN, args):
         procedure, name, reuse = run
         plan = plan_budget(models[name].config, min(args.budgets))
-        start = now(args.clock, args.device)
+        start = now(args.device, args.clock)
         PROCEDURES[procedure](models[name], args.batch_sizes[0], args.length, plan, reuse)
-        seconds = now(args.clock, args.device) - start
+        seconds = now(args.device, args.clock) - start
         planned = next(r["seconds"] for r in rows if (r["procedure"], r["model"], r["reuse"]) == run)
         checks.append({"run": " ".join(run), "seconds": seconds, "sum_of_steps": planned, "ratio": seconds / planned})
     return checks
@@ -528,8 +520,6 @@ def markdown(result: dict) -> str:
 
 def draw(result: dict, path: Path) -> None:
     """Seconds per sequence against the budget, one line for each procedure."""
-    from matplotlib.figure import Figure
-
     names = {
         ("plain", "mdlm", "none"): ("MDLM, plain procedure", "#8d99ae", "--"),
         ("plain", "fp", "3sr"): ("FP-MDLM 3sr, plain procedure", "#d08c60", "--"),
@@ -539,7 +529,7 @@ def draw(result: dict, path: Path) -> None:
         ("floor", "fp", "none"): ("FP-MDLM, block evaluations alone", "#000000", ":"),
     }
     first = min(r["batch_size"] for r in result["rows"])
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = new_figure(6.4, 4.2)
     axes = figure.add_subplot(xscale="log", yscale="log")
     for run, (label, color, line) in names.items():
         points = sorted(
@@ -562,7 +552,7 @@ def draw(result: dict, path: Path) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=160)
+    save(figure, path, dpi=160)
 
 
 def main() -> None:

@@ -18,7 +18,6 @@ optimizer included, with the most iterations that SJFB draws: 6 with gradient.
 
 import statistics
 import tempfile
-import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,6 +34,7 @@ from fpmgm import (
     FPMDLMForMaskedDiffusion,
     convert_to_fixed_point,
 )
+from fpmgm.analysis.axes import new_figure, save
 from fpmgm.analysis.measured import counted_flops, peak_in_subprocess
 from fpmgm.command_line import parse_arguments
 from fpmgm.evaluation import provenance
@@ -50,7 +50,7 @@ from fpmgm.trainers import (
     MGMTrainingConfig,
 )
 from fpmgm.trainers.batch import Noise
-from sampling_speed import sizes_of
+from sampling_speed import now, sizes_of
 
 
 MDLM = {"num_pre_layers": 12, "num_fixed_point_layers": 0, "num_post_layers": 0}
@@ -225,13 +225,6 @@ def compile_blocks(model) -> None:
 # --- measurements -------------------------------------------------------------------------------------------------
 
 
-def now(device: str) -> float:
-    """Seconds, after the device has finished."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def matmul_ceiling(args: Arguments) -> float:
     """FLOP/s of the MLP's product at this number of tokens, the best of several."""
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
@@ -360,8 +353,6 @@ def markdown(result: dict) -> str:
 
 def draw(result: dict, path: Path) -> None:
     """Time, FLOPs and memory of each step relative to those of the first step of its kind."""
-    from matplotlib.figure import Figure
-
     rows, names = result["rows"], list(result["rows"])
     bases = [next(other for other in names if is_image(other) == is_image(name)) for name in names]
 
@@ -369,7 +360,7 @@ def draw(result: dict, path: Path) -> None:
         return [values[name] / values[base] for name, base in zip(names, bases, strict=True)]
 
     seconds, flops = ({name: row[column] for name, row in rows.items()} for column in ("seconds", "flops"))
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure = new_figure(9, 3.8)
     left, right = figure.subplots(1, 2, sharey=True)
     panels = ((left, "time", seconds, "#2b4570"), (right, "peak memory", result["peak_memory_mib"], "#8d99ae"))
     for panel, title, values, color in panels:
@@ -387,7 +378,7 @@ def draw(result: dict, path: Path) -> None:
         f"images of width {arguments['image_hidden_size']}",
         fontsize=10,
     )
-    figure.savefig(path, dpi=140)
+    save(figure, path, dpi=140)
 
 
 def is_image(name: str) -> bool:

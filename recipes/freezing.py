@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import fpmgm  # noqa: F401  (registers the models)
+from fpmgm.analysis.axes import new_figure, save
 from fpmgm.command_line import ModelName, parse_arguments
 from fpmgm.evaluation import provenance, sweep
 from fpmgm.evaluation.report import table, write_report
@@ -73,11 +74,9 @@ def markdown(rows: list[dict], budgets: list[int]) -> str:
 
 def draw(rows: list[dict], path: Path) -> None:
     """Perplexity with its standard error against the budget, a panel for each model and reuse."""
-    from matplotlib.figure import Figure
-
     lines = lines_of(rows)
     panels = list(dict.fromkeys(key[:2] for key in lines))
-    figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
+    figure = new_figure(4.2 * len(panels), 3.6)
     for place, panel in enumerate(panels, start=1):
         axes = figure.add_subplot(1, len(panels), place, xscale="log")
         for (model, reuse, every), found in lines.items():
@@ -94,7 +93,7 @@ def draw(rows: list[dict], path: Path) -> None:
         if place == 1:
             axes.set_ylabel("generative perplexity")
             axes.legend(fontsize=8)
-    figure.savefig(path, dpi=160)
+    save(figure, path, dpi=160)
 
 
 def main(argv: list[str] | None = None) -> dict:

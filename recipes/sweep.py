@@ -13,9 +13,11 @@ interrupted. `--judge_text_files my_text.txt` takes a 4-gram model of that text 
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from accelerate import PartialState
 from safetensors.torch import load_file
@@ -190,11 +192,6 @@ def draw_plans(found: dict, path: Path, judge: str) -> None:
     plot_plans(found["rows"], SimpleNamespace(**found["layers"]), path, judge, found["arguments"]["budgets"])
 
 
-def plans_table(found: dict) -> str:
-    """All cells."""
-    return rows_table(found["rows"], ["num_steps", "iterations"])
-
-
 # --- allocations -----------------------------------------------------------------------------------------------------
 
 
@@ -205,11 +202,6 @@ def run_allocations(args: AllocationsArguments, judge, device: str) -> dict:
     settings = [{**s, **fixed} for s in grid(reuse=args.reuse, budget=args.budgets, allocation=args.allocation)]
     rows = sweep(model, tokenizer, judge, settings, num_samples=args.num_samples, progress_bar=True, **args.sampling)
     return {"rows": rows, "comparison": compare_values(rows, "allocation")}
-
-
-def draw_allocations(found: dict, path: Path, judge: str) -> None:
-    """Figure 14."""
-    plot_allocations(found["rows"], path, judge)
 
 
 def allocations_table(found: dict) -> str:
@@ -268,11 +260,6 @@ def range_of(text: str) -> list[float]:
     except ValueError as error:
         raise ValueError(f"`gamma_masked` has {text!r}, but takes ranges such as 0.75:0.9.") from error
     return [low, high]
-
-
-def draw_gammas(found: dict, path: Path, judge: str) -> None:
-    """Tables 4 and 5 as a picture."""
-    plot_gammas(found["rows"], path, judge)
 
 
 def gammas_table(found: dict) -> str:
@@ -372,10 +359,8 @@ def run_latency(args: LatencyArguments, judge, device: str) -> dict:
 
 def draw_latency(found: dict, path: Path, judge: str) -> None:
     """Figure 15."""
-    lines = {row["method"]: [] for row in found["rows"]}
-    for row in found["rows"]:
-        lines[row["method"]].append(row)
-    plot_latency(lines, path, judge)
+    methods = dict.fromkeys(row["method"] for row in found["rows"])
+    plot_latency({name: [row for row in found["rows"] if row["method"] == name] for name in methods}, path, judge)
 
 
 def latency_table(found: dict) -> str:
@@ -395,10 +380,15 @@ def latency_table(found: dict) -> str:
     )
 
 
-SWEEPS = {
-    "plans": (PlansArguments, run_plans, draw_plans, plans_table),
-    "allocations": (AllocationsArguments, run_allocations, draw_allocations, allocations_table),
-    "gammas": (GammasArguments, run_gammas, draw_gammas, gammas_table),
+def of_rows(function: Callable, *arguments: Any) -> Callable:
+    """A picture or table that needs the rows alone of what was found."""
+    return lambda found, *others: function(found["rows"], *others, *arguments)
+
+
+SWEEPS = {  # arguments, what is run, its picture, its table
+    "plans": (PlansArguments, run_plans, draw_plans, of_rows(rows_table, ["num_steps", "iterations"])),
+    "allocations": (AllocationsArguments, run_allocations, of_rows(plot_allocations), allocations_table),
+    "gammas": (GammasArguments, run_gammas, of_rows(plot_gammas), gammas_table),
     "checkpoints": (CheckpointsArguments, run_checkpoints, draw_checkpoints, checkpoints_table),
     "latency": (LatencyArguments, run_latency, draw_latency, latency_table),
 }

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from fpmgm.analysis.axes import finish
+from fpmgm.analysis.axes import finish, new_figure, save
 from study.tables import curves
 
 
@@ -20,7 +19,7 @@ def plot_excess(rows: Sequence[dict], truth_entropy: float, path: Path) -> None:
     budgets = sorted({sample["budget"] for row in judged for sample in row["samples"]})
     if not groups:
         return
-    figure = Figure(figsize=(4 * len(budgets) + 4, 3.6 * len(groups)), layout="constrained")
+    figure = new_figure(4 * len(budgets) + 4, 3.6 * len(groups))
     panels = figure.subplots(len(groups), len(budgets) + 1, squeeze=False, sharey="row")
     for (*line, legend), group in zip(panels, groups, strict=True):
         members = [curve for row in judged if row["group"] == group for curve in curves(row).items()]
@@ -42,4 +41,4 @@ def plot_excess(rows: Sequence[dict], truth_entropy: float, path: Path) -> None:
         found = {label: mark for axes in line for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)}
         legend.set_axis_off()
         legend.legend(found.values(), found, loc="upper left", fontsize=7)
-    figure.savefig(path, dpi=110)
+    save(figure, path, dpi=110)

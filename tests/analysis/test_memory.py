@@ -28,7 +28,7 @@ def small_config(**overrides) -> FPMDLMConfig:
 
 def small_image_config(**overrides) -> FPMaskGITConfig:
     sizes = {"codebook_size": 1023, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 352}
-    return FPMaskGITConfig(**{**sizes, "grid_size": 8, **overrides})
+    return FPMaskGITConfig(**{**sizes, "grid_size": 8, "num_pre_layers": 2, "num_post_layers": 2, **overrides})
 
 
 def train(
@@ -75,22 +75,21 @@ SETTINGS = {
 
 
 IMAGE_SETTINGS = {
-    "maskgit": ({**MDLM, "num_pre_layers": 6}, False, "float32"),
-    "maskgit_autocast": ({**MDLM, "num_pre_layers": 6}, False, "bfloat16"),
+    "maskgit_autocast": (MDLM, False, "bfloat16"),
     "image_mlp": ({}, False, "float32"),
     "image_mlp_checkpointed": ({"dropout": 0.0}, True, "float32"),
     "image_diagonal_autocast": ({"input_injection": "diagonal"}, False, "bfloat16"),
 }
 
 
-@pytest.mark.parametrize(("name", "kept"), [*((name, None) for name in IMAGE_SETTINGS), ("image_mlp", 1)])
-def test_the_peak_of_images_is_within_a_tenth_of_the_allocators(name, kept):
+@pytest.mark.parametrize("name", IMAGE_SETTINGS)
+def test_the_peak_of_images_is_that_of_the_allocator(name):
     overrides, checkpointing, dtype = IMAGE_SETTINGS[name]
-    check_peak(small_image_config(**overrides), 4 * BATCH, checkpointing, dtype, kept)
+    check_peak(small_image_config(**overrides), 4 * BATCH, checkpointing, dtype, 1 if name == "image_mlp" else None)
 
 
 @pytest.mark.parametrize(("name", "kept"), [*((name, None) for name in SETTINGS), ("mlp", 1), ("linear_in_time", 0)])
-def test_the_peak_is_within_a_tenth_of_the_allocators(name, kept):
+def test_the_peak_is_that_of_the_allocator(name, kept):
     overrides, checkpointing, dtype = SETTINGS[name]
     check_peak(small_config(**overrides), BATCH, checkpointing, dtype, kept)
 
