@@ -44,8 +44,9 @@ def test_what_makes_a_run_longer_or_fit():
     assert run("--utilisation", "0.055")["runs"][0]["hours"] == pytest.approx(2 * hours, rel=0.02)
     assert run("--checkpointing")["runs"][0]["hours"] > 1.2 * hours
     assert run("--hardware", "A100-80GB")["runs"][0]["hours"] > 3 * hours
-    assert hours < run("--gpus", "2")["runs"][0]["hours"] < 2 * hours  # shorter waits for the slowest
-    assert base["sampling"][0]["seconds"] > run("--sampling_batch_size", "64")["sampling"][0]["seconds"]
+    other = run("--gpus", "2", "--micro_batch_size", "16", "--sampling_batch_size", "64")  # the batch of `base` twice
+    assert hours < other["runs"][0]["hours"] < 2 * hours  # shorter waits for the slowest
+    assert base["sampling"][0]["seconds"] > other["sampling"][0]["seconds"]
     large = estimate_cost.main(["--model", "mdlm_8b", *SHORT, "--budgets", "72"])[0]["memory"]
     fits = {(row["engine"], row["checkpointing"]): row["largest_micro_batch"] for row in large}
     assert (
