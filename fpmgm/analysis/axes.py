@@ -50,7 +50,7 @@ def finish(axes: "Axes", legend: bool = True, log: bool = False, whole: bool = F
 
     axes.set(**settings)
     axes.grid(alpha=0.3)
-    if not any(np.isfinite(line.get_ydata()).any() for line in axes.lines):
+    if not any(np.isfinite(np.asarray(line.get_ydata(), dtype=float)).any() for line in axes.lines):
         axes.text(0.5, 0.5, "nothing was measured", ha="center", transform=axes.transAxes)
     elif legend:
         axes.legend(fontsize=8)

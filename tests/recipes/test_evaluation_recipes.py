@@ -12,10 +12,9 @@ import pytest
 from transformers import AutoModel
 
 import budget_report
-import freezing
+import compare_settings
 import frontier
 import likelihood
-import reveal_orders
 import tune_sampling
 from fpmgm.evaluation import clearly_below, elbo_perplexity, perplexity_at_entropy
 from judged_samples import JudgedSamplesArguments
@@ -103,17 +102,40 @@ def test_the_frontier_compares_at_equal_entropy(folder, tmp_path, capsys):
     assert (tmp_path / "frontier.md").read_text() in capsys.readouterr().out
 
 
-def test_orders_of_revealing_are_compared_by_what_they_cost(folder, tmp_path):
-    argv = arguments(folder, tmp_path, "--model", str(folder / "fp"), "--budgets", "6", "24", "--num_samples", "3")
-    found = reveal_orders.main([*argv, "--output", str(tmp_path / "orders")])
+def test_settings_are_compared_under_each_budget_and_only_where_a_model_can_have_them(folder, tmp_path):
+    settings = {
+        "own": {},
+        "3sr": {"reuse": "3sr", "iterations_per_step": 1},
+        "frozen": {"freeze": True},
+        "frozen, 3sr": {"freeze": True, "reuse": "3sr"},
+        "certain": {"order": "entropy", "entropy_bound": 120.0, "num_steps": 2},
+    }
+    (tmp_path / "settings.yaml").write_text(json.dumps(settings))
+    models = ["--model", str(folder / "fp"), str(folder / "plain"), "--settings", str(tmp_path / "settings.yaml")]
+    more = ["--budgets", "12", "24", "--num_samples", "3", "--output", str(tmp_path / "found")]
+    found = compare_settings.main(arguments(folder, tmp_path, *models, *more))
+    assert json.loads((tmp_path / "found.json").read_text()) == found
+    of = {name: [row for row in found["rows"] if row["model"] == name] for name in ("fp", "plain")}
+    assert [row["setting"] for row in of["fp"]] == [name for name in settings for _ in range(2)]
+    assert [row["setting"] for row in of["plain"]][::2] == ["own", "frozen", "certain"]  # nothing to reuse
+    by_name = {row["setting"]: row for row in of["fp"] if row["budget"] == 24}
+    assert by_name["3sr"]["num_steps"] == 8 and by_name["certain"]["tokens_per_step"] == 8
+    assert by_name["frozen"]["num_steps"] > by_name["own"]["num_steps"]  # what is saved buys steps
     for row in found["rows"]:
-        steps = row["num_steps"]
-        assert 3 <= row["mean_block_evaluations"] <= row["block_evaluations"] == 3 * steps <= row["setting"]["budget"]
-    rows = {row["order"]: row for row in found["rows"] if row["setting"]["budget"] == 24}
-    assert [rows[name]["num_steps"] for name in ("ancestral", "confidence", "entropy 120")] == [8, 8, 1]
-    assert rows["entropy 120"]["tokens_per_step"] == 8
-    table = (tmp_path / "orders.md").read_text(encoding="utf-8").splitlines()
-    assert len(table) == 2 + len(found["rows"]) + 2 and json.loads((tmp_path / "orders.json").read_text()) == found
+        assert row["mean_block_evaluations"] <= row["block_evaluations"] <= row["budget"]
+    assert "| fp | frozen, 3sr |" in (tmp_path / "found.md").read_text(encoding="utf-8")
+    assert (tmp_path / "found.png").stat().st_size > 10_000
+    (tmp_path / "settings.yaml").write_text("[ancestral, halton]")
+    with pytest.raises(ValueError, match=r"`settings`: .* must give each name its options"):
+        compare_settings.main(arguments(folder, tmp_path, *models))
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "configs/settings").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_settings_that_are_here_are_options_of_generate(folder, path):
+    model = AutoModel.from_pretrained(folder / "fp")
+    for options in compare_settings.read_settings(path).values():
+        shorter = {"block_length": 4} if "block_length" in options else {}
+        model.generate(budget=12, seed=0, **{**options, **shorter})
 
 
 def test_likelihood_has_a_row_for_each_model_corpus_and_number_of_iterations(folder, tmp_path):
@@ -222,17 +244,3 @@ def test_two_processes_report_what_one_does(folder, tmp_path):
     (row,), (expected,) = several["rows"], single["fp"]["rows"]
     del row["milliseconds_per_sequence"], expected["milliseconds_per_sequence"]
     assert row == expected
-
-
-def test_frozen_positions_buy_steps_with_each_model_and_reuse(folder, tmp_path):
-    models, output = [str(folder / name) for name in ("fp", "plain")], tmp_path / "freezing.json"
-    options = ["--budgets", "24", "--refresh_every", "1", "2", "0", "--num_samples", "3", "--output", str(output)]
-    found = freezing.main(arguments(folder, tmp_path, "--model", *models, *options))
-    assert json.loads(output.read_text())["rows"] == found["rows"] and output.with_suffix(".png").is_file()
-    rows = {(row["model"], row["reuse"], row["refresh_every"]): row for row in found["rows"]}
-    assert len(rows) == 9  # nothing is reused without fixed-point layers
-    for model, reuse in (("fp", "3sr"), ("fp", "none"), ("plain", "none")):
-        full, often, never = (rows[model, reuse, every] for every in (1, 2, 0))
-        assert full["num_steps"] <= often["num_steps"] <= never["num_steps"] > full["num_steps"]
-        assert max(row["block_evaluations"] for row in (full, often, never)) <= 24
-    assert "| fp | 3sr | frozen, never refreshed |" in output.with_suffix(".md").read_text()
