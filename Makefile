@@ -19,13 +19,14 @@ test: $(BIN)/.installed  ## lint and tests
 	$(MAKE) check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests  # the workers share the cores
 
-# DeepSpeed, Triton, the image networks and what reports stand apart, in an environment that also sees .venv: they are large, and
-# DeepSpeed slows every start and writes to the output.
+# DeepSpeed, Triton, the image networks and what reports stand apart, in an environment that also sees .venv: they are
+# large, and DeepSpeed slows every start and writes to the output.
 $(EXTRAS)/.installed: $(BIN)/.installed
 	$(PYTHON) -m venv $(EXTRAS)
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
 		$$($(EXTRAS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/venv.pth
-	$(EXTRAS)/bin/python -m pip install --quiet -c constraints.txt -e '.[distributed,images-proxy,liger]' tensorboard wandb
+	$(EXTRAS)/bin/python -m pip install --quiet -c constraints.txt -e '.[distributed,images-proxy,liger]' \
+		tensorboard wandb
 	touch $@
 
 test-distributed: $(EXTRAS)/.installed  ## two processes under DDP, ZeRO-1, 2, 3 and FSDP2 against one
