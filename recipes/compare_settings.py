@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 
 import fpmgm  # noqa: F401  (registers the models)
+from fpmgm.analysis.axes import finish, logarithmic_values, new_figure, save
 from fpmgm.command_line import LocalPath, ModelName, parse_arguments
 from fpmgm.evaluation import TruthJudge, plus_minus, provenance, sweep, unigram_entropy
 from fpmgm.evaluation.report import table, write_report
@@ -129,26 +130,20 @@ def by_setting(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
 
 def draw(result: dict, path: str) -> None:
     """What was judged, with its standard error, against the budget: a panel for each model."""
-    from matplotlib.figure import Figure
-
-    from fpmgm.analysis.axes import finish
-
     judged = "excess" if result["truth"] is not None else "generative_perplexity"
     models = list(dict.fromkeys(row["model"] for row in result["rows"]))
     names = list(dict.fromkeys(row["setting"] for row in result["rows"]))
-    figure = Figure(figsize=(4.6 * len(models), 4), layout="constrained")
+    figure = new_figure(4.6 * len(models), 4)
     for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
         for (of, name), rows in by_setting(result["rows"]).items():
             if of == model:
                 y, error = ([row[key] for row in rows] for key in (judged, f"{judged}_standard_error"))
                 look = {"color": f"C{names.index(name) % 10}", "marker": "o", "markersize": 4, "capsize": 2}
                 axes.errorbar([row["budget"] for row in rows], y, error, label=name, **look)
-        axes.set_xscale("log")
-        axes.set_xticks(result["arguments"]["budgets"], [str(budget) for budget in result["arguments"]["budgets"]])
-        axes.minorticks_off()
+        logarithmic_values(axes, result["arguments"]["budgets"])
         label = "excess (nats per token)" if judged == "excess" else "generative perplexity"
         finish(axes, title=model, xlabel="budget (block evaluations per text)", ylabel=label)
-    figure.savefig(path, dpi=160)
+    save(figure, path)
 
 
 if __name__ == "__main__":
