@@ -55,8 +55,9 @@ def make_grid(
         `ValueError`: without pictures, for less than one column or a scale below 1, and for more or fewer labels than
             rows or columns.
 
-    >>> make_grid(to_pil(torch.zeros(5, 3, 4, 4, dtype=torch.uint8)), scale=1).size  # rows of three and two pictures
-    (16, 10)
+    Examples:
+        >>> make_grid(to_pil(torch.zeros(5, 3, 4, 4, dtype=torch.uint8)), scale=1).size  # rows of three and two
+        (16, 10)
     """
     from PIL import Image
 

@@ -13,9 +13,10 @@ from .axes import new_figure, save
 def running_layers(config: PreTrainedConfig) -> list[str]:
     """Names of the layers in the order in which they run: of a fixed-point model each iteration counts.
 
-    >>> from fpmgm import FPMDLMConfig
-    >>> running_layers(FPMDLMConfig(num_fixed_point_iterations=2))
-    ['pre 1', 'iteration 1', 'iteration 2', 'post 1']
+    Examples:
+        >>> from fpmgm import FPMDLMConfig
+        >>> running_layers(FPMDLMConfig(num_fixed_point_iterations=2))
+        ['pre 1', 'iteration 1', 'iteration 2', 'post 1']
     """
     pre, shared, post = config.num_pre_layers, config.num_fixed_point_layers, config.num_post_layers
     if shared == 0:

@@ -21,9 +21,10 @@ def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:
     Args:
         x, y (`torch.Tensor`): (N, D) and (N, E).
 
-    >>> x = torch.tensor([[0.0, 1.0], [2.0, 0.0], [1.0, 5.0]])
-    >>> round(linear_cka(x, 3 * x @ torch.tensor([[0.0, 1.0], [-1.0, 0.0]])), 6)  # blind to rotation and scale
-    1.0
+    Examples:
+        >>> x = torch.tensor([[0.0, 1.0], [2.0, 0.0], [1.0, 5.0]])
+        >>> round(linear_cka(x, 3 * x @ torch.tensor([[0.0, 1.0], [-1.0, 0.0]])), 6)  # blind to rotation and scale
+        1.0
     """
     x, y = (z.double() - z.double().mean(dim=0) for z in (x, y))
     return ((x.T @ y).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())).item()
@@ -77,8 +78,9 @@ def layer_similarity(
 def strongest_boundary(similarity: torch.Tensor) -> int:
     """The number b of layers before the sharpest drop: layers b and b + 1 are least alike of all neighbours.
 
-    >>> strongest_boundary(torch.tensor([[1.0, 0.9, 0.2], [0.9, 1.0, 0.3], [0.2, 0.3, 1.0]]))
-    2
+    Examples:
+        >>> strongest_boundary(torch.tensor([[1.0, 0.9, 0.2], [0.9, 1.0, 0.3], [0.2, 0.3, 1.0]]))
+        2
     """
     return int(similarity.diagonal(offset=1).argmin()) + 1
 

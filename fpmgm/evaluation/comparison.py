@@ -22,8 +22,9 @@ def clearly_below(value: float, error: float | None, other: float, other_error: 
         value, other (`float`): Such as two perplexities.
         error, other_error (`float`, *optional*): Their standard errors. `None`: unknown, and nothing is clear.
 
-    >>> clearly_below(758, 54, 790, 90), clearly_below(758, 5, 790, 9)
-    (False, True)
+    Examples:
+        >>> clearly_below(758, 54, 790, 90), clearly_below(758, 5, 790, 9)
+        (False, True)
     """
     return error is not None and other_error is not None and other - value > CLEAR * math.hypot(error, other_error)
 
@@ -31,8 +32,9 @@ def clearly_below(value: float, error: float | None, other: float, other_error: 
 def plus_minus(value: float, error: float | None, digits: int = 2) -> str:
     """A number with its standard error, where there is one.
 
-    >>> plus_minus(758.25, 54.0, 1), plus_minus(43.4, None)
-    ('758.2 ± 54.0', '43.40')
+    Examples:
+        >>> plus_minus(758.25, 54.0, 1), plus_minus(43.4, None)
+        ('758.2 ± 54.0', '43.40')
     """
     return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 

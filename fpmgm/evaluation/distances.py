@@ -22,9 +22,10 @@ def energy_distance(
         `dict`: `energy_distance`; `energy_distance_same`, the 2.5 % and 97.5 % quantiles over permutations; and
         `energy_distance_p`, the share of permutations, the one given among them, that are as far apart.
 
-    >>> import numpy as np
-    >>> energy_distance(np.array([[0.0], [1.0]]), np.array([[0.0], [1.0]]), num_permutations=1)["energy_distance"]
-    0.0
+    Examples:
+        >>> import numpy as np
+        >>> energy_distance(np.array([[0.0], [1.0]]), np.array([[0.0], [1.0]]), num_permutations=1)["energy_distance"]
+        0.0
     """
     features = np.concatenate([first, second]).astype(np.float64)  # (S, D)
     products = features @ features.T

@@ -19,9 +19,10 @@ def perplexity_at_entropy(entropies: Sequence[float], perplexities: Sequence[flo
     Returns:
         `float`, or `None` outside the entropies swept: nothing is extrapolated.
 
-    >>> round(perplexity_at_entropy([5.0, 5.5], [20.0, 80.0], 5.25), 6)
-    40.0
-    >>> perplexity_at_entropy([5.0, 5.5], [20.0, 80.0], 4.9)
+    Examples:
+        >>> round(perplexity_at_entropy([5.0, 5.5], [20.0, 80.0], 5.25), 6)
+        40.0
+        >>> perplexity_at_entropy([5.0, 5.5], [20.0, 80.0], 4.9)
     """
     x, y = _sorted(entropies, perplexities=perplexities)
     if not len(x) or not x[0] <= entropy <= x[-1]:
@@ -34,8 +35,9 @@ def standard_error_at_entropy(
 ) -> float | None:
     """The standard error of [`perplexity_at_entropy`], from those of the two points beside it; `None` where it is.
 
-    >>> round(standard_error_at_entropy([5.0, 5.5], [20.0, 80.0], [2.0, 8.0], 5.25), 3)  # 40 · 0.1 / √2
-    2.828
+    Examples:
+        >>> round(standard_error_at_entropy([5.0, 5.5], [20.0, 80.0], [2.0, 8.0], 5.25), 3)  # 40 · 0.1 / √2
+        2.828
     """
     x, y, errors = _sorted(entropies, perplexities=perplexities, standard_errors=standard_errors)
     if not len(x) or not x[0] <= entropy <= x[-1]:
@@ -79,8 +81,9 @@ def _beats(point: dict[str, Any], other: dict[str, Any]) -> bool:
 def common_entropies(curves: Iterable[Sequence[float]], count: int = 3) -> list[float]:
     """`count` entropies, evenly over the range that all curves reach; none where there is no such range.
 
-    >>> common_entropies([[4.0, 6.0], [5.0, 7.0]])
-    [5.0, 5.5, 6.0]
+    Examples:
+        >>> common_entropies([[4.0, 6.0], [5.0, 7.0]])
+        [5.0, 5.5, 6.0]
     """
     curves = list(curves)
     low, high = max(map(min, curves)), min(map(max, curves))

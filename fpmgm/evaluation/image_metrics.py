@@ -96,9 +96,10 @@ def frechet_distance(mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarr
     Raises:
         `ValueError`: for other shapes, and for numbers that are not finite.
 
-    >>> eye = np.eye(2)
-    >>> round(frechet_distance(np.zeros(2), eye, np.ones(2), 4 * eye), 6)
-    4.0
+    Examples:
+        >>> eye = np.eye(2)
+        >>> round(frechet_distance(np.zeros(2), eye, np.ones(2), 4 * eye), 6)
+        4.0
     """
     mean1, covariance1, mean2, covariance2 = (
         np.asarray(x, dtype=np.float64) for x in (mean1, covariance1, mean2, covariance2)
@@ -124,9 +125,10 @@ def inception_score(logits: np.ndarray, splits: int = 10, seed: int = 2020) -> t
     Raises:
         `ValueError`: for fewer pictures than splits, less than one split, and logits that are no finite (N, C).
 
-    >>> score, deviation = inception_score(100 * np.eye(3).repeat(4, axis=0), splits=1)
-    >>> round(score, 6), deviation
-    (3.0, 0.0)
+    Examples:
+        >>> score, deviation = inception_score(100 * np.eye(3).repeat(4, axis=0), splits=1)
+        >>> round(score, 6), deviation
+        (3.0, 0.0)
     """
     logits = np.asarray(logits, dtype=np.float64)
     if logits.ndim != 2 or not np.isfinite(logits).all():

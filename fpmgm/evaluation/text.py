@@ -19,8 +19,9 @@ def unigram_entropy(sequences: np.ndarray | Iterable[Sequence[int]]) -> float:
     Raises:
         `ValueError`: for text instead of ids, if there is no sequence, or an empty one.
 
-    >>> round(unigram_entropy(np.array([[1, 1, 2, 2], [3, 3, 3, 3]])), 4)
-    0.3466
+    Examples:
+        >>> round(unigram_entropy(np.array([[1, 1, 2, 2], [3, 3, 3, 3]])), 4)
+        0.3466
     """
     return float(np.mean(_each(sequences, _entropy)))
 
@@ -37,8 +38,9 @@ def distinct_n(sequences: np.ndarray | Iterable[Sequence[int]], n: int = 2) -> f
     Raises:
         `ValueError`: for text instead of ids, or if no sequence holds an n-gram.
 
-    >>> distinct_n([[1, 2, 1, 2], [1, 2, 3]], n=2)
-    0.6
+    Examples:
+        >>> distinct_n([[1, 2, 1, 2], [1, 2, 3]], n=2)
+        0.6
     """
     check_whole("n", n, minimum=1, unit="tokens")
     grams = [gram for row in token_rows(sequences) for gram in _ngrams(row, n)]
@@ -57,8 +59,9 @@ def repetition_rate(sequences: np.ndarray | Iterable[Sequence[int]], n: int = 4)
     Raises:
         `ValueError`: for text instead of ids, if there is no sequence, or one shorter than `n`.
 
-    >>> repetition_rate([[1, 2, 1, 2], [1, 2, 3, 4]], n=2)
-    0.16666666666666669
+    Examples:
+        >>> repetition_rate([[1, 2, 1, 2], [1, 2, 3, 4]], n=2)
+        0.16666666666666669
     """
     check_whole("n", n, minimum=1, unit="tokens")
 

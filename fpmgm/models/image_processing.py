@@ -24,8 +24,9 @@ def make_image_processor(image_size: int, resample: str = "bilinear") -> "CLIPIm
         `ValueError`: for another `resample`.
         `ImportError`: without Pillow.
 
-    >>> make_image_processor(32).size["shortest_edge"]
-    32
+    Examples:
+        >>> make_image_processor(32).size["shortest_edge"]
+        32
     """
     if not is_vision_available():
         raise ImportError("pictures need Pillow: pip install 'fpmgm[images]'")

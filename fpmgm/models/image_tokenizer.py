@@ -144,8 +144,9 @@ def nearest_codes(latents: torch.Tensor, codebook: torch.Tensor) -> torch.LongTe
 def to_uint8(pixel_values: torch.Tensor) -> torch.Tensor:
     """8-bit pictures of pixels in [-1, 1], rounded to the nearest.
 
-    >>> to_uint8(torch.tensor([-1.0, 0.0, 1.0])).tolist()
-    [0, 128, 255]
+    Examples:
+        >>> to_uint8(torch.tensor([-1.0, 0.0, 1.0])).tolist()
+        [0, 128, 255]
     """
     return ((pixel_values.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 

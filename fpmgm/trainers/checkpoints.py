@@ -159,8 +159,9 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
     Returns:
         `str`, *optional*: Its folder. `None`: there is none.
 
-    >>> last_checkpoint("outputs/none") is None
-    True
+    Examples:
+        >>> last_checkpoint("outputs/none") is None
+        True
     """
     last, flaws = _last_whole(output_dir)
     for folder in _by_step(Path(output_dir) / STAGING_FOLDER):
