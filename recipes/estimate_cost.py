@@ -292,14 +292,16 @@ def memory(config: PreTrainedConfig, length: int, args: CostArguments, hardware:
             accumulating,
         )  # fmt: skip
 
-    def largest(engine: str, checkpointing: bool, found: float) -> int | None:
-        """A power of two."""
+    def largest(engine: str, checkpointing: bool, found: dict[str, float]) -> int | None:
+        """A power of two; `None` where none fits, as where the weights and what is kept for them do not."""
+        if sum(found[name] for name in ("weights", "optimizer", "buckets", "ema")) > hardware.memory:
+            return None
         size = args.micro_batch_size
-        other = 1 if found > hardware.memory else most
+        other = 1 if found["peak"] > hardware.memory else most
         slope = 0.0
         if other != size:
-            slope = (peak(other, engine, checkpointing)["peak"] - found) / (other - size)
-        fitting = [n for n in sizes if found + (n - size) * slope <= hardware.memory]
+            slope = (peak(other, engine, checkpointing)["peak"] - found["peak"]) / (other - size)
+        fitting = [n for n in sizes if found["peak"] + (n - size) * slope <= hardware.memory]
         return max(fitting, default=None)
 
     rows, sizes, parameters = [], [2**i for i in range(most.bit_length())], count_parameters(config)
@@ -308,7 +310,7 @@ def memory(config: PreTrainedConfig, length: int, args: CostArguments, hardware:
             found = peak(args.micro_batch_size, engine, checkpointing)
             rows.append({
                 "engine": engine, "checkpointing": checkpointing, **found,
-                "largest_micro_batch": largest(engine, checkpointing, found["peak"]),
+                "largest_micro_batch": largest(engine, checkpointing, found),
                 "sent_bytes": sent_bytes(
                     parameters["total"], engine, args.gpus, NARROW[args.dtype], args.micro_batches
                 ),
