@@ -17,10 +17,13 @@ SETTING = ("iterations_per_step", "reuse", "temperature", "top_p", "order", "num
 
 def write_tables(plan: Plan, folder: Path, truth: dict, name: str, target: Path) -> list[dict]:
     """Write NAME.json, all rows that are finished, and NAME.md; returns the rows."""
-    paths = [folder / "results" / "rows" / f"{row.name}.json" for row in plan.rows]
-    rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
-    for row in rows:
-        row["training"]["log"] = read_in_tables(row["training"]["log"])
+    rows = []
+    for row in plan.rows:
+        path = folder / "results" / "rows" / f"{row.name}.json"
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8")) | {"title": row.title or row.name, "group": row.group}
+            found["training"]["log"] = read_in_tables(found["training"]["log"])
+            rows.append(found)
     target.mkdir(parents=True, exist_ok=True)
     (target / f"{name}.json").write_text(json.dumps({"truth": truth, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     (target / f"{name}.md").write_text(markdown(truth, rows), encoding="utf-8")
@@ -136,7 +139,8 @@ def seeds_lines(runs: Sequence[dict], budgets: Sequence[int], entropy: float) ->
         ]
         cells = [over_seeds([run[b] for run in at_entropy]) for b in budgets]
         if any(cells):
-            lines.append([f"{label.removeprefix(title + ', ')}, at unigram entropy {entropy:.3f}", None, None, *cells])
+            setting = label.removeprefix(title).lstrip(", ") or "plain"
+            lines.append([f"{setting}, at unigram entropy {entropy:.3f}", None, None, *cells])
     return lines
 
 
