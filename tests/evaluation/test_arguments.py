@@ -40,6 +40,7 @@ from fpmgm.evaluation import (
     mauve_score,
     measure_latency,
     measure_samples,
+    over_seeds,
     perplexity_at_entropy,
     plus_minus,
     pool_settings,
@@ -227,6 +228,7 @@ CASES = [
         {"value": 5.0, "error": 1.0, "other": 9.0, "other_error": 1.0},
         {"value": Result(8.0), "error": Result(2.0), "other": Result(6.0), "other_error": Result(2.0)},
     ),
+    Case(over_seeds, {"values": [1.0, 2.0]}, {"values": Result([1.0]), "digits": Result(1)}),
     Case(plus_minus, {"value": 1, "error": 1}, {"value": Result(2), "error": Result(2), "digits": Result(1)}),
     Case(
         perplexity_at_entropy,
