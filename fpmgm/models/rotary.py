@@ -39,8 +39,16 @@ def rotated(qkv: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> tup
     ```
     """
     query_key, value = qkv.split([2, 1], dim=2)
-    query, key = _Turned.apply(query_key, *(table[:, None, None] for table in rotary)).permute(2, 0, 3, 1, 4)
+    turn = plainly_turned if torch.compiler.is_compiling() else _Turned.apply
+    query, key = turn(query_key, *(table[:, None, None] for table in rotary)).permute(2, 0, 3, 1, 4)
     return query, key, value.squeeze(2).transpose(1, 2).clone()  # a view would keep all of qkv for the backward pass
+
+
+def plainly_turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`x` (…, K), its pairs of channels turned, for compilers: they join the steps, and that of torch 2.11 takes wrong
+    slopes from [`_Turned`]."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 class _Turned(torch.autograd.Function):
