@@ -273,6 +273,7 @@ def check_bytes(model, dtype: str, rel: float) -> None:
         assert sum(work.bytes for work in parts.values()) == pytest.approx(traffic.total, rel=rel)
 
 
+@pytest.mark.slow
 def test_the_mean_step_is_that_of_all_draws():
     config = tiny_config(no_grad_iterations=[0, 1], grad_iterations=[2, 4])
     for kept in (None, 3):

@@ -82,6 +82,7 @@ IMAGE_SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IMAGE_SETTINGS)
 def test_the_peak_of_images_is_that_of_the_allocator(name):
     overrides, checkpointing, dtype = IMAGE_SETTINGS[name]
@@ -129,6 +130,7 @@ MEASURED = {  # steps of benchmarks/training_cost.py, at the paper's sizes
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["training_cost_cpu", "training_memory_cpu_text", "training_memory_cpu_images"])
 def test_peaks_of_the_papers_models_are_near_the_measured_ones(file):
     result = json.loads((Path(__file__).parents[2] / f"benchmarks/results/{file}.json").read_text())
@@ -172,6 +174,7 @@ def test_engines_that_split_more_hold_less():
 DEEP = {"num_pre_layers": 4, "num_fixed_point_layers": 2, "num_post_layers": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stacks", [{**MDLM, "num_pre_layers": 5}, DEEP])

@@ -76,6 +76,7 @@ def test_text_is_analysed_once(folder, monkeypatch, capsys):
     assert json.dumps(again) == json.dumps(found)
 
 
+@pytest.mark.slow
 def test_what_a_model_writes_is_analysed(folder, monkeypatch):
     image = tiny_image_model(scale=0.1, input_injection="diagonal")
     image.save_pretrained(folder / "image")

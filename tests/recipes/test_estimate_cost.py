@@ -18,6 +18,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 SHORT = ["--budgets", "24", "--batch_size", "64", "--gpus", "4"]
 
 
+@pytest.mark.slow
 def test_presets_of_the_paper_and_of_one_and_eight_billion_weights(capsys):
     sizes = {name: count_parameters(estimate_cost.load_config(name, 0))["total"] for name in estimate_cost.MODELS}
     assert (sizes["mdlm"], sizes["fp_mdlm"]) == (169_627_218, 104_659_794)
@@ -34,6 +35,7 @@ def test_presets_of_the_paper_and_of_one_and_eight_billion_weights(capsys):
     assert [row["num_steps"] for model in found for row in model["sampling"]] == [2, 4]
 
 
+@pytest.mark.slow
 def test_what_makes_a_run_longer_or_fit():
     def run(*argv):
         return estimate_cost.main(["--model", "mdlm", *SHORT, *argv])[0]

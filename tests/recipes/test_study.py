@@ -121,6 +121,7 @@ def test_the_same_command_repeats_nothing_and_makes_what_is_missing_as_before(st
     run.main(arguments(studied, truth))
 
 
+@pytest.mark.slow
 def test_the_command_for_a_gpu_goes_on_like_the_study(studied, truth):
     """Rehearsed on the finished study: it finds everything done, and prints the tables."""
     command = [str(TINY.parent / "gpu.sh"), "--rehearse", truth, str(studied)]

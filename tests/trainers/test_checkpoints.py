@@ -60,6 +60,7 @@ def killed_run(way: str, folder: Path) -> list[dict]:
     return json.loads((folder / "left.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_each_write_of_a_checkpoint_equals_the_uninterrupted_one(tmp_path):
     left = killed_run("at-each-write", tmp_path)
     assert len(left) > 12
