@@ -20,13 +20,12 @@ from fpmgm.analysis.axes import finish, logarithmic_values, new_figure, save
 from fpmgm.command_line import LocalPath, ModelName, parse_arguments
 from fpmgm.evaluation import TruthJudge, plus_minus, provenance, sweep, unigram_entropy
 from fpmgm.evaluation.report import table, write_report
-from judged_samples import JudgedSamplesArguments, device_of, open_judge, open_model
+from judged_samples import JudgedSamplesArguments, device_of, fitting_options, open_judge, open_model
 
 
 KEPT = ("excess", "excess_standard_error", "generative_perplexity", "generative_perplexity_standard_error")
 KEPT += ("unigram_entropy", "repetition_4", "num_steps", "tokens_per_step", "block_evaluations")
 KEPT += ("mean_block_evaluations", "sample")
-OF_THE_SOLVER = ("reuse", "iterations_per_step", "tolerance", "solver", "freeze_tolerance")
 
 
 @dataclass(kw_only=True)
@@ -83,13 +82,12 @@ def read_settings(path: str) -> dict[str, dict]:
 
 
 def fitting(settings: dict[str, dict], config) -> dict[str, dict]:
-    """The settings that a model can have: without fixed-point layers there is nothing to iterate or to reuse, and what
-    differs in that alone stands once."""
+    """The settings that a model can have; what differs only in options that it has not stands once."""
     if config.num_fixed_point_layers:
         return settings
     found: dict[str, dict] = {}
     for name, options in settings.items():
-        options = {key: value for key, value in options.items() if key not in OF_THE_SOLVER}
+        options = fitting_options(options, config)
         if options not in found.values():
             found[name] = options
     return found

@@ -164,7 +164,7 @@ def train(
     args: DigitsArguments, digits: Digits, model: FPMaskGITModel, folder: Path, seed: int, further: str | None
 ) -> dict:
     """Train a model and export it into `folder`; returns what was measured."""
-    trainer_class, config_class = FURTHER["further" if further is None else further]
+    trainer_class, config_class = FURTHER[further or "further"]
     steps, share = (args.max_steps, 1) if further is None else (args.consistency_steps, 0.25)
     options = {
         "consistency_reduction": "relative",

@@ -29,6 +29,9 @@ JUDGES = {  # option that names a judge → other options of this judge
 }
 
 
+OF_THE_SOLVER = ("reuse", "iterations_per_step", "tolerance", "solver", "freeze_tolerance")
+
+
 @dataclass(kw_only=True)
 class JudgedSamplesArguments:
     """How texts are drawn, who judges them, where everything goes."""
@@ -87,6 +90,13 @@ def device_of(args: JudgedSamplesArguments) -> str:
 def open_model(path: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A checkpoint, ready to sample."""
     return AutoModel.from_pretrained(path).to(device).eval(), read_tokenizer(path)
+
+
+def fitting_options(options: dict, config) -> dict:
+    """The options of `generate` that a model can have: without fixed-point layers nothing iterates or is reused."""
+    if config.num_fixed_point_layers:
+        return options
+    return {name: value for name, value in options.items() if name not in OF_THE_SOLVER}
 
 
 def open_judge(args: JudgedSamplesArguments, models: list[str], device: str) -> AnyJudge:

@@ -8,6 +8,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from fpmgm.evaluation import TruthJudge, repetition_rate, sweep, unigram_entropy
 from fpmgm.evaluation.provenance import provenance
+from judged_samples import fitting_options
 from sample_world import World
 from study.plan import Plan, Row
 
@@ -72,10 +73,9 @@ def wanted(plan: Plan, row: Row, found: dict) -> set[str]:
 
 def settings(plan: Plan, row: Row, config) -> list[dict]:
     """Options of `generate`, one set per row of samples; an explicit model has nothing to reuse or to iterate."""
-    left_out = () if config.num_fixed_point_layers else ("reuse", "iterations_per_step")
     chosen = []
     for setting in row.settings or plan.judging["settings"]:
-        options = {name: value for name, value in setting.items() if name not in left_out}
+        options = fitting_options(setting, config)
         chosen += [
             {"budget": budget, **options}
             for budget in row.budgets or plan.judging["budgets"]

@@ -94,12 +94,17 @@ class Plan:
         return max(self.texts(row).stop for row in self.rows)
 
 
+def name_of(name: str, seed: int) -> str:
+    """Of a row's run with a seed."""
+    return f"{name}_seed{seed}" if seed else name
+
+
 def with_seeds(row: Row) -> Iterator[Row]:
     """The row, and the same with further seeds."""
     yield row
     for seed in range(1, row.seeds):
-        start = f"{row.start}_seed{seed}" if row.start is not None else None
-        yield replace(row, name=f"{row.name}_seed{seed}", seed=seed, start=start)
+        start = name_of(row.start, seed) if row.start is not None else None
+        yield replace(row, name=name_of(row.name, seed), seed=seed, start=start)
 
 
 def load_plan(path: str | Path) -> Plan:

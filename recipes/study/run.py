@@ -20,7 +20,7 @@ from fpmgm.command_line import LocalPath, ModelName, parse_arguments
 from study.judge import describe_truth, judge_row, open_truth
 from study.pictures import plot_excess
 from study.plan import Plan, load_plan
-from study.tables import write_tables
+from study.tables import of_first_seed, write_tables
 from study.train import train_row
 
 
@@ -55,8 +55,7 @@ def main(argv: list[str] | None = None) -> None:
             judge_row(plan, row, folder, judge, args.device)
             name = f"study_{Path(args.plan).stem}"
             rows = write_tables(plan, folder, truth, name, target)
-            first = [row for row in rows if row["training_options"]["seed"] == 0]
-            plot_excess(first, truth["unigram_entropy"], target / f"{name}.png")
+            plot_excess(of_first_seed(rows), truth["unigram_entropy"], target / f"{name}.png")
 
 
 def make_world(plan: Plan, args: StudyArguments) -> None:

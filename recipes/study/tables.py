@@ -9,7 +9,7 @@ import numpy as np
 
 from fpmgm.evaluation import over_seeds, plus_minus
 from fpmgm.evaluation.report import table
-from study.plan import Plan
+from study.plan import Plan, name_of
 
 
 SETTING = ("iterations_per_step", "reuse", "temperature", "top_p", "order", "num_steps", "iterations", "allocation")
@@ -35,6 +35,11 @@ def read_in_tables(log: Sequence[dict]) -> list[dict]:
     return [line for line in log if "eval_loss" in line] + [line for line in log if "residual" in line][-1:]
 
 
+def of_first_seed(rows: Sequence[dict]) -> list[dict]:
+    """One run of each row."""
+    return [row for row in rows if row["training_options"]["seed"] == 0]
+
+
 def markdown(truth: dict, rows: Sequence[dict]) -> str:
     """All tables; ± is one standard error over texts."""
     lines = [
@@ -43,7 +48,7 @@ def markdown(truth: dict, rows: Sequence[dict]) -> str:
         f"text {truth['unigram_entropy']:.3f}, rep-4 {truth['repetition_4']:.3f}. Excess: nats per token above it; 0 "
         "is perfect. ± is one standard error over texts, in models of one seed.\n"
     ]
-    first = [row for row in rows if row["training_options"]["seed"] == 0]
+    first = of_first_seed(rows)
     for group in dict.fromkeys(row["group"] for row in first):
         members = [row for row in first if row["group"] == group]
         lines += [f"## {group}\n", training_table(members), iterations_table(members)]
@@ -114,10 +119,8 @@ def seeds_table(rows: Sequence[dict], truth: dict) -> str:
     """Rows that ran with several seeds: means, ± one standard error over seeds."""
     budgets = sorted({sample["budget"] for row in rows for sample in row["samples"]})
     lines = []
-    for first in rows:
-        runs = [first] + [
-            row for row in rows if row["name"] == f"{first['name']}_seed{row['training_options']['seed']}"
-        ]
+    for first in of_first_seed(rows):
+        runs = [row for row in rows if row["name"] == name_of(first["name"], row["training_options"]["seed"])]
         if len(runs) > 1:
             lines += seeds_lines(runs, budgets, truth["unigram_entropy"])
     if not lines:
