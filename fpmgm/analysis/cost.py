@@ -12,12 +12,12 @@ import functools
 import json
 import weakref
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.initialization import no_init_weights
@@ -102,8 +102,8 @@ class Meter(TorchDispatchMode):
     def leave(self, name: str, output) -> None:
         """A module returns."""
         place = self.place_of(name)
-        for x in tensors(output.values() if isinstance(output, dict) else (output,)):
-            if x.requires_grad:
+        for x in tree_leaves(output):
+            if isinstance(x, torch.Tensor) and x.requires_grad:
                 x.register_hook(lambda slope: self.enter(name, place))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -111,8 +111,8 @@ class Meter(TorchDispatchMode):
             return args[0].fake_device
         kwargs = kwargs or {}
         output = function(*args, **kwargs)
-        read = tensors((*args, *(value for name, value in kwargs.items() if name != "out")))
-        written = tensors((output,))
+        given = (args, {name: value for name, value in kwargs.items() if name != "out"})
+        read, written = ([x for x in tree_leaves(v) if isinstance(x, torch.Tensor)] for v in (given, output))
         known = {x.untyped_storage()._cdata for x in read}
         fresh = [x for x in written if x.untyped_storage()._cdata not in known]
         if (fresh or function._schema.is_mutable) and function._overloadpacket not in UNWRITTEN:  # no view
@@ -162,17 +162,6 @@ def add_up(works: list, changes: list, times: dict[str, int]) -> Trace:
             turn = []
         turn.append(change)
     return Trace(work, moments)
-
-
-def tensors(values: Iterable) -> list[torch.Tensor]:
-    """Those among an operator's arguments or results, and in lists of them."""
-    found = []
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += tensors(value)
-    return found
 
 
 def in_backward() -> bool:
