@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixed-point masked generative models for the Hugging Face world.
 
-Importing `fpmgm` registers its models with `AutoConfig`, `AutoModel` and `AutoModelForMaskedLM`. Its sub-packages and
-the trainers, which need more than torch and transformers, are imported when they are first used.
+Importing `fpmgm` registers its models with `AutoConfig`, `AutoModel` and `AutoModelForMaskedLM`, and the task
+`"masked-generation"` with `pipeline`. Its sub-packages and the trainers, which need more than torch and transformers,
+are imported when they are first used.
 """
 
 import importlib
 from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .conversion import convert_to_fixed_point, load_halton_maskgit, load_mdlm
 from .models.budget import BudgetPlan, plan_budget
@@ -18,6 +20,7 @@ from .models.generation_mgm import GenerationStep, MGMGenerationConfig, MGMGener
 from .models.modeling_fpmaskgit import FPMaskGITModel
 from .models.modeling_fpmdlm import FPMDLMForMaskedDiffusion
 from .models.modeling_mgm import MGMOutput
+from .models.pipeline_fpmdlm import FPMDLMPipeline
 from .notebook import RevealAnimation
 from .pictures import make_grid, reveal_frames, save_animation
 from .pipeline_fpmaskgit import FPMaskGITPipeline, FPMaskGITPipelineOutput
@@ -31,6 +34,8 @@ AutoModel.register(FPMDLMConfig, FPMDLMForMaskedDiffusion, exist_ok=True)
 AutoModelForMaskedLM.register(FPMDLMConfig, FPMDLMForMaskedDiffusion, exist_ok=True)
 AutoConfig.register(FPMaskGITConfig.model_type, FPMaskGITConfig, exist_ok=True)
 AutoModel.register(FPMaskGITConfig, FPMaskGITModel, exist_ok=True)
+if "masked-generation" not in PIPELINE_REGISTRY.get_supported_tasks():
+    PIPELINE_REGISTRY.register_pipeline("masked-generation", FPMDLMPipeline, AutoModelForMaskedLM, type="text")
 
 SUB_PACKAGES = ("analysis", "data", "evaluation", "trainers")
 TRAINERS = (
@@ -64,6 +69,7 @@ __all__ = [
     "BudgetPlan",
     "FPMDLMConfig",
     "FPMDLMForMaskedDiffusion",
+    "FPMDLMPipeline",
     "FPMaskGITConfig",
     "FPMaskGITModel",
     "FPMaskGITPipeline",

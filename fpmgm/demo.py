@@ -29,11 +29,11 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from .command_line import ModelName, parse_arguments
 from .models.budget import step_costs
 from .models.ledger import GenerationStep
+from .models.prompt import encode_prompt
 from .models.reuse import REUSE_STATES, REUSES
 from .models.text_input import read_tokenizer
 from .pictures import reveal_frames
 from .pipeline_fpmaskgit import FPMaskGITPipeline
-from .prompt import encode_prompt
 from .reveal_html import STYLE, WORDS, draw_facts, draw_legend, draw_residuals, draw_tokens, tokens_of
 
 

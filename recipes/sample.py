@@ -15,8 +15,8 @@ from transformers import AutoModel
 
 import fpmgm  # noqa: F401  (registers the models)
 from fpmgm.command_line import ModelName, parse_arguments
+from fpmgm.models.prompt import encode_prompt
 from fpmgm.models.text_input import boundary_ids, read_tokenizer
-from fpmgm.prompt import encode_prompt
 
 
 @dataclass

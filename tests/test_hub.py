@@ -26,7 +26,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer, JanusVQVAEConfig
 
-from fpmgm import FPMaskGITPipeline, FPMDLMForMaskedDiffusion, MGMGenerationConfig
+from fpmgm import FPMaskGITPipeline, FPMDLMForMaskedDiffusion, FPMDLMPipeline, MGMGenerationConfig
 from fpmgm.data import train_tokenizer
 from fpmgm.models.modeling_vqgan import VQGANModel
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
@@ -76,6 +76,10 @@ written = {
 save_file(written, folder / "written.safetensors")
 words = "the other cat – 😀"
 (folder / "tokens.json").write_text(json.dumps([words, tokenizer(words)["input_ids"]]))
+
+writer = FPMDLMPipeline(model, tokenizer, task="masked-generation", device="cpu")
+writer.push_to_hub("tester/writer")
+(folder / "texts.json").write_text(json.dumps(writer(["the<|mask|*3>", "a cat"], max_new_tokens=2, budget=20, seed=4)))
 
 rows = Dataset.from_dict({"input_ids": [tokenizer(text)["input_ids"][:8] for text in texts]})
 common = dict(
@@ -127,7 +131,7 @@ import torch
 import transformers
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModel, AutoModelForMaskedLM, AutoTokenizer, JanusVQVAE
+from transformers import AutoImageProcessor, AutoModel, AutoModelForMaskedLM, AutoTokenizer, JanusVQVAE, pipeline
 
 folder = Path(sys.argv[1])
 ids = load_file(folder / "written.safetensors")["ids"]
@@ -176,6 +180,8 @@ trained = AutoModelForMaskedLM.from_pretrained("tester/trained", **remote)
 tensors |= {f"trained/{name}": tensor.clone() for name, tensor in trained.state_dict().items()}
 tensors["adapter/logits"] = AutoModel.from_pretrained("tester/adapter", **remote).eval()(ids).logits.detach()
 facts["trained tokens"] = AutoTokenizer.from_pretrained("tester/trained", **remote)(words)["input_ids"]
+write = pipeline("masked-generation", model="tester/writer", device="cpu", **remote)
+facts["texts"] = write(["the<|mask|*3>", "a cat"], max_new_tokens=2, budget=20, seed=4)
 for released in json.loads(sys.argv[2]):
     facts[released] = AutoModel.from_pretrained(released, **remote).generate(batch_size=2, budget=24, seed=0).tolist()
 assert not [name for name in sys.modules if name.split(".")[0] == "fpmgm"]
@@ -230,6 +236,12 @@ def test_a_checkpoint_works_the_same_where_fpmgm_is_not_installed(hub, kind):
 def test_a_released_checkpoint_writes_what_it_wrote_where_fpmgm_is_not_installed(hub, released):
     expected = json.loads((Path(released) / "results.json").read_text(encoding="utf-8"))["tokens_of_budget_24"]
     assert json.loads((hub[1] / "facts.json").read_text())[released] == expected
+
+
+def test_a_pushed_pipeline_writes_the_same_where_fpmgm_is_not_installed(hub):
+    texts = json.loads((hub[1] / "texts.json").read_text())
+    assert json.loads((hub[1] / "facts.json").read_text())["texts"] == texts
+    assert all(text["generated_text"] and text["block_evaluations"] == 20 for (text,) in texts)
 
 
 def test_an_image_model_works_the_same_where_fpmgm_is_not_installed(hub):

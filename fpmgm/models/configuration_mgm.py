@@ -43,6 +43,7 @@ SHARED_FIELDS = {
 OF_TRANSFORMERS = {
     "attn_implementation",
     "auto_map",
+    "custom_pipelines",
     "experts_implementation",
     "layer_map",
     "model_type",

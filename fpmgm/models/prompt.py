@@ -6,7 +6,7 @@ import re
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .models.text_input import boundary_ids, framing_ids
+from .text_input import boundary_ids, framing_ids
 
 
 BLANK = "<|mask|>"  # in prompts, whatever the tokenizer calls it
