@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text from prompts in one call: the task `"masked-generation"` of `transformers.pipeline`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from transformers import Pipeline
+from transformers import Pipeline, PreTrainedTokenizerBase
 
 from .arguments import is_whole, shown
+from .configuration_fpmdlm import FPMDLMConfig
 from .prompt import encode_prompt
 
 
@@ -35,7 +36,9 @@ class FPMDLMPipeline(Pipeline):
 
     _load_tokenizer = True
 
-    def __call__(self, prompts: str | Iterable[str] = "", *, seed: int | None = None, **options: Any):
+    def __call__(
+        self, prompts: str | Iterable[str] = "", *, seed: int | None = None, **options: Any
+    ) -> list[dict] | list[list[dict]] | Iterator[list[dict]]:
         """Texts of one prompt or several.
 
         Args:
@@ -92,7 +95,9 @@ class FPMDLMPipeline(Pipeline):
         return [{"generated_text": text, "block_evaluations": int(written["spent"][0])}]
 
 
-def read_prompt(tokenizer, prompt: Any, max_new_tokens: int | None, config) -> torch.Tensor:
+def read_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Any, max_new_tokens: int | None, config: FPMDLMConfig
+) -> torch.Tensor:
     """(1, L) ids of a prompt with its blanks, and `max_new_tokens` more behind it."""
     if not isinstance(prompt, str):
         raise ValueError(f"`prompts` holds {shown(prompt)}, of type {type(prompt).__name__}: give texts.")
