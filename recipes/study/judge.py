@@ -4,7 +4,7 @@
 import json
 from pathlib import Path
 
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from fpmgm.evaluation import TruthJudge, repetition_rate, sweep, unigram_entropy
 from fpmgm.evaluation.provenance import provenance
@@ -24,6 +24,9 @@ def judge_row(plan: Plan, row: Row, folder: Path, judge: TruthJudge, device: str
     """Write the row's results, but for what is there; an interrupted judgement goes on where it was."""
     path, export = folder / "results" / "rows" / f"{row.name}.json", folder / "runs" / row.name
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else describe_row(plan, row, export)
+    asked = settings(plan, row, AutoConfig.from_pretrained(export))
+    if asked != [sample["sampling"]["options"] for sample in found.get("samples", [])]:
+        found.pop("samples", None)  # finished batches are kept: what was asked before comes from there
     missing = wanted(plan, row, found) - set(found)
     if missing:
         model = AutoModel.from_pretrained(export).to(device).eval()
@@ -39,7 +42,7 @@ def judge_row(plan: Plan, row: Row, folder: Path, judge: TruthJudge, device: str
             }
         if "samples" in missing:
             found["samples"] = sweep(
-                model, AutoTokenizer.from_pretrained(export), judge, settings(plan, row, model.config),
+                model, AutoTokenizer.from_pretrained(export), judge, asked,
                 num_samples=row.num_samples or plan.judging["num_samples"], judge_batch_size=64, seed=1, **options,
             )  # fmt: skip
     if missing or not path.exists():

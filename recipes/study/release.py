@@ -23,7 +23,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from fpmgm.command_line import LocalPath, ModelName, parse_arguments
-from fpmgm.evaluation import TruthJudge
+from fpmgm.evaluation import TruthJudge, sweep
 from fpmgm.evaluation.provenance import provenance
 from fpmgm.evaluation.report import write_report
 from fpmgm.model_cards.escape import PLACES
@@ -38,7 +38,8 @@ SAMPLE_FIELDS = (
     "budget", "num_steps", "block_evaluations", "excess", "excess_standard_error", "generative_perplexity",
     "generative_perplexity_standard_error", "unigram_entropy", "repetition_4",
 )  # fmt: skip
-SHOWN_BUDGETS, SHOWN_TEXTS = (96, 192), 2
+SHOWN_BUDGETS, SHOWN_TEXTS = (24, 96, 192), 2
+OWN = "this folder's defaults"
 
 
 @dataclass(kw_only=True)
@@ -121,6 +122,11 @@ def describe(plan: Plan, row: Row, study: Path, folder: Path, judge: TruthJudge)
         )
         for budget in SHOWN_BUDGETS
     }
+    own = sweep(
+        model, tokenizer, judge, [{"budget": budget} for budget in SHOWN_BUDGETS], seed=1,
+        num_samples=plan.judging["num_samples"], batch_size=plan.judging["batch_size"], cache_dir=study / "cache",
+    )  # fmt: skip
+    named = [(OWN, sample) for sample in own] + [(setting_name(sample), sample) for sample in found["samples"]]
     return {
         "name": folder.name,
         "title": row.title,
@@ -132,8 +138,7 @@ def describe(plan: Plan, row: Row, study: Path, folder: Path, judge: TruthJudge)
         "truth": {"name": judge.name, "entropy_rate": judge.entropy_rate},
         **judge.likelihood_excess(model, plan.judging["likelihood_texts"], **options),
         "samples": [
-            {**{name: sample[name] for name in SAMPLE_FIELDS}, "setting": setting_name(sample)}
-            for sample in found["samples"]
+            {**{field: sample[field] for field in SAMPLE_FIELDS}, "setting": setting} for setting, sample in named
         ],
         "generation": plan.release[folder.name].get("generation", {}),
         "texts": texts,

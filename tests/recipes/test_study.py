@@ -119,6 +119,17 @@ def test_the_same_command_repeats_nothing_and_makes_what_is_missing_as_before(st
     assert [s["excess"] for s in after["samples"]] == [s["excess"] for s in before["samples"]]
     monkeypatch.setattr(train, "start_model", lambda *_: pytest.fail("trained again"))
     run.main(arguments(studied, truth))
+    plan = TINY.read_text().replace("temperature: 0.5, reuse", "temperature: 0.7, reuse")  # asked of other settings
+    (studied / "other.yaml").write_text(plan)
+    run.main(["--plan", str(studied / "other.yaml"), *arguments(studied, truth, "--rows", "fp_mdlm")[2:]])
+    temperatures = [row["sampling"]["options"].get("temperature") for row in samples(rows / "fp_mdlm.json")]
+    assert temperatures.count(0.7) == 2 and 0.5 not in temperatures
+    run.main(arguments(studied, truth, "--rows", "fp_mdlm"))
+    assert [s["excess"] for s in samples(rows / "fp_mdlm.json")] == [s["excess"] for s in before["samples"]]
+
+
+def samples(path: Path) -> list[dict]:
+    return json.loads(path.read_text())["samples"]
 
 
 @pytest.mark.slow
@@ -144,7 +155,10 @@ def test_what_is_released_is_the_row_rounded_with_a_card_of_its_results(studied,
         assert torch.equal(released.state_dict()[name], weight.bfloat16().float())
     results = json.loads((folder / "results.json").read_text())
     row = json.loads((studied / "results" / "rows" / "cofre.json").read_text())
-    assert [s["excess"] for s in results["samples"]] == [s["excess"] for s in row["samples"]]
+    own, judged = results["samples"][: len(release.SHOWN_BUDGETS)], results["samples"][len(release.SHOWN_BUDGETS) :]
+    assert [(s["budget"], s["setting"]) for s in own] == [(budget, release.OWN) for budget in release.SHOWN_BUDGETS]
+    assert own[0]["num_steps"] < own[-1]["num_steps"]
+    assert [s["excess"] for s in judged] == [s["excess"] for s in row["samples"]]
     assert results["rows"] == ["fp_mdlm", "cofre"] and results["steps"] == [2, 2]
     assert f"{row['samples'][0]['excess']:.3f}" in (folder / "README.md").read_text()
 
