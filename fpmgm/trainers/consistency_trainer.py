@@ -98,7 +98,7 @@ class ConsistencyTrainer(MGMTrainer):
         """L_base + λ·L_cons: a mean over a sequence's compared positions, then over sequences."""
         args = self.args
         # 1. a noisier state for the student, a cleaner one for the teacher
-        noisy, clean, masked, still_masked = nested_states(batch, noise, args.gap_range, self.kind, self.noised)
+        noisy, clean, masked, still_masked = nested_states(batch, noise, args.gap_range, self.kind, self.hide)
         compared = masked if args.consistency_positions == "student" else still_masked
         weights = to_device(mean_over_sequences(masked, noise, compared), noisy.input_ids.device)  # (P,)
         # 2. the teacher: the model, or its average, with as many iterations as the student

@@ -90,7 +90,7 @@ class ConversionTrainer(MGMTrainer):
         """L_base + λτ²·KL(p_t ‖ p_s): a mean over a sequence's masked positions, then over sequences."""
         args, head = self.args, self.teacher.get_output_embeddings()
         # 1. a noisier state for the student, a cleaner one for the teacher
-        noisy, clean, masked, _ = nested_states(batch, noise, args.gap_range, self.kind, self.noised)
+        noisy, clean, masked, _ = nested_states(batch, noise, args.gap_range, self.kind, self.hide)
         # 2. the frozen teacher, up to its head
         hidden = denoise(self.teacher, **clean.seen()).normed_hidden_state  # (P, D)
         # 3. the student, its logits beside the teacher's

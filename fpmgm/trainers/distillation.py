@@ -23,7 +23,7 @@ from .corruption import NoisedBatch
 
 
 def nested_states(
-    batch: dict, noise: Noise, gap_range: list[float], kind: Kind, noised: Callable
+    batch: dict, noise: Noise, gap_range: list[float], kind: Kind, hide: Callable
 ) -> tuple[NoisedBatch, NoisedBatch, torch.Tensor, torch.Tensor]:
     """A noisier state for the student and a cleaner one for the teacher, whose mask is a part of the student's; both
     want logits at the student's masked positions.
@@ -33,7 +33,7 @@ def nested_states(
         noise ([`Noise`]): Of the student.
         gap_range (`list[float]`): The teacher's time is the student's less a gap drawn from it.
         kind ([`Kind`]): Says what is masked at a time.
-        noised (`Callable`): Makes a state of `batch`, a mask and times.
+        hide (`Callable`): Makes a state of `batch`, a mask and times.
 
     Returns:
         `tuple`: the student's and the teacher's [`NoisedBatch`], and what each of them masks, (B, L) bool.
@@ -43,7 +43,7 @@ def nested_states(
     t_clean = (noise.t - gaps).clamp(min=MINIMUM_TIME)
     probabilities = (kind.masked_probability(t) for t in (noise.t, t_clean))
     masked, still_masked = nested_masks(noise.uniforms, *probabilities, maskable(batch))
-    student, teacher = noised(batch, masked, noise.t), noised(batch, still_masked, t_clean)
+    student, teacher = hide(batch, masked, noise.t), hide(batch, still_masked, t_clean)
     return student, replace(teacher, positions=student.positions), masked, still_masked
 
 

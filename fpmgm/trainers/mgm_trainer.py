@@ -180,12 +180,12 @@ class MGMTrainer(CheckedRowsTrainer):
         optimizer step, and the model's output."""
         # 1. hide
         masked = drawn_mask(batch, noise, self.kind)
-        state = self.noised(batch, masked, noise.t)
+        state = self.hide(batch, masked, noise.t)
         # 2. predict
         output = model(**state.supervised(), **noise.iterations, num_items_in_batch=noise.num_items)
         return output.loss, output
 
-    def noised(self, batch: dict, masked: torch.Tensor, t: torch.Tensor) -> NoisedBatch:
+    def hide(self, batch: dict, masked: torch.Tensor, t: torch.Tensor) -> NoisedBatch:
         """`batch` hidden at `masked` (B, L), weighted as in training."""
         weights = self.kind.weight(self.args.loss_weighting)(t)
         return noised(batch, masked, t, weights, self.model.config.mask_token_id)

@@ -99,7 +99,7 @@ class SDTTTrainer(MGMTrainer):
         head = self.teacher.get_output_embeddings()
         # 1. hide
         masked = drawn_mask(batch, noise, self.kind)
-        state = self.noised(batch, masked, noise.t)
+        state = self.hide(batch, masked, noise.t)
         # 2. what the teacher says of each position when it reveals it
         hidden = self.targets(state, noise)  # (P, D)
         # 3. the student, its logits beside the teacher's: the text itself is no target
