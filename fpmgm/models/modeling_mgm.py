@@ -18,6 +18,7 @@ from typing import Any, TypedDict
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import ModelOutput
@@ -301,7 +302,9 @@ class MGMPreTrainedModel(PreTrainedModel):
         iteration."""
         asked = self.gradient_checkpointing and place % self._checkpoint_every == 0
         if asked and training and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(module, *args)
+            # One by one: with `use_reentrant`, what is inside of a tuple would not be cut off from its own graph.
+            leaves, tree = tree_flatten(args)
+            return self._gradient_checkpointing_func(lambda *leaves: module(*tree_unflatten(leaves, tree)), *leaves)
         return module(*args)
 
     def _normed(self, h: torch.Tensor, conditioning: torch.Tensor, selection: Selection | None) -> torch.Tensor:
