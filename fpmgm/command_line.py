@@ -63,7 +63,7 @@ def parse_arguments(types: tuple[type, ...], description: str, argv: list[str] |
     argv = sys.argv[1:] if argv is None else list(argv)
     parser.check_spelling(argv)
     config = _config_of(argv)
-    values = {} if config is None else _read_yaml(config)
+    values = {} if config is None else read_yaml("config", config)
     for name in values:
         if name not in parser.options:
             raise ValueError(f"`config`={config!r} sets {_no_option(name, list(parser.options))}")
@@ -94,16 +94,42 @@ def _config_of(argv: list[str]) -> str | None:
     return parser.parse_known_args(argv)[0].config
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(option: str, path: str | Path) -> dict[str, Any]:
+    """The names and values of a YAML file; messages say `option`, which names it.
+
+    Raises:
+        `ValueError`: for a file that does not exist, is no YAML, or gives a name twice, of which YAML itself takes the
+            last.
+    """
+    path = str(path)
     if not Path(path).is_file():
-        raise ValueError(f"`config`={path!r} does not exist: give a YAML file.")
+        raise ValueError(f"`{option}`={path!r} does not exist: give a YAML file.")
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        text = Path(path).read_text(encoding="utf-8")
+        twice = next(_repeated(yaml.compose(text, yaml.SafeLoader)), None)
+        values = yaml.safe_load(text) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"`config`={path!r} is no YAML: {error}") from error
+        raise ValueError(f"`{option}`={path!r} is no YAML: {error}") from error
+    if twice is not None:
+        raise ValueError(
+            f"`{option}`={path!r} gives `{twice.value}` a second time in line {twice.start_mark.line + 1}: give it "
+            "once."
+        )
     if not isinstance(values, dict):
-        raise ValueError(f"`config`={path!r} holds no `name: value` lines but {type(values).__name__}.")
+        raise ValueError(f"`{option}`={path!r} holds no `name: value` lines but {type(values).__name__}.")
     return values
+
+
+def _repeated(node: yaml.Node | None) -> Iterator[yaml.Node]:
+    """The names that a mapping in `node` has had before."""
+    if isinstance(node, yaml.MappingNode):
+        names = [name.value for name, _ in node.value]
+        yield from (name for i, (name, _) in enumerate(node.value) if name.value in names[:i])
+        for _, value in node.value:
+            yield from _repeated(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _repeated(value)
 
 
 def _as_options(values: dict[str, Any]) -> list[str]:
@@ -193,12 +219,19 @@ class _Parser(HfArgumentParser):
         return action
 
     def check_spelling(self, argv: list[str]) -> None:
-        """Raise a `ValueError` for the first option that does not exist."""
+        """Raise a `ValueError` for the first option that does not exist, and for a list that is given in parts."""
         for argument in argv:
             option = argument.split("=")[0]
             if option.startswith("--") and " " not in option and option not in self.spellings:
                 name = option.removeprefix("--").replace("-", "_")
                 raise ValueError(f"the command line has {_no_option(name, list(self.options))}")
+        for name, action in self.options.items():
+            times = sum(argument.split("=")[0] in action.option_strings for argument in argv)
+            if action.nargs in ("+", "*") and times > 1:
+                raise ValueError(
+                    f"the command line gives `{name}` {times} times, of which the last alone would count: put all "
+                    f"values behind one --{name}."
+                )
 
     def groups(self) -> dict[str, list[str]]:
         """Names of the options by title."""

@@ -42,7 +42,7 @@ from fpmgm.command_line import LocalPath, ModelName, parse_arguments
 from fpmgm.conversion import layer_similarity, strongest_boundary
 from fpmgm.data import load_text, pack
 from fpmgm.evaluation import provenance
-from fpmgm.evaluation.report import table, write_report
+from fpmgm.evaluation.report import short_names, table, write_report
 from fpmgm.evaluation.store import ResultStore, digest, fingerprint, finish
 from fpmgm.models.reuse import REUSE_STATES, REUSES
 from fpmgm.models.text_input import read_tokenizer
@@ -86,7 +86,9 @@ def main(argv: list[str] | None = None) -> dict:
     (args,) = parse_arguments((AnalysisArguments,), __doc__, argv)
     state = PartialState(cpu=args.device == "cpu")
     device, folder = args.device or str(state.device), Path(args.output_dir)
-    models = {Path(path).name: AutoModel.from_pretrained(path).to(device).eval() for path in args.model}
+    names = short_names("model", args.model)
+    opened = (AutoModel.from_pretrained(path).to(device).eval() for path in args.model)
+    models = dict(zip(names, opened, strict=True))
     check_comparable(args, models)
     first = next(iter(models.values()))
     given = data(args, first)
@@ -114,9 +116,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def check_comparable(args: AnalysisArguments, models: dict[str, PreTrainedModel]) -> None:
-    """Raise a `ValueError` for models that share a name, or do not share their ids."""
-    if len(models) < len(args.model):
-        raise ValueError(f"`model`={args.model} has two of one name: rename a folder.")
+    """Raise a `ValueError` for models that do not share their ids."""
     ids = {name: (model.config.vocab_size, model.config.mask_token_id) for name, model in models.items()}
     if len(set(ids.values())) > 1:
         raise ValueError(f"`model`={args.model} differ in (vocabulary, mask id), {ids}: analyse them one by one.")

@@ -18,10 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import fpmgm  # noqa: F401  (registers the models)
 from fpmgm.command_line import LocalPath, ModelName, parse_arguments
-from fpmgm.evaluation import AnyJudge, budget_table, evaluate_budgets, provenance
-from fpmgm.evaluation.report import write_report
+from fpmgm.evaluation import AnyJudge, budget_table, evaluate_budgets, provenance, under_budgets
+from fpmgm.evaluation.report import short_names, write_report
 from judged_samples import (
     JudgedSamplesArguments,
+    check_settings,
     cut,
     device_of,
     measure_text,
@@ -50,12 +51,12 @@ class EvaluationArguments(JudgedSamplesArguments):
 def main(argv: list[str] | None = None) -> dict[str, dict]:
     """Report on each model; returns what the JSON files hold."""
     (args,) = parse_arguments((EvaluationArguments,), __doc__, argv)
-    device, folder = device_of(args), Path(args.output_dir)
+    device, folder, names = device_of(args), Path(args.output_dir), short_names("model", args.model)
+    check_settings(args.model, lambda model: under_budgets(args.budgets, settings(args, model)), args.length)
     judge = open_judge(args, args.model, device)
     reports = {}
-    for path in args.model:
+    for name, path in zip(names, args.model, strict=True):
         model, tokenizer = open_model(path, device)
-        name = Path(path).name
         reports[name] = report(model, tokenizer, judge, args)
         reports[name] |= {"name": name, "arguments": asdict(args), "provenance": provenance(device)}
         if PartialState().is_main_process:

@@ -11,16 +11,20 @@ setting: `OUTPUT.json`, `.md` and, at the end, `.png`.
 """
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-
-import yaml
 
 import fpmgm  # noqa: F401  (registers the models)
 from fpmgm.analysis.axes import finish, logarithmic_values, new_figure, save
-from fpmgm.command_line import LocalPath, ModelName, parse_arguments
-from fpmgm.evaluation import TruthJudge, plus_minus, provenance, sweep, unigram_entropy
-from fpmgm.evaluation.report import table, write_report
-from judged_samples import JudgedSamplesArguments, device_of, fitting_options, open_judge, open_model
+from fpmgm.command_line import LocalPath, ModelName, parse_arguments, read_yaml
+from fpmgm.evaluation import TruthJudge, evaluate_budgets, plus_minus, provenance, under_budgets, unigram_entropy
+from fpmgm.evaluation.report import short_names, table, write_report
+from judged_samples import (
+    JudgedSamplesArguments,
+    check_settings,
+    device_of,
+    fitting_options,
+    open_judge,
+    open_model,
+)
 
 
 KEPT = ("excess", "excess_standard_error", "generative_perplexity", "generative_perplexity_standard_error")
@@ -43,7 +47,12 @@ class CompareSettingsArguments(JudgedSamplesArguments):
 def main(argv: list[str] | None = None) -> dict:
     """Sample, judge, write; returns what the JSON file holds."""
     (args,) = parse_arguments((CompareSettingsArguments,), __doc__, argv)
-    device, settings = device_of(args), read_settings(args.settings)
+    device, settings, titles = device_of(args), read_settings(args.settings), short_names("model", args.model)
+
+    def settings_of(model) -> list[dict]:
+        return under_budgets(args.budgets, fitting(settings, model.config).values())
+
+    check_settings(args.model, settings_of, args.length)
     judge = open_judge(args, args.model, device)
     paths = {"model", "settings", "truth", "output", "output_dir", "judge", "judge_text_files"}
     result = {
@@ -53,15 +62,15 @@ def main(argv: list[str] | None = None) -> dict:
         "truth": describe_truth(judge) if isinstance(judge, TruthJudge) else None,
         "rows": [],
     }
-    for path in args.model:
+    for title, path in zip(titles, args.model, strict=True):
         model, tokenizer = open_model(path, device)
         for name, options in fitting(settings, model.config).items():
-            measured = sweep(
-                model, tokenizer, judge, [{"budget": budget, **options} for budget in args.budgets],
-                num_samples=args.num_samples, progress_bar=True, **args.sampling,
+            measured = evaluate_budgets(
+                model, tokenizer, judge, args.budgets, [options], num_samples=args.num_samples, progress_bar=True,
+                **args.sampling,
             )  # fmt: skip
             for budget, row in zip(args.budgets, measured, strict=True):
-                found = {"model": Path(path).name, "setting": name, "options": options, "budget": budget}
+                found = {"model": title, "setting": name, "options": options, "budget": budget}
                 result["rows"].append(found | {key: row[key] for key in KEPT if key in row})
             write_report(f"{args.output}.json", result, markdown(result))
     draw(result, f"{args.output}.png")
@@ -73,10 +82,10 @@ def read_settings(path: str) -> dict[str, dict]:
     """The settings of a YAML file.
 
     Raises:
-        `ValueError`: for anything but names of options.
+        `ValueError`: for anything but options of names.
     """
-    settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(settings, dict) or not all(isinstance(options, dict) for options in settings.values()):
+    settings = read_yaml("settings", path)
+    if not settings or not all(isinstance(options, dict) for options in settings.values()):
         raise ValueError(f"`settings`: {path} must give each name its options, such as far apart: {{order: halton}}.")
     return settings
 

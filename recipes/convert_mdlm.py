@@ -9,7 +9,7 @@ A distilled teacher (SDTT, DiDi-Instruct) is read like an MDLM.
     accelerate launch recipes/convert_mdlm.py --config recipes/configs/convert_imagenette.yaml --codes_dir codes
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -50,6 +50,13 @@ class ConvertArguments:
         default="diagonal", metadata={"help": "How the shared stack sees its input: diagonal, linear, mlp."}
     )
     cka_blocks: int = field(default=64, metadata={"help": "Blocks or images by which layers are compared, for auto."})
+
+    def __post_init__(self):
+        of_auto = ("num_pre_layers", "num_fixed_point_layers", "num_post_layers", "cka_blocks")
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        idle = {name: value for name, value in given.items() if name in of_auto}
+        if idle and self.layer_map != "auto":
+            raise ValueError(f"{idle} does nothing where `layer_map`={self.layer_map!r}: give auto, or leave it out.")
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:

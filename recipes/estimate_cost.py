@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
 from fpmgm import FPMaskGITConfig, FPMDLMConfig, plan_budget
@@ -38,7 +37,7 @@ from fpmgm.analysis.planning import (
     training_memory,
     training_work,
 )
-from fpmgm.command_line import LocalPath, ModelName, check_name, parse_arguments
+from fpmgm.command_line import LocalPath, ModelName, check_name, parse_arguments, read_yaml
 from fpmgm.evaluation.report import table
 from fpmgm.models.kinds import KINDS, Kind
 
@@ -192,7 +191,7 @@ def load_config(name: str, vocab_size: int) -> PreTrainedConfig:
     check_name("model", name, LocalPath if is_yaml else ModelName, what_to_do)
     if not is_yaml:
         return AutoConfig.from_pretrained(name)
-    values = yaml.safe_load(Path(name).read_text(encoding="utf-8")) or {}
+    values = read_yaml("model", name)
     of_text, of_images = (set(kind.own_fields()) for kind in (FPMDLMConfig, FPMaskGITConfig))
     is_image = bool(values.keys() & (of_images - of_text))
     described = {key: value for key, value in values.items() if key in (of_images if is_image else of_text)}

@@ -23,10 +23,11 @@ from fpmgm.evaluation import (
     plus_minus,
     provenance,
     standard_error_at_entropy,
+    under_budgets,
     undominated,
 )
-from fpmgm.evaluation.report import table, write_report
-from judged_samples import JudgedSamplesArguments, device_of, open_judge, open_model
+from fpmgm.evaluation.report import short_names, table, write_report
+from judged_samples import JudgedSamplesArguments, check_settings, device_of, open_judge, open_model
 
 
 @dataclass(kw_only=True)
@@ -49,17 +50,18 @@ def main(argv: list[str] | None = None) -> dict:
     (args,) = parse_arguments((FrontierArguments,), __doc__, argv)
     if (args.temperature is None) == (args.top_p is None):
         raise ValueError("give `temperature` or `top_p`, one of them: the values to sweep.")
-    device, folder = device_of(args), Path(args.output_dir)
+    device, folder, titles = device_of(args), Path(args.output_dir), short_names("model", args.model)
+    check_settings(args.model, lambda model: under_budgets(args.budgets, settings(args)), args.length)
     judge = open_judge(args, args.model, device)
     curves: dict[str, list[dict]] = {}
-    for path in args.model:
+    for title, path in zip(titles, args.model, strict=True):
         model, tokenizer = open_model(path, device)
         rows = evaluate_budgets(
             model, tokenizer, judge, args.budgets, settings(args), num_samples=args.num_samples, progress_bar=True,
             **args.sampling,
         )  # fmt: skip
         for row in rows:
-            curves.setdefault(f"{Path(path).name}, budget {row['budget']}", []).append(point(row))
+            curves.setdefault(f"{title}, budget {row['budget']}", []).append(point(row))
     entropies = args.entropies or common_entropies([[p["entropy"] for p in points] for points in curves.values()])
     found = {
         "curves": curves,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the recipes that judge samples share: their arguments, the judge, the model, the report's files."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from fpmgm.evaluation import (
     AnyJudge,
     NGramJudge,
     TruthJudge,
+    check_setting,
     load_judge,
     load_truth,
     measure_samples,
@@ -90,6 +92,16 @@ def device_of(args: JudgedSamplesArguments) -> str:
 def open_model(path: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A checkpoint, ready to sample."""
     return AutoModel.from_pretrained(path).to(device).eval(), read_tokenizer(path)
+
+
+def check_settings(
+    models: list[str], settings_of: Callable[[PreTrainedModel], list[dict]], length: int | None
+) -> None:
+    """Raise before the first model is sampled what `generate` would raise of any setting of any of them."""
+    for path in models:
+        model = AutoModel.from_pretrained(path)
+        for setting in settings_of(model):
+            check_setting(model, setting, length)
 
 
 def fitting_options(options: dict, config) -> dict:

@@ -19,7 +19,8 @@ import fpmgm  # noqa: F401  (registers the models)
 from fpmgm.command_line import DatasetName, LocalPath, ModelName, parse_arguments
 from fpmgm.data import load_text, pack
 from fpmgm.evaluation import elbo_perplexity, plus_minus, provenance
-from fpmgm.evaluation.report import table, write_report
+from fpmgm.evaluation.report import short_names, table, write_report
+from fpmgm.models.budget import check_whole
 from fpmgm.models.text_input import read_tokenizer
 
 
@@ -48,6 +49,12 @@ class LikelihoodArguments:
     seed: int = field(default=0, metadata={"help": "Of times and masks."})
     device: str | None = field(default=None, metadata={"help": "Where to run; null: a GPU where there is one."})
 
+    def __post_init__(self):
+        for name in ("blocks", "iterations"):
+            value = getattr(self, name)
+            for number in value if isinstance(value, list) else [] if value is None else [value]:
+                check_whole(name, number, minimum=1, unit=name)
+
 
 def main(argv: list[str] | None = None) -> dict:
     """A row for each model, corpus and number of iterations; returns what the JSON file holds."""
@@ -55,9 +62,9 @@ def main(argv: list[str] | None = None) -> dict:
     state = PartialState(cpu=args.device == "cpu")
     device, folder = args.device or str(state.device), Path(args.output_dir)
     rows = []
-    for path in args.model:
+    for name, path in zip(short_names("model", args.model), args.model, strict=True):
         tokenizer, model = read_tokenizer(path), AutoModel.from_pretrained(path).to(device).eval()
-        rows += measure(Path(path).name, model, tokenizer, args)
+        rows += measure(name, model, tokenizer, args)
     found = {"rows": rows, "arguments": asdict(args), "provenance": provenance(device)}
     if state.is_main_process:
         write_report(folder / "likelihood.json", found, markdown(rows))
@@ -72,7 +79,8 @@ def measure(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     rows = []
     for corpus, text in corpora(args):
         blocks = pack(text, tokenizer, length)
-        blocks = blocks.select(range(min(len(blocks), args.blocks or len(blocks))))
+        if args.blocks is not None:
+            blocks = blocks.select(range(min(len(blocks), args.blocks)))
         for number in iterations:
             found = elbo_perplexity(
                 model, blocks, num_draws=args.num_draws, num_iterations=number, batch_size=args.batch_size,
@@ -88,7 +96,9 @@ def corpora(args: LikelihoodArguments) -> list[tuple]:
         source = (None, args.dataset_name, args.dataset_config, args.split or "validation")
         return [(args.dataset_name, load_text(*source, column=args.text_column))]
     rest = (args.dataset_name, args.dataset_config, args.split or "train")
-    return [(Path(file).name, load_text(file, *rest, column=args.text_column)) for file in args.text_files]
+    names = short_names("text_files", args.text_files)
+    texts = [load_text(file, *rest, column=args.text_column) for file in args.text_files]
+    return list(zip(names, texts, strict=True))
 
 
 def markdown(rows: list[dict]) -> str:

@@ -36,7 +36,7 @@ from fpmgm.evaluation import (
     provenance,
     sweep,
 )
-from fpmgm.evaluation.report import table, write_report
+from fpmgm.evaluation.report import short_names, table, write_report
 from fpmgm.evaluation.store import fingerprint
 from fpmgm.models.budget import ALLOCATIONS, explicit_plan
 from fpmgm.models.reuse import REUSES
@@ -44,6 +44,7 @@ from fpmgm.trainers.checkpoints import missing_files
 from fpmgm.trainers.ema import EMA_FILE
 from judged_samples import (
     JudgedSamplesArguments,
+    check_settings,
     device_of,
     markdown,
     measure_text,
@@ -343,17 +344,22 @@ def checkpoints_table(found: dict) -> str:
 
 def run_latency(args: LatencyArguments, judge, device: str) -> dict:
     """Rows with their latency, for each model and reuse: samples first, then the clock."""
-    rows = []
-    for path in args.model:
-        model, tokenizer = open_model(path, device)
+
+    def settings_of(model: PreTrainedModel) -> list[dict]:
         # A model without fixed-point layers has nothing to reuse.
         reuses = args.reuse if model.config.num_fixed_point_layers else ["none"]
+        return grid(reuse=reuses, budget=args.budgets)
+
+    rows, titles = [], short_names("model", args.model)
+    check_settings(args.model, settings_of, args.length)
+    for title, path in zip(titles, args.model, strict=True):
+        model, tokenizer = open_model(path, device)
         options = {"num_samples": args.num_samples, "progress_bar": True, **args.sampling}
-        for row in sweep(model, tokenizer, judge, grid(reuse=reuses, budget=args.budgets), **options):
+        for row in sweep(model, tokenizer, judge, settings_of(model), **options):
             clock = {"length": args.length, "batch_size": args.batch_size, "cache_dir": args.sampling["cache_dir"]}
             clock |= {"warmup_batches": args.warmup_batches, "timed_batches": args.timed_batches}
             latency = measure_latency(model, progress_bar=True, **clock, **row["sampling"]["options"])
-            rows.append({"method": f"{Path(path).name}, reuse {row['reuse']}", **row, "latency": latency})
+            rows.append({"method": f"{title}, reuse {row['reuse']}", **row, "latency": latency})
     return {"rows": rows}
 
 

@@ -18,9 +18,23 @@ from accelerate import PartialState
 
 import fpmgm  # noqa: F401  (registers the models)
 from fpmgm.command_line import ModelName, parse_arguments
-from fpmgm.evaluation import clearly_below, evaluate_budgets, provenance, sampling_candidates, successive_halving
+from fpmgm.evaluation import (
+    clearly_below,
+    evaluate_budgets,
+    provenance,
+    sampling_candidates,
+    successive_halving,
+    under_budgets,
+)
 from fpmgm.evaluation.report import table, write_report
-from judged_samples import JudgedSamplesArguments, device_of, open_judge, open_model, shown_perplexity
+from judged_samples import (
+    JudgedSamplesArguments,
+    check_settings,
+    device_of,
+    open_judge,
+    open_model,
+    shown_perplexity,
+)
 from narration import say
 
 
@@ -87,6 +101,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Tune each budget and store the plans that win; returns what the JSON file holds."""
     (args,) = parse_arguments((TuningArguments,), __doc__, argv)
     device, folder = device_of(args), Path(args.output_dir)
+    check_settings([args.model], lambda model: under_budgets(args.budgets, [{"tuned_plans": {}}]), args.length)
     study = Study(args, device)
     results = [study.tune(budget) for budget in args.budgets]
     found = {"budgets": results, "judge": study.judge.name, "arguments": asdict(args)}

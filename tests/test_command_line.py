@@ -37,6 +37,7 @@ def parse(*argv: str) -> Options:
         (["--buget", "96"], "`buget`.*did you mean `budgets`"),
         (["--xyz", "1"], "`xyz`, which this command does not have; See --help"),
         (["--title", "a", "b"], "b"),  # a word without an option
+        (["--budgets", "1", "--title", "a", "--budgets=2"], "`budgets` 2 times, of which the last alone would count"),
     ],
 )
 def test_what_is_no_option_is_refused_with_the_nearest_names(argv, message):
@@ -61,6 +62,8 @@ def test_a_yaml_stands_for_options_that_the_command_line_overrides(tmp_path):
         ("just words", "holds no `name: value` lines but str"),
         ("a: [", "is no YAML"),
         (b"title: \xff", "is no YAML"),
+        ("title: a\nbudgets: [1]\ntitle: b", "gives `title` a second time in line 3"),
+        ("budgets: [{a: 1, a: 1}]", "gives `a` a second time in line 1"),
     ],
 )
 def test_a_yaml_that_cannot_be_used_is_refused(tmp_path, content, message):

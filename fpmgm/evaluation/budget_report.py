@@ -45,13 +45,17 @@ def evaluate_budgets(
     Raises:
         `ValueError`: for a budget that is no whole number, a setting with a budget of its own, and from [`sweep`].
     """
+    return sweep(model, tokenizer, judge, under_budgets(budgets, settings), **options)
+
+
+def under_budgets(budgets: Iterable[int], settings: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each setting under each budget, as [`evaluate_budgets`] samples them."""
     budgets = [check_whole("budgets", budget, minimum=1, unit="block evaluations each") for budget in budgets]
     settings = list_settings(settings)
     for setting in settings:
         if "budget" in setting:
             raise ValueError(f"`settings` have {setting}, but the budgets are `budgets`={budgets}: leave its own out.")
-    pairs = [{"budget": budget, **setting} for setting in settings for budget in budgets]
-    return sweep(model, tokenizer, judge, pairs, **options)
+    return [{"budget": budget, **setting} for setting in settings for budget in budgets]
 
 
 def budget_table(rows: Iterable[dict[str, Any]], name: str) -> str:

@@ -2,7 +2,8 @@
 """How results are written: JSON for machines beside a table for people."""
 
 import json
-from collections.abc import Iterable
+import os.path
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,29 @@ def table(columns: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
 def _line(cells: Iterable[Any]) -> str:
     texts = ["" if cell is None else " ".join(str(cell).split()).replace("|", "\\|") for cell in cells]
     return f"| {' | '.join(texts)} |"
+
+
+def short_names(option: str, paths: Sequence[str]) -> list[str]:
+    """What reports call what lies at `paths`: the last part of each, with as many before it as tell all apart.
+
+    Args:
+        option (`str`): Which names the paths, for messages.
+        paths (`Sequence[str]`): Files, folders or hub names.
+
+    Raises:
+        `ValueError`: for a path that is there twice.
+
+    >>> short_names("model", ["org/small", "org/large"]), short_names("model", ["a/export", "b/export"])
+    (['small', 'large'], ['a-export', 'b-export'])
+    """
+    parts = [Path(os.path.abspath(path)).parts if Path(path).exists() else Path(path).parts for path in paths]
+    for path, its in zip(paths, parts, strict=True):
+        if parts.count(its) > 1:
+            raise ValueError(f"`{option}`={list(paths)} names {path!r} twice: name it once.")
+    count = 1
+    while len({its[-count:] for its in parts}) < len(parts):
+        count += 1
+    return ["-".join(part.strip("/") for part in its[-count:]) for its in parts]
 
 
 def write_report(path: str | Path, result: dict[str, Any], text: str | None = None) -> None:

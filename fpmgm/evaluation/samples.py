@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..models.budget import check_whole
+from ..models.guidance import check_classes
 from .store import ResultStore, fingerprint, finish
 
 
@@ -116,17 +117,9 @@ def sampling_protocol(
     """All that samples depend on.
 
     Raises:
-        `ValueError`: for an option of `generate` that is no plain value, or is not the caller's.
+        `ValueError`: of [`check_options`].
     """
-    for name, value in options.items():
-        try:
-            json.dumps(value)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"`{name}` is of type {type(value).__name__}: give values that JSON can hold.") from error
-    if "return_dict_in_generate" in options:
-        raise ValueError("`return_dict_in_generate` is set here, whose output is read: leave it out.")
-    if options.get("stop_at_eos"):
-        raise ValueError("`stop_at_eos`=True cuts texts, but these are of one length: leave it out.")
+    check_options(options)
     defaults = model.generation_config.to_dict()
     unused = {"transformers_version", *options}  # a default that an option replaces changes nothing
     return {
@@ -141,17 +134,39 @@ def sampling_protocol(
     }
 
 
-def check_plan(model: PreTrainedModel, options: dict[str, Any], length: int | None = None) -> None:
-    """Raise at once what `generate` would raise of these options in the midst of an evaluation."""
-    config, _ = model.generation_config.updated(**options).tuned(given=options)
-    wanted = torch.ones(1, length or model.config.max_position_embeddings, dtype=torch.bool)
-    model._plan(config, wanted)  # of the checkpoint's own code, which may be older than this
+def check_options(options: dict[str, Any]) -> None:
+    """Raise a `ValueError` for an option that is no plain value, or is not the caller's."""
+    for name, value in options.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`{name}` is of type {type(value).__name__}: give values that JSON can hold.") from error
+    if "return_dict_in_generate" in options:
+        raise ValueError("`return_dict_in_generate` is set here, whose output is read: leave it out.")
+    if options.get("stop_at_eos"):
+        raise ValueError("`stop_at_eos`=True cuts texts, but these are of one length: leave it out.")
+
+
+def check_setting(model: PreTrainedModel, options: dict[str, Any], length: int | None = None) -> None:
+    """Raise at once what [`sample_sequences`] would raise of these options in the midst of an evaluation."""
+    check_options(options)
+    options = of_one_length(model, options)
+    # The steps of `generate` before the first denoising step, of the checkpoint's own code.
+    config, _ = model._configure(None, options)
+    model._order(config, options)
+    check_classes(None, config.guidance_scale, model.config.num_classes)
+    tokens, _ = model._start(None, 1, length, None, None, None)
+    model._plan(config, tokens == model.config.mask_token_id)
+
+
+def of_one_length(model: PreTrainedModel, options: dict[str, Any]) -> dict[str, Any]:
+    """`options`, with which no text is cut at its end, as a model's defaults may say for single texts."""
+    return {**options, "stop_at_eos": False} if getattr(model.generation_config, "stop_at_eos", False) else options
 
 
 def timed_batch(model: PreTrainedModel, seeds: list[int], length: int | None, options: dict[str, Any]) -> dict:
     """One call of `generate` by the clock, as plain values: from masked ids to the last token, nothing else."""
-    if getattr(model.generation_config, "stop_at_eos", False):  # the model's default for single texts
-        options = {**options, "stop_at_eos": False}
+    options = of_one_length(model, options)
     _wait(model.device)
     start = time.perf_counter()
     out = model.generate(batch_size=len(seeds), length=length, seed=seeds, return_dict_in_generate=True, **options)

@@ -13,7 +13,7 @@ from ..models.text_input import text_list, token_rows
 from .judge import Judge, decode_for, generative_perplexity
 from .mauve import mauve_score
 from .ngram import NGramJudge
-from .samples import check_plan, sample_sequences
+from .samples import check_setting, sample_sequences
 from .store import rank
 from .text import distinct_n, repetition_rate, unigram_entropy
 from .truth import TruthJudge
@@ -83,7 +83,7 @@ def sweep(
     """
     settings = list_settings(settings)
     for setting in settings:
-        check_plan(model, setting, length)
+        check_setting(model, setting, length)
     _judge_options(judge, judge_batch_size, max_length)
     references = None if references is None else text_list(references, "references")
     rows = []

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+from fpmgm.command_line import read_yaml
 
 
 TRAINERS = ("base", "consistency", "conversion", "sdtt")
@@ -114,7 +114,7 @@ def load_plan(path: str | Path) -> Plan:
         `ValueError`: for names that a row does not have, two rows of one name, a start that is no earlier row, or a
         `release` of no row.
     """
-    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    values = read_yaml("plan", path)
     known = {f.name for f in fields(Row)}
     rows: list[Row] = []
     entries = values.pop("rows")

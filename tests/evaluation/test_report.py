@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from fpmgm.evaluation.report import table, write_report
+from fpmgm.evaluation.report import short_names, table, write_report
 
 
 def test_a_cell_cannot_end_its_line_or_column():
@@ -22,3 +22,11 @@ def test_results_are_written_whole_or_not_at_all(tmp_path):
         write_report(path, {"γ": object()}, "other")
     assert path.with_suffix(".md").read_text("utf-8") == "table ±\n"
     assert sorted(p.name for p in path.parent.iterdir()) == ["γ.json", "γ.md"]
+
+
+def test_names_are_as_short_as_tells_all_apart(tmp_path):
+    (tmp_path / "export").mkdir()
+    paths = ["org/export", str(tmp_path / "export"), f"{tmp_path}/export/../other/run"]
+    assert short_names("model", paths) == ["org-export", f"{tmp_path.name}-export", "other-run"]
+    with pytest.raises(ValueError, match=r"`model`=.* twice"):
+        short_names("model", [str(tmp_path), f"{tmp_path}/export/.."])

@@ -63,6 +63,12 @@ def test_a_sweep_is_a_loop_over_its_settings():
         ([{"budget": 12}, {"reuse": "half"}], "`reuse`='half' must be one of"),
         ([{"budget": 12}, {"num_steps": 3, "iterations": [1, 1]}], "`num_steps`=3 must be the length 2"),
         ([{"budget": 12}, {"budgets": 12}], "unknown generation argument"),
+        ([{"budget": 12}, {"remask": 0.1, "order": "halton"}], "`remask`=0.1 needs `order`='ancestral'"),
+        ([{"budget": 12}, {"iterations_per_step": 2, "num_steps": 3}], "`iterations_per_step`=2 chooses the number"),
+        ([{"budget": 12}, {"order": "random"}], "`order`='random' must be one of"),
+        ([{"budget": 12}, {"guidance_scale": 2.0}], "`guidance_scale`=2.0 needs `class_labels`"),
+        ([{"budget": 12}, {"stop_at_eos": True}], "`stop_at_eos`=True cuts texts"),
+        ([{"budget": 12}, {"seed": 1}], "seed"),
     ],
 )
 def test_a_setting_without_sense_is_refused_before_the_first_is_run(settings, message, monkeypatch):

@@ -15,6 +15,7 @@ import budget_report
 import compare_settings
 import frontier
 import likelihood
+import sweep
 import tune_sampling
 from fpmgm.evaluation import clearly_below, elbo_perplexity, perplexity_at_entropy
 from judged_samples import JudgedSamplesArguments
@@ -126,8 +127,52 @@ def test_settings_are_compared_under_each_budget_and_only_where_a_model_can_have
     assert "| fp | frozen, 3sr |" in (tmp_path / "found.md").read_text(encoding="utf-8")
     assert (tmp_path / "found.png").stat().st_size > 10_000
     (tmp_path / "settings.yaml").write_text("[ancestral, halton]")
-    with pytest.raises(ValueError, match=r"`settings`: .* must give each name its options"):
+    with pytest.raises(ValueError, match=r"`settings`=.* holds no `name: value` lines but list"):
         compare_settings.main(arguments(folder, tmp_path, *models))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "message"),
+    [
+        (budget_report, ["--budgets", "6", "--num_steps", "2"], "`budget`=6 cannot pay"),
+        (frontier, ["--budgets", "6", "--top_p", "0.9"], "`budget`=6 cannot pay"),
+        (sweep, ["--budgets", "6"], "`budget`=6 cannot pay"),
+        (compare_settings, ["--settings", "late: {order: halton, remask: 0.1}"], "`remask`=0.1 needs `order`"),
+        (compare_settings, ["--settings", "own: {budget: 48}"], "leave its own out"),
+        (compare_settings, ["--settings", "one: {}\none: {reuse: none}"], "gives `one` a second time in line 2"),
+        (tune_sampling, ["--budgets", "96", "2"], "`budget`=2 cannot pay"),
+    ],
+)
+def test_what_a_later_model_or_setting_cannot_do_is_said_before_the_first_is_sampled(
+    folder, tmp_path, recipe, options, message
+):
+    if not (folder / "deep").exists():
+        tokenizer = tiny_judge().tokenizer
+        sizes = {"vocab_size": len(tokenizer), "mask_token_id": tokenizer.mask_token_id}
+        tiny_model(num_pre_layers=9, **sizes).save_pretrained(folder / "deep")
+        tokenizer.save_pretrained(folder / "deep")
+    models = ["--model", str(folder / "fp"), *([] if recipe is tune_sampling else [str(folder / "deep")])]
+    if options[0] == "--settings":
+        (tmp_path / "settings.yaml").write_text(options[1])
+        options = ["--settings", str(tmp_path / "settings.yaml"), "--output", str(tmp_path / "found")]
+    command = ["latency"] if recipe is sweep else []
+    with pytest.raises(ValueError, match=message):
+        recipe.main([*command, *arguments(folder, tmp_path, *models, *options)])
+    assert not (tmp_path / "cache").exists()
+
+
+def test_models_of_one_name_are_told_apart(folder, tmp_path):
+    models = [str(tmp_path / name / "export") for name in ("first", "second")]
+    for model in models:
+        shutil.copytree(folder / "fp", model)
+    budget = ["--budgets", "12", "--num_samples", "2"]
+    found = budget_report.main(arguments(folder, tmp_path, "--model", *models, *budget))
+    assert list(found) == ["first-export", "second-export"] and (tmp_path / "second-export.md").is_file()
+    found = frontier.main(arguments(folder, tmp_path, "--model", *models, *budget, "--top_p", "0.9"))
+    assert {name: len(points) for name, points in found["curves"].items()} == {
+        "first-export, budget 12": 1,
+        "second-export, budget 12": 1,
+    }
 
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "configs/settings").glob("*.yaml")), ids=lambda path: path.stem)
@@ -140,6 +185,9 @@ def test_the_settings_that_are_here_are_options_of_generate(folder, path):
 
 def test_likelihood_has_a_row_for_each_model_corpus_and_number_of_iterations(folder, tmp_path):
     other = tmp_path / "other.txt"
+    for wrong in (["--blocks", "0"], ["--iterations", "2", "0"]):
+        with pytest.raises(ValueError, match=f"`{wrong[0][2:]}`=0"):
+            likelihood.main(["--model", str(folder / "fp"), *wrong])
     other.write_text("Pack my box with five dozen liquor jugs.\n" * 4)
     argv = ["--model", str(folder / "fp"), str(folder / "plain"), "--text_files", str(folder / "text.txt"), str(other)]
     argv += ["--iterations", "1", "4", "--num_draws", "2", "--device", "cpu", "--output_dir", str(tmp_path)]

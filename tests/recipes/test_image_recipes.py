@@ -219,7 +219,7 @@ def test_digits_need_no_download_and_go_on_with_the_models_that_are_missing(tmp_
     assert len(results["runs"][-1]["samples"]) == 3  # its blocks leave nothing to reuse
     assert f"{results['runs'][-1]['validation_loss']:.3f}" in (tmp_path / "results.md").read_text()
     with pytest.raises(ValueError, match=r"fp-maskgit_seed0 was made with \{'budgets': \[6\]\}: give the same"):
-        digits.main([*argv, "--budgets", "12"])
+        digits.main([word if word != "6" else "12" for word in argv])
 
 
 def check_sheet(sheet, rows: int) -> None:

@@ -24,7 +24,7 @@ from transformers.utils import logging
 from ...models.budget import check_whole
 from ...models.noise import stream_generator
 from ...models.text_input import boundary_ids, encode_marked, encode_text
-from ..samples import check_plan
+from ..samples import check_setting
 from .chat import render_chat
 from .loading import (
     DEFAULT_BATCH_SIZE,
@@ -136,7 +136,7 @@ class MGMLM(TemplateLM):
         generation = {"budget": budget, "num_steps": num_steps, "reuse": reuse}
         self.generation = {name: value for name, value in generation.items() if value is not None}
         # A wrong value is an error now, not hours later; into how many blocks a text is cut, the task says.
-        check_plan(self.model, self.generation, self.model.generation_config.block_length)
+        check_setting(self.model, self.generation, self.model.generation_config.block_length)
         self.source = {
             "pretrained": str(getattr(pretrained, "name_or_path", pretrained)),
             "revision": revision,
