@@ -12,7 +12,7 @@ residuals.png to `output_dir`. The same command goes on where it was interrupted
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median
 
@@ -43,7 +43,7 @@ from fpmgm.conversion import layer_similarity, strongest_boundary
 from fpmgm.data import load_text, pack
 from fpmgm.evaluation import provenance
 from fpmgm.evaluation.report import short_names, table, write_report
-from fpmgm.evaluation.store import ResultStore, digest, fingerprint, finish
+from fpmgm.evaluation.store import ResultStore, configuration, digest, fingerprint, finish
 from fpmgm.models.reuse import REUSE_STATES, REUSES
 from fpmgm.models.text_input import read_tokenizer
 
@@ -79,6 +79,19 @@ class AnalysisArguments:
     output_dir: str = field(default="analysis", metadata={"help": "Where everything is written."})
     seed: int = field(default=0, metadata={"help": "Of the order of the tokens, and of what is written."})
     device: str | None = field(default=None, metadata={"help": "Where to run; null: a GPU where there is one."})
+
+    def __post_init__(self):
+        idle = ["split"] if self.codes_dir is None else ["length"]
+        if self.text_files is not None or self.codes_dir is not None:  # the model writes nothing
+            idle += ["temperature", "top_p", "guidance_scale"]
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        wrong = {name: given[name] for name in idle if name in given}
+        if self.text_files is not None and self.codes_dir is not None:
+            wrong["text_files"] = self.text_files
+        if wrong:
+            data = "codes_dir" if self.codes_dir else "text_files" if self.text_files else None
+            where = f"with `{data}`" if data else "where the model writes the sequences"
+            raise ValueError(f"{wrong} does nothing {where}: leave it out.")
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -155,6 +168,8 @@ def trajectories(
             for start, batch in zip(starts, batches, strict=True)
         ]  # fmt: skip
     num_classes = model.config.num_classes
+    if num_classes and args.length is not None:
+        raise ValueError(f"`length`={args.length} is of texts, but {args.model[0]!r} writes images: leave it out.")
     options = {name: getattr(args, name) for name in ("temperature", "top_p", "guidance_scale", "remask")}
 
     def sample(i: int) -> list:
@@ -169,6 +184,7 @@ def trajectories(
 
     shown = ("num_sequences", "batch_size", "iterations", "length", "seed")
     protocol = options | {name: getattr(args, name) for name in shown} | {"num_steps": num_steps}
+    protocol["generation_defaults"] = digest(model.generation_config.to_dict())
     parts = finished(args, f"sampling, {num_steps} steps", model, protocol, len(starts), sample)
     return [Trajectory(*(None if value is None else torch.tensor(value) for value in part)) for part in parts]
 
@@ -221,7 +237,8 @@ def finished(
     function: Callable[[int], dict | list],
 ) -> list:
     """`function` of 0 to `count` − 1, or what an earlier run found with this model and protocol."""
-    store = ResultStore(Path(args.output_dir) / "cache", protocol | {"weights": fingerprint(model)})
+    of_model = {"weights": fingerprint(model), "configuration": configuration(model)}
+    store = ResultStore(Path(args.output_dir) / "cache", protocol | of_model)
     values = finish(store, [[str(i)] for i in range(count)], lambda i: [function(i)], title)
     return [values[str(i)] for i in range(count)]
 

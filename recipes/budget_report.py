@@ -29,6 +29,7 @@ from judged_samples import (
     open_judge,
     open_model,
     shown_perplexity,
+    timed_on,
 )
 
 
@@ -107,7 +108,7 @@ def markdown(found: dict) -> str:
         f"over texts first (eq. 4); texts tokenized anew, special tokens {protocol['special_tokens']}, at most "
         f"{protocol['max_length']} tokens. Each row: {protocol['num_samples']} texts of {sampling['length']} tokens, "
         f"in batches of {sampling['batch_size']}. Entropy: nats, of the model's tokens. ms: generation only, "
-        f"on {found['provenance']['device']}.\n"
+        f"on {timed_on(found['rows'])}.\n"
     )
     return "\n".join(lines)
 

@@ -174,7 +174,12 @@ def rows_table(rows: list[dict], names: list[str]) -> str:
         measures = [shown_perplexity(row), f"{row['unigram_entropy']:.3f}", f"{row['milliseconds_per_sequence']:.1f}"]
         lines.append([*(settings[name] for name in names), row["num_steps"], row["block_evaluations"], *measures])
     columns = [*names, "steps", "block evaluations", "Gen. PPL ↓", "entropy ↑", "ms per text"]
-    return table(columns, lines) + "\n"
+    return f"{table(columns, lines)}\n\nms: generation only, on {timed_on(rows)}.\n"
+
+
+def timed_on(rows: list[dict]) -> str:
+    """The devices by whose clock rows were sampled: finished batches may have been kept from others."""
+    return ", ".join(sorted({row["timed_on"] or "a device that was not noted" for row in rows}))
 
 
 def shown_perplexity(row: dict) -> str:

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils.import_utils import is_gguf_available
 
 from ..models.budget import check_whole
-from ..models.text_input import encode_text, read_tokenizer, text_list
-from .store import ResultStore, digest, fingerprint, finish
+from ..models.text_input import encode_text, read_tokenizer, text_list, tokenizer_contents
+from .store import ResultStore, configuration, digest, fingerprint, finish
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class Judge:
     def weights(self) -> str:
         """Short name of the weights, which scores on disk carry."""
         return fingerprint(self.model)
+
+    @cached_property
+    def reading(self) -> str:
+        """Short name of the configuration and the tokenizer, which scores on disk carry too."""
+        return digest([configuration(self.model), tokenizer_contents(self.tokenizer)])
 
 
 def load_judge(
@@ -118,6 +123,7 @@ def generative_perplexity(
         "metric": "generative perplexity",
         "judge": judge.name,
         "judge_weights": judge.weights,
+        "judge_reading": judge.reading,
         "tokenization": "the text, anew, by the judge's tokenizer; of special tokens only the end of text is one",
         "max_length": max_length,
         "first_token": "predicted from BOS" if add_start_token else "given",

@@ -27,7 +27,7 @@ from ..models.noise import (
     stream_generator,
 )
 from ..models.text_input import scored_rows
-from .store import ResultStore, digest, fingerprint, finish
+from .store import ResultStore, configuration, digest, fingerprint, finish
 
 
 logger = logging.get_logger(__name__)
@@ -106,6 +106,7 @@ def elbo_draws(
         "metric": "negative ELBO per token",
         "model": model.name_or_path,
         "model_weights": fingerprint(model),
+        "model_configuration": configuration(model),
         "text": digest(rows),
         "num_sequences": len(rows),
         "num_tokens": sum(map(sum, scored)),

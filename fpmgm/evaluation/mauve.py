@@ -118,7 +118,8 @@ def last_token_features(
 
     An empty text is the judge's end of text.
     """
-    protocol = {"feature": "last hidden state", "judge_weights": judge.weights, "max_length": max_length}
+    protocol = {"feature": "last hidden state", "judge_weights": judge.weights, "judge_reading": judge.reading}
+    protocol["max_length"] = max_length
     store, keys = ResultStore(cache_dir, protocol), [digest(text) for text in texts]
     starts = range(0, len(texts), batch_size)
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from ..models.budget import check_whole
 from ..models.guidance import check_classes
-from .store import ResultStore, fingerprint, finish
+from .provenance import device_name
+from .store import ResultStore, configuration, fingerprint, finish
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,10 @@ class Samples:
         tokens_per_step (`float`): Tokens over the steps that ran to write them.
         block_evaluations (`int`): Of the most costly sequence.
         mean_block_evaluations (`float`): Of a sequence.
-        milliseconds_per_sequence (`float`): Median over batches of their time over their size; the first batch of
-            each process, which warms up, is left out where there are others.
+        milliseconds_per_sequence (`float`): Median over batches of their time over their size, on one device; the
+            first batch of each process, which warms up, is left out where there are others.
+        timed_on (`str`, *optional*): That device: this one, unless all batches are another's, kept in `cache_dir`.
+            `None`: an earlier version has not noted it.
         tuned_plan (`dict`, *optional*): The checkpoint's tuned plan for this budget, where it was used.
         protocol (`dict`): Model, options, seed and batch size.
     """
@@ -40,6 +43,7 @@ class Samples:
     block_evaluations: int
     mean_block_evaluations: float
     milliseconds_per_sequence: float
+    timed_on: str | None
     tuned_plan: dict | None
     protocol: dict[str, Any]
 
@@ -97,7 +101,10 @@ def sample_sequences(
     steps = sum(batch.get("steps", batch["num_steps"] * len(batch["sequences"])) for batch in batches)
     spent = sum(batch.get("spent", batch["block_evaluations"] * len(batch["sequences"])) for batch in batches)
     longest = max(batches, key=lambda batch: batch["num_steps"])
-    warm = [batch for batch in batches if not batch["warms_up"]] or batches
+    here = device_name(model.device)
+    timed_on = here if any(batch.get("device") == here for batch in batches) else batches[0].get("device")
+    timed = [batch for batch in batches if batch.get("device") == timed_on]
+    warm = [batch for batch in timed if not batch["warms_up"]] or timed
     return Samples(
         sequences=torch.tensor([row for batch in batches for row in batch["sequences"]]),
         num_steps=longest["num_steps"],
@@ -106,6 +113,7 @@ def sample_sequences(
         block_evaluations=max(batch["block_evaluations"] for batch in batches),
         mean_block_evaluations=spent / num_samples,
         milliseconds_per_sequence=1000 * statistics.median(b["seconds"] / len(b["sequences"]) for b in warm),
+        timed_on=timed_on,
         tuned_plan=batches[0]["tuned_plan"],
         protocol=protocol,
     )
@@ -125,6 +133,7 @@ def sampling_protocol(
     return {
         "model": model.name_or_path,
         "model_weights": fingerprint(model),
+        "model_configuration": configuration(model),
         "generation_defaults": {k: v for k, v in defaults.items() if not k.startswith("_") and k not in unused},
         "options": options,
         "length": length or model.config.max_position_embeddings,
@@ -174,6 +183,7 @@ def timed_batch(model: PreTrainedModel, seeds: list[int], length: int | None, op
     steps = getattr(out, "num_steps_per_sequence", None)  # a checkpoint's own code may be older
     return {
         "seconds": time.perf_counter() - start,
+        "device": device_name(model.device),
         "sequences": out.sequences.tolist(),
         "num_steps": out.num_steps,
         "iterations": out.iterations,

@@ -14,6 +14,10 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+# Of configurations: where they come from, and which version wrote them.
+NO_EFFECT = {"_name_or_path", "transformers_version", "architectures", "auto_map", "dtype"}
+NO_EFFECT |= {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"}
+
 
 class ResultStore:
     """What one procedure has finished: a value for each key, in a .jsonl file per process.
@@ -123,6 +127,14 @@ def world_size() -> int:
 def digest(value: Any) -> str:
     """A short name for a value of plain types."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def configuration(model: nn.Module) -> str:
+    """A short name for what a model does with its weights: its configuration and those of its adapters."""
+    adapters = getattr(model, "peft_config", {})
+    parts = {"model": model.config.to_dict(), **{name: adapter.to_dict() for name, adapter in adapters.items()}}
+    parts = {part: {k: v for k, v in values.items() if k not in NO_EFFECT} for part, values in parts.items()}
+    return digest(json.dumps(parts, sort_keys=True, default=lambda x: sorted(x) if isinstance(x, set) else str(x)))
 
 
 @torch.no_grad()

@@ -75,8 +75,8 @@ def sweep(
     Returns:
         `list[dict]`: Rows with the setting, the measures of [`measure_samples`], `num_steps`, `iterations` (of each
             step), `tokens_per_step`, `block_evaluations`, `mean_block_evaluations`, `milliseconds_per_sequence`
-            (generation only), `tuned_plan`, `sampling` (its protocol, with the setting as `options`) and `sample` (the
-            first text).
+            (generation only) and the device that it was `timed_on`, `tuned_plan`, `sampling` (its protocol, with the
+            setting as `options`) and `sample` (the first text).
 
     Raises:
         `ValueError`: without settings, for one that `generate` would not take, or from [`measure_samples`].
@@ -107,6 +107,7 @@ def sweep(
                 "block_evaluations": samples.block_evaluations,
                 "mean_block_evaluations": samples.mean_block_evaluations,
                 "milliseconds_per_sequence": samples.milliseconds_per_sequence,
+                "timed_on": samples.timed_on,
                 "tuned_plan": samples.tuned_plan,
                 "sampling": samples.protocol,
                 "sample": tokenizer.decode(samples.sequences[0]),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text and token ids as users give them: plain text to ids, rows of ids, tokenizers of folders."""
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,16 @@ def read_tokenizer(name: str | Path, **options: Any) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(str(name), **options)
     except Exception as error:  # broken files end in almost any exception, few of which name the file
         raise ValueError(f"no tokenizer can be read from {str(name)!r}: {type(error).__name__}: {error}") from error
+
+
+def tokenizer_contents(tokenizer: PreTrainedTokenizerBase) -> list:
+    """What a tokenizer makes of text, as plain values: its vocabulary, its rules and its special tokens.
+
+    Left out is what changes while it is used (truncation, padding).
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str()) if hasattr(tokenizer, "backend_tokenizer") else {}
+    rules = {name: backend.get(name) for name in ("model", "normalizer", "pre_tokenizer")}
+    return [tokenizer.get_vocab(), rules, tokenizer.special_tokens_map]
 
 
 def token_rows(sequences: Any, name: str = "sequences", mask_token_id: int | None = None) -> list[list[int]]:

@@ -16,6 +16,8 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ..models.text_input import tokenizer_contents
+
 
 RUN_FILE = "run.json"
 SAMPLED_ROWS = 1024
@@ -79,20 +81,17 @@ def digest(value: Any) -> str:
 def describe_processor(processor: Any) -> dict | None:
     """What a tokenizer makes of text, or an image processor of pictures; `None` for none.
 
-    Left out of a tokenizer is what changes while it is used, and what it does to prompts only.
+    Left out of a tokenizer is what changes while it is used.
     """
     if processor is None:
         return None
     if not hasattr(processor, "get_vocab"):
         return {"sha256": digest(processor.to_dict())}
-    vocabulary, backend = processor.get_vocab(), {}
-    if hasattr(processor, "backend_tokenizer"):
-        backend = json.loads(processor.backend_tokenizer.to_str())
-    steps = {name: backend.get(name) for name in ("model", "normalizer", "pre_tokenizer")}
+    contents = tokenizer_contents(processor)
     return {
-        "tokens": len(vocabulary),
+        "tokens": len(contents[0]),
         "mask_token_id": processor.mask_token_id,
-        "sha256": digest([vocabulary, steps, processor.special_tokens_map]),
+        "sha256": digest(contents),
     }
 
 

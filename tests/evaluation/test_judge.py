@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from tokenizers import normalizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fpmgm.data import train_tokenizer
@@ -81,10 +82,17 @@ def test_an_interrupted_run_goes_on_to_the_same_scores(tmp_path, monkeypatch):
     assert calls == [TEXTS[2:4], TEXTS[4:6]]  # the torn batch and the one that failed
     calls.clear()
     assert generative_perplexity(TEXTS, judge, cache_dir=tmp_path, **options) == straight and calls == []
-    # Another protocol, or another judge of the same name, does not read those scores.
+    # Another protocol, or another judge of the same name or weights, does not read those scores.
     generative_perplexity(TEXTS, judge, cache_dir=tmp_path, batch_size=2, max_length=LENGTH - 1)
     other = generative_perplexity(TEXTS, tiny_judge(seed=1), cache_dir=tmp_path, **options)
     assert len(calls) == 6 and other["generative_perplexity"] != straight["generative_perplexity"]
+    lower = tiny_judge()
+    lower.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    generative_perplexity(TEXTS, lower, cache_dir=tmp_path, **options)
+    deaf = tiny_judge()
+    deaf.model.config.layer_norm_epsilon = 0.5
+    generative_perplexity(TEXTS, deaf, cache_dir=tmp_path, **options)
+    assert len(calls) == 12
 
 
 def test_special_tokens_stay_where_the_judge_ends_texts_alike():

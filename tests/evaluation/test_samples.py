@@ -15,6 +15,7 @@ from fpmgm.evaluation import (
     sample_sequences,
     unigram_entropy,
 )
+from fpmgm.evaluation.samples import timed_batch
 from fpmgm.evaluation.store import ResultStore, fingerprint
 from tests.evaluation.helpers import tiny_judge
 from tests.models.helpers import lively_model
@@ -67,13 +68,29 @@ def test_interrupted_sampling_goes_on_to_the_same_samples(tmp_path, monkeypatch)
     found = sample_sequences(model, 6, cache_dir=tmp_path, **options)
     assert torch.equal(found.sequences, straight.sequences) and found.sequences.shape == (6, 5)
     assert calls == [[0, 1], [2, 3], [4, 5], [4, 5]]
-    # Changed weights or defaults are another model.
+    # Changed weights, defaults or rules are another model.
     model.generation_config.temperature = 0.5
     sample_sequences(model, 2, cache_dir=tmp_path, **options)
     with torch.no_grad():
         model.lm_head.bias[0] += 1
     sample_sequences(model, 2, cache_dir=tmp_path, **options)
-    assert len(calls) == 6
+    model.config.rope_theta = 3.0
+    sample_sequences(model, 2, cache_dir=tmp_path, **options)
+    assert len(calls) == 7
+
+
+def test_times_are_of_one_device_which_is_named(tmp_path, monkeypatch):
+    model, options = tiny_model(), {"batch_size": 2, "budget": 12, "cache_dir": tmp_path}
+    here = sample_sequences(model, 4, **options).timed_on
+    monkeypatch.setattr("fpmgm.evaluation.samples.device_name", lambda device: "another")
+    kept = sample_sequences(model, 4, **options)
+    assert kept.timed_on == here  # all batches are of the other device
+    seconds = iter([100.0, 30.0])  # the first batch warms up
+    monkeypatch.setattr(
+        "fpmgm.evaluation.samples.timed_batch", lambda *given: {**timed_batch(*given), "seconds": next(seconds)}
+    )
+    more = sample_sequences(model, 8, **options)
+    assert (more.timed_on, more.milliseconds_per_sequence) == ("another", 15_000)
 
 
 def test_a_store_of_another_protocol_is_another_store(tmp_path):
