@@ -140,16 +140,17 @@ def draw(result: dict, path: str) -> None:
     judged = "excess" if result["truth"] is not None else "generative_perplexity"
     models = list(dict.fromkeys(row["model"] for row in result["rows"]))
     names = list(dict.fromkeys(row["setting"] for row in result["rows"]))
-    figure = new_figure(4.6 * len(models), 4)
+    figure, handles = new_figure(1.8 + 4.2 * len(models), 4), {}
     for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
         for (of, name), rows in by_setting(result["rows"]).items():
             if of == model:
                 y, error = ([row[key] for row in rows] for key in (judged, f"{judged}_standard_error"))
                 look = {"color": f"C{names.index(name) % 10}", "marker": "o", "markersize": 4, "capsize": 2}
-                axes.errorbar([row["budget"] for row in rows], y, error, label=name, **look)
+                handles[name] = axes.errorbar([row["budget"] for row in rows], y, error, **look)
         logarithmic_values(axes, result["arguments"]["budgets"])
         label = "excess (nats per token)" if judged == "excess" else "generative perplexity"
-        finish(axes, title=model, xlabel="budget (block evaluations per text)", ylabel=label)
+        finish(axes, legend=False, title=model, xlabel="budget (block evaluations per text)", ylabel=label)
+    figure.legend(handles.values(), handles, loc="outside right upper", fontsize=8)
     save(figure, path)
 
 
