@@ -10,6 +10,7 @@ or by the judges of recipes/budget_report.py. It goes on where it was interrupte
 setting: `OUTPUT.json`, `.md` and, at the end, `.png`.
 """
 
+import math
 from dataclasses import asdict, dataclass, field
 
 import fpmgm  # noqa: F401  (registers the models)
@@ -144,7 +145,8 @@ def draw(result: dict, path: str) -> None:
     for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
         for (of, name), rows in by_setting(result["rows"]).items():
             if of == model:
-                y, error = ([row[key] for row in rows] for key in (judged, f"{judged}_standard_error"))
+                y = [row[judged] for row in rows]
+                error = [math.nan if (e := row[f"{judged}_standard_error"]) is None else e for row in rows]
                 look = {"color": f"C{names.index(name) % 10}", "marker": "o", "markersize": 4, "capsize": 2}
                 handles[name] = axes.errorbar([row["budget"] for row in rows], y, error, **look)
         logarithmic_values(axes, result["arguments"]["budgets"])

@@ -51,8 +51,8 @@ def convert_to_fixed_point(
         configuration keeps the `layer_map`.
 
     Raises:
-        `ValueError`: for a fixed-point teacher, a layer beyond its depth, or a number of layers in `overrides` that
-            is not that of `layer_map`.
+        `ValueError`: for a fixed-point teacher, a layer beyond its depth, a number of layers in `overrides` that is
+            not that of `layer_map`, `batches` that nothing reads, or tied embeddings of a teacher that has none.
 
     Example:
 
@@ -71,6 +71,15 @@ def convert_to_fixed_point(
     if layer_map == "auto":
         sizes = {name: overrides.get(f"num_{name}_layers", 1) for name in STACKS}
         layer_map, _ = auto_layer_map(model, () if batches is None else batches, sizes)
+    elif batches is not None:
+        raise ValueError(
+            f"`batches` are for `layer_map`='auto', but `layer_map`={layer_map} is given: leave them out."
+        )
+    if initialize and overrides.get("tie_word_embeddings") and not model.config.tie_word_embeddings:
+        raise ValueError(
+            "`tie_word_embeddings`=True with `initialize`=True: the teacher has embeddings and a head of its own, of "
+            "which one would be lost. Leave it out, or start afresh with `initialize`=False."
+        )
     check_layer_map(layer_map, len(layers))
     student = type(model)(
         student_config(model.config, layer_map, initialize, {"input_injection": input_injection, **overrides})

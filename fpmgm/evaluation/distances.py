@@ -6,6 +6,8 @@ Shapes: N and M features, D channels, S = N + M, P permutations.
 
 import numpy as np
 
+from ..models.budget import check_whole
+
 
 def energy_distance(
     first: np.ndarray, second: np.ndarray, num_permutations: int = 200, seed: int = 0
@@ -22,11 +24,20 @@ def energy_distance(
         `dict`: `energy_distance`; `energy_distance_same`, the 2.5 % and 97.5 % quantiles over permutations; and
         `energy_distance_p`, the share of permutations, the one given among them, that are as far apart.
 
+    Raises:
+        `ValueError`: for features that are not finite or not of one width, an empty set, and no permutation.
+
     Examples:
         >>> import numpy as np
         >>> energy_distance(np.array([[0.0], [1.0]]), np.array([[0.0], [1.0]]), num_permutations=1)["energy_distance"]
         0.0
     """
+    shapes = [np.shape(first), np.shape(second)]
+    if any(len(shape) != 2 or not shape[0] for shape in shapes) or shapes[0][1] != shapes[1][1]:
+        raise ValueError(f"`first` and `second` of shapes {shapes} must be (N, D) and (M, D), none of them empty.")
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        raise ValueError("`first` and `second` must be finite: the network that gives NaN has been used.")
+    check_whole("num_permutations", num_permutations, minimum=1, unit="permutations")
     features = np.concatenate([first, second]).astype(np.float64)  # (S, D)
     products = features @ features.T
     squares = np.diag(products)

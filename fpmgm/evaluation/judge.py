@@ -221,13 +221,18 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
 
 def _check(judge: Judge, max_length: int, add_start_token: bool) -> None:
     check_whole("max_length", max_length, minimum=2, unit="tokens")
-    longest = getattr(judge.model.config, "max_position_embeddings", max_length)
-    if not 2 <= max_length <= longest:
-        raise ValueError(
-            f"`max_length`={max_length} must lie between 2 and the {longest} positions of the judge {judge.name!r}."
-        )
+    check_positions(judge, max_length)
     if add_start_token and judge.tokenizer.bos_token_id is None:
         raise ValueError(f"`add_start_token`=True, but the tokenizer of {judge.name!r} has no BOS: leave it out.")
+
+
+def check_positions(judge: Judge, max_length: int) -> None:
+    """Raise a `ValueError` for texts of more tokens than a judge has positions."""
+    longest = getattr(judge.model.config, "max_position_embeddings", max_length)
+    if max_length > longest:
+        raise ValueError(
+            f"`max_length`={max_length} must be at most {longest}, the positions of the judge {judge.name!r}."
+        )
 
 
 def _exp(value: float) -> float:

@@ -11,7 +11,7 @@ import torch
 
 from ..models.budget import check_whole
 from ..models.text_input import encode_text, text_list
-from .judge import Judge, load_judge
+from .judge import Judge, check_positions, load_judge
 from .store import ResultStore, digest, finish
 
 
@@ -48,8 +48,8 @@ def mauve_score(
         `dict`: `mauve` in (0, 1], higher is closer; `mauve_star`, its smoothed variant; and the `protocol`.
 
     Raises:
-        `ValueError`: if either side has fewer than `num_samples` texts, or a function is given what only a language
-            model takes.
+        `ValueError`: if either side has fewer than `num_samples` texts, a function is given what only a language model
+            takes, or `max_length` is beyond the model.
         `ImportError`: if mauve-text is not installed.
     """
     _package()
@@ -71,6 +71,7 @@ def mauve_score(
         judge = load_judge(featurizer)
         max_length = 1024 if max_length is None else check_whole("max_length", max_length, minimum=1, unit="tokens")
         batch_size = 8 if batch_size is None else check_whole("batch_size", batch_size, minimum=1, unit="texts")
+        check_positions(judge, max_length)
         name = f"{judge.name}, last hidden state at the last token"
 
         def features(chunk: list[str]) -> np.ndarray:

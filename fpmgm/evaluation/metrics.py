@@ -48,7 +48,7 @@ class GenerativePerplexity(evaluate.Metric):
         )
 
     def _compute(self, predictions, **options: Any) -> dict[str, Any]:
-        return generative_perplexity(list(map(str, predictions)), **options)
+        return generative_perplexity(list(predictions), **options)
 
 
 class UnigramEntropy(evaluate.Metric):
@@ -103,7 +103,7 @@ class Mauve(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, **options: Any) -> dict[str, Any]:
-        return mauve_score(list(map(str, predictions)), list(map(str, references)), **options)
+        return mauve_score(list(predictions), list(references), **options)
 
 
 def _counts(sequences) -> dict[str, int]:

@@ -132,7 +132,8 @@ def digest(value: Any) -> str:
 def configuration(model: nn.Module) -> str:
     """A short name for what a model does with its weights: its configuration and those of its adapters."""
     adapters = getattr(model, "peft_config", {})
-    parts = {"model": model.config.to_dict(), **{name: adapter.to_dict() for name, adapter in adapters.items()}}
+    own = model.config.to_dict() if hasattr(model.config, "to_dict") else vars(model.config)  # of another's denoiser
+    parts = {"model": own, **{name: adapter.to_dict() for name, adapter in adapters.items()}}
     parts = {part: {k: v for k, v in values.items() if k not in NO_EFFECT} for part, values in parts.items()}
     return digest(json.dumps(parts, sort_keys=True, default=lambda x: sorted(x) if isinstance(x, set) else str(x)))
 

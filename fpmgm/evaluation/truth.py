@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from ..models.budget import check_whole
 from ..models.noise import stream_generator
 from ..models.text_input import token_rows
 from .distances import energy_distance
@@ -42,6 +43,9 @@ class TruthJudge:
         references (`torch.LongTensor`): (N, L) texts of its own, such as those of [`sample_texts`].
         surprise (`torch.Tensor`): (N,) −log p of each of them, in nats. Its mean estimates the entropy rate.
 
+    Raises:
+        `ValueError`: for fewer than two references, whose error nothing tells, or another number of surprises.
+
     Example:
 
     ```python
@@ -56,6 +60,13 @@ class TruthJudge:
     model: PreTrainedModel
     references: torch.LongTensor
     surprise: torch.Tensor
+
+    def __post_init__(self):
+        if len(self.references) < 2 or len(self.surprise) != len(self.references):
+            raise ValueError(
+                f"`references` are {len(self.references)} and `surprise` {len(self.surprise)}: give two texts at "
+                "least, and the surprise of each."
+            )
 
     @cached_property
     def weights(self) -> str:
@@ -99,7 +110,7 @@ class TruthJudge:
 
     def generative_perplexity(self, sequences: Sequence[Sequence[int]], batch_size: int = 64) -> dict[str, Any]:
         """What [`fpmgm.evaluation.generative_perplexity`] returns, of (N, L) ids; and `excess`, its logarithm less the
-        entropy rate, with `excess_standard_error` over texts, the references' error included.
+        entropy rate, with `excess_standard_error` over texts, the references' error included (`None` for one text).
 
         Raises:
             `ValueError`: for texts of another length than the references.
@@ -119,11 +130,11 @@ class TruthJudge:
             "num_references": len(self.references),
         }
         means = -log_p.mean(dim=1)  # (N,)
-        error = means.std().item() / math.sqrt(len(means)) if len(means) > 1 else 0.0
+        error = means.std().item() / math.sqrt(len(means)) if len(means) > 1 else None
         return {
             **summary([(row.sum().item(), len(row), False) for row in log_p], protocol),
             "excess": means.mean().item() - self.entropy_rate,
-            "excess_standard_error": math.hypot(error, self.entropy_rate_standard_error),
+            "excess_standard_error": None if error is None else math.hypot(error, self.entropy_rate_standard_error),
         }
 
     def distances(self, sequences: Sequence[Sequence[int]], num_permutations: int = 200, seed: int = 0) -> dict:
@@ -154,13 +165,17 @@ class TruthJudge:
 
         Args:
             model (`PreTrainedModel`): A masked generative model of text.
-            num_texts (`int`, *optional*): `None`: all references.
+            num_texts (`int`, *optional*): From 2 to the number of references. `None`: all of them.
             options: `num_draws`, `num_iterations`, `batch_size`, … of [`elbo_perplexity`].
 
         Returns:
             `dict`: `likelihood_excess` and its standard error over texts, in nats per token; `elbo_nats_per_token`;
             `likelihood_draws`.
         """
+        most = len(self.references)
+        num_texts = most if num_texts is None else check_whole("num_texts", num_texts, minimum=2, unit="texts")
+        if num_texts > most:
+            raise ValueError(f"`num_texts`={num_texts}, but there are {most} references: give fewer, or load more.")
         texts = self.references[:num_texts]
         nats, _, _ = elbo_draws(model, texts.tolist(), **options)  # (R, N)
         rates = nats.mean(dim=0) / self.length  # (N,)
@@ -197,8 +212,9 @@ def load_truth(
         device (`str` or `torch.device`, *optional*): Where to run. `None`: the GPU where there is one.
 
     Raises:
-        `ValueError`: if the model has no start token, or too few positions.
+        `ValueError`: for fewer than two texts, or if the model has no start token or too few positions.
     """
+    check_whole("num_texts", num_texts, minimum=2, unit="texts")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(truth).to(device).eval()
     keys = [(seed, row) for row in range(num_texts)]

@@ -206,6 +206,18 @@ def test_auto_refuses_more_layers_than_there_are():
         convert_to_fixed_point(teacher_model(), "auto", batches=ids()[None], num_post_layers=6)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batches": [torch.zeros(1, 4).long()]}, "`batches` are for `layer_map`='auto'"),
+        ({"tie_word_embeddings": True}, "`tie_word_embeddings`=True with `initialize`=True"),
+    ],
+)
+def test_what_would_be_ignored_or_lost_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        convert_to_fixed_point(teacher_model(), {"pre": [1], "fixed_point": [6], "post": [7]}, **options)
+
+
 def test_a_count_of_layers_that_contradicts_the_map_is_refused():
     with pytest.raises(ValueError, match="`num_fixed_point_layers`=2"):
         convert_to_fixed_point(

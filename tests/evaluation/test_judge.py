@@ -189,7 +189,7 @@ def write_gguf(gguf, path, model: LlamaForCausalLM, tokenizer: AutoTokenizer) ->
 
 def test_what_cannot_be_scored_is_refused(tmp_path):
     judge = tiny_judge()
-    with pytest.raises(ValueError, match="`max_length`=1024 must lie between 2 and the 24 positions of the judge"):
+    with pytest.raises(ValueError, match="`max_length`=1024 must be at most 24, the positions of the judge"):
         generative_perplexity(TEXTS, judge)
     with pytest.raises(ValueError, match="no text of two tokens or more"):
         generative_perplexity(["", "x"], judge, max_length=LENGTH)

@@ -148,7 +148,19 @@ def test_what_cannot_be_judged_is_refused(tmp_path):
         judge.generative_perplexity([[0, 1]])
     causal_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="`length`=5 must lie between 1 and the 4 positions"):
-        load_truth(tmp_path, 5, num_texts=1, device="cpu")
+        load_truth(tmp_path, 5, num_texts=2, device="cpu")
+    with pytest.raises(ValueError, match="`num_texts`=1 must be"):  # whose error nothing tells
+        load_truth(tmp_path, 4, num_texts=1, device="cpu")
+    with pytest.raises(ValueError, match="`references` are 1 and `surprise` 1: give two texts"):
+        judge_of(causal_model(), count=1)
+    for count in (1, 6):
+        with pytest.raises(ValueError, match=f"`num_texts`={count}"):
+            judge.likelihood_excess(Posterior(joint(causal_model())), num_texts=count)
+    assert judge.generative_perplexity([[0, 1, 0, 1]])["excess_standard_error"] is None
+    wrong = (([[0.0, np.nan]], "must be finite"), ([[0.0]], "of shapes"), (np.zeros((0, 2)), "of shapes"))
+    for first, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            energy_distance(np.array(first), np.zeros((3, 2)))
     nameless = tiny_judge().model
     nameless.config.bos_token_id = None
     with pytest.raises(ValueError, match="has no `bos_token_id`"):
