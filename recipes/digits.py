@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from fpmgm import FPMaskGITConfig, FPMaskGITModel, make_grid
 from fpmgm.command_line import parse_arguments
-from fpmgm.evaluation import energy_distance, over_seeds, provenance
+from fpmgm.evaluation import energy_distance, grid, over_seeds, provenance
 from fpmgm.evaluation.report import table, write_report
 from fpmgm.pictures import to_pil
 from fpmgm.trainers import ConsistencyConfig, ConsistencyTrainer, MGMTrainer, MGMTrainingConfig
@@ -66,6 +66,11 @@ class DigitsArguments:
         unknown = sorted(set(self.models) - set(MODELS))
         if unknown:
             raise ValueError(f"`models`: {unknown} are none of {list(MODELS)}.")
+        for name in ("models", "seeds"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"`{name}`={getattr(self, name)} has one twice: name each once.")
+        if self.num_samples < 2 * CLASSES:
+            raise ValueError(f"`num_samples`={self.num_samples} must be {2 * CLASSES} at least, two of each class.")
 
 
 class Digits(NamedTuple):
@@ -81,6 +86,8 @@ class Digits(NamedTuple):
 def main(argv: list[str] | None = None) -> dict:
     """Run what is missing; returns what `results.json` holds."""
     (args,) = parse_arguments((DigitsArguments,), __doc__, argv)
+    for model in args.models:
+        check_settings(args, model)
     folder, digits = Path(args.output_dir), open_digits()
     transformers.logging.set_verbosity_error()
     runs = []
@@ -202,27 +209,36 @@ def train(
     }
 
 
-def sample(args: DigitsArguments, digits: Digits, model: FPMaskGITModel, seed: int) -> list[dict]:
-    """A row for each reuse, guidance scale and budget that the model can keep."""
-    reuses = args.reuse if model.config.num_fixed_point_layers else ["none"]
-    budgets = [budget for budget in args.budgets if budget >= model.config.num_hidden_layers]
-    rows, classes = [], np.arange(args.num_samples) % CLASSES
-    for reuse, scale, budget in tqdm(list(itertools.product(reuses, args.guidance_scales, budgets)), desc="sampling"):
-        start = time.process_time()
-        out = model.generate(
-            class_labels=torch.as_tensor(classes),
-            budget=budget,
-            reuse=reuse,
-            guidance_scale=scale,
-            seed=seed,
-            return_dict_in_generate=True,
+def settings_of(args: DigitsArguments, config: FPMaskGITConfig) -> list[dict]:
+    """Each reuse, guidance scale and budget that a model can keep."""
+    reuses = args.reuse if config.num_fixed_point_layers else ["none"]
+    budgets = [budget for budget in args.budgets if budget >= config.num_hidden_layers]
+    return grid(reuse=reuses, guidance_scale=args.guidance_scales, budget=budgets)
+
+
+def check_settings(args: DigitsArguments, name: str) -> None:
+    """Raise before anything is trained what `generate` would raise of a setting of this model."""
+    model = new_model(args, name)
+    settings = settings_of(args, model.config)
+    if not settings:
+        raise ValueError(
+            f"`budgets`={args.budgets} pay no step of {name!r}, which has {model.config.num_hidden_layers} blocks: "
+            "give larger ones."
         )
+    for setting in settings:
+        model.generate(class_labels=0, seed=0, **setting)
+
+
+def sample(args: DigitsArguments, digits: Digits, model: FPMaskGITModel, seed: int) -> list[dict]:
+    """A row for each setting."""
+    rows, classes = [], np.arange(args.num_samples) % CLASSES
+    for setting in tqdm(settings_of(args, model.config), desc="sampling"):
+        start = time.process_time()
+        out = model.generate(class_labels=torch.as_tensor(classes), seed=seed, return_dict_in_generate=True, **setting)
         seconds = time.process_time() - start
         rows.append(
             {
-                "reuse": reuse,
-                "guidance_scale": scale,
-                "budget": budget,
+                **setting,
                 "num_steps": out.num_steps,
                 "block_evaluations": out.block_evaluations,
                 "guidance_evaluations": out.guidance_evaluations,

@@ -103,6 +103,8 @@ def main(argv: list[str] | None = None) -> FPMaskGITPipelineOutput:
 
 def load_pipeline(args: SampleImagesArguments) -> FPMaskGITPipeline:
     """A pipeline, or one made of a trained model and the image tokenizer whose codes it reads."""
+    if args.tokenizer is None and args.tokenizer_subfolder:
+        raise ValueError(f"`tokenizer_subfolder`={args.tokenizer_subfolder!r} is of `tokenizer`: give that too.")
     trained = Path(args.model) / PREPARATION
     if args.tokenizer is None and not trained.is_file():
         return FPMaskGITPipeline.from_pretrained(args.model, revision=args.revision)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What training recipes do around their trainer: start from a model, go on, evaluate, export."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,6 +112,7 @@ def load_rows(
     """Blocks of text, by the tokenizer of the `checkpoint` to resume from or of the model; or codes of pictures for an
     image model."""
     model_name = start.model_name_or_path
+    check_one_source(text, codes)
     if (config.model_type == "fpmaskgit") != (codes.codes_dir is not None):
         raise ValueError(
             f"`codes_dir`={codes.codes_dir!r} does not fit `model_name_or_path`={model_name!r}, which is of "
@@ -125,6 +126,14 @@ def load_rows(
     tokenizer = load_tokenizer(text, model_name, checkpoint, start.revision)
     blocks = load_blocks(text, tokenizer, config.max_position_embeddings)
     return Rows(*blocks, tokenizer, text.description, describe_text(text))
+
+
+def check_one_source(text: DataArguments, codes: CodesArguments) -> None:
+    """Raise a `ValueError` for options of the data that would not be read: of text beside codes, of codes without."""
+    read, other = ("`codes_dir`", text) if codes.codes_dir is not None else ("text", codes)
+    idle = {f.name: getattr(other, f.name) for f in fields(other) if getattr(other, f.name) != f.default}
+    if idle:
+        raise ValueError(f"{idle} does nothing where {read} is trained on: leave it out.")
 
 
 def check_architecture(architecture, config: PreTrainedConfig, model_name: str) -> None:

@@ -33,6 +33,7 @@ from image_data import (
     keep_preparation,
     load_code_rows,
 )
+from narration import say
 from train_and_export import (
     OptionalStartArguments,
     check_adapter,
@@ -81,6 +82,11 @@ def train(start, codes, pictures, encoding, architecture, lora, args) -> dict[st
         if pictures.image_dir is not None or pictures.dataset_name is not None:
             encode_pictures(pictures, encoding, codes.codes_dir, args.device)
         train_rows, eval_rows, preparation = load_code_rows(codes)
+    if encoding.augment != preparation.get("augment", encoding.augment):  # the codes are there, without the pictures
+        say(
+            f"codes: those in {codes.codes_dir} were made with `augment`={preparation['augment']!r}, which stays; "
+            f"{encoding.augment!r} is for pictures that are given by `image_dir` or `dataset_name`"
+        )
 
     set_seed(args.seed)  # before the weights are drawn
     model = make_model(architecture, start.model_name_or_path, preparation)

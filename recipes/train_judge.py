@@ -8,8 +8,10 @@ A Llama in the world's own tokens. Writes the model, its tokenizer and eval_resu
 it lacks of the truth, in nats per token.
 """
 
+import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -48,6 +50,7 @@ class JudgeTrainingArguments(TrainingArguments):
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train, evaluate, save; returns what was measured."""
     args, training = parse_arguments((JudgeArguments, JudgeTrainingArguments), __doc__, argv)
+    check_worlds(args)
     texts, held_out = World(args.world), World(args.held_out)
     tokenizer, length = AutoTokenizer.from_pretrained(args.world), texts.input_ids.shape[1]
     set_seed(training.seed)
@@ -72,7 +75,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
         data_collator=Batches(tokenizer.bos_token_id),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     found = trainer.evaluate()
     found["eval_perplexity"] = math.exp(found["eval_loss"])
     found["eval_excess"] = found["eval_loss"] - held_out.surprise.mean().item() / length
@@ -80,6 +83,21 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     trainer.save_model()
     print(f"perplexity {found['eval_perplexity']:.3f}, {found['eval_excess']:.3f} nats per token above the truth")
     return found
+
+
+def check_worlds(args: JudgeArguments) -> None:
+    """Raise a `ValueError` unless both worlds are texts of one truth and length, by two seeds."""
+    folders = (args.world, args.held_out)
+    world, held_out = (json.loads((Path(each) / "world.json").read_text(encoding="utf-8")) for each in folders)
+    same = ("truth_weights", "length")
+    wrong = {name: (world[name], held_out[name]) for name in same if world[name] != held_out[name]}
+    if wrong:
+        raise ValueError(f"`world` and `held_out` are no texts of one truth and length: {wrong}. Sample both of one.")
+    if world["seed"] == held_out["seed"]:
+        raise ValueError(
+            f"`held_out`={args.held_out!r} has the `seed`={held_out['seed']} of `world`, whose texts it repeats: "
+            "sample it with another seed."
+        )
 
 
 class Batches:

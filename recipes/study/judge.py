@@ -11,6 +11,7 @@ from fpmgm.evaluation.provenance import provenance
 from judged_samples import fitting_options
 from sample_world import World
 from study.plan import Plan, Row
+from study.train import asked
 
 
 def open_truth(truth: str, folder: Path, device: str) -> TruthJudge:
@@ -23,10 +24,15 @@ def open_truth(truth: str, folder: Path, device: str) -> TruthJudge:
 def judge_row(plan: Plan, row: Row, folder: Path, judge: TruthJudge, device: str) -> None:
     """Write the row's results, but for what is there; an interrupted judgement goes on where it was."""
     path, export = folder / "results" / "rows" / f"{row.name}.json", folder / "runs" / row.name
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else describe_row(plan, row, export)
-    asked = settings(plan, row, AutoConfig.from_pretrained(export))
-    if asked != [sample["sampling"]["options"] for sample in found.get("samples", [])]:
-        found.pop("samples", None)  # finished batches are kept: what was asked before comes from there
+    found, described = {}, describe_row(plan, row, export)
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+    if found.get("training") != described["training"]:  # none, or trained again since
+        found = {}
+    found |= described
+    settings = settings_of(plan, row, AutoConfig.from_pretrained(export))
+    # Finished batches are kept: what was asked before comes from there.
+    found = {name: value for name, value in found.items() if name not in outdated(plan, row, found, settings)}
     missing = wanted(plan, row, found) - set(found)
     if missing:
         model = AutoModel.from_pretrained(export).to(device).eval()
@@ -42,7 +48,7 @@ def judge_row(plan: Plan, row: Row, folder: Path, judge: TruthJudge, device: str
             }
         if "samples" in missing:
             found["samples"] = sweep(
-                model, AutoTokenizer.from_pretrained(export), judge, asked,
+                model, AutoTokenizer.from_pretrained(export), judge, settings,
                 num_samples=row.num_samples or plan.judging["num_samples"], judge_batch_size=64, seed=1, **options,
             )  # fmt: skip
     if missing or not path.exists():
@@ -57,10 +63,7 @@ def describe_row(plan: Plan, row: Row, export: Path) -> dict:
         "name": row.name,
         "title": row.title or row.name,
         "group": row.group,
-        "trainer": row.trainer,
-        "start": row.start,
-        "model": {**plan.model, **row.model},
-        "training_options": {**plan.training, **row.training, "seed": row.seed},
+        **asked(plan, row),
         "training": json.loads((export / "training.json").read_text(encoding="utf-8")),
     }
 
@@ -74,7 +77,25 @@ def wanted(plan: Plan, row: Row, found: dict) -> set[str]:
     return names | ({"likelihood_by_iterations"} if iterated and "likelihood_iterations" in plan.judging else set())
 
 
-def settings(plan: Plan, row: Row, config) -> list[dict]:
+def outdated(plan: Plan, row: Row, found: dict, settings: list[dict]) -> set[str]:
+    """Names of the measures that were made of other settings, or of more or less, than the plan asks for now."""
+    judging, names = plan.judging, set()
+    samples = [
+        (sample["sampling"]["options"], sample["protocol"]["generative_perplexity"]["num_samples"])
+        for sample in found.get("samples", [])
+    ]
+    if samples != [(setting, row.num_samples or judging["num_samples"]) for setting in settings]:
+        names.add("samples")
+    if found.get("likelihood_draws") != judging["likelihood_draws"]:
+        names |= {"likelihood_excess", "likelihood_by_iterations"}
+    if found.get("likelihood_texts") != judging["likelihood_texts"]:
+        names |= {"likelihood_excess", "likelihood_by_iterations"}
+    if list(found.get("likelihood_by_iterations", ())) != list(map(str, judging.get("likelihood_iterations", ()))):
+        names.add("likelihood_by_iterations")
+    return names
+
+
+def settings_of(plan: Plan, row: Row, config) -> list[dict]:
     """Options of `generate`, one set per row of samples; an explicit model has nothing to reuse or to iterate."""
     chosen = []
     for setting in row.settings or plan.judging["settings"]:

@@ -21,7 +21,7 @@ from study.judge import describe_truth, judge_row, open_truth
 from study.pictures import plot_excess
 from study.plan import Plan, load_plan
 from study.tables import of_first_seed, write_tables
-from study.train import train_row
+from study.train import check_same_row, train_row
 
 
 @dataclass(kw_only=True)
@@ -43,19 +43,23 @@ def main(argv: list[str] | None = None) -> None:
     if args.only not in (None, "train", "judge"):
         raise ValueError(f"`only`={args.only!r} must be train or judge, or left out for both.")
     plan, folder = load_plan(args.plan), Path(args.output_dir)
+    unknown = sorted(set(args.rows or ()) - {row.name for row in plan.rows})
+    if unknown:
+        raise ValueError(f"`rows`: {unknown} are none of {[row.name for row in plan.rows]}.")
+    rows = [row for row in plan.rows if args.rows is None or row.name in args.rows]
+    for row in rows:
+        check_same_row(plan, row, folder / "runs" / row.name)
     make_world(plan, args)
     judge = open_truth(args.truth, folder, args.device)
     truth, target = describe_truth(judge), Path(args.results_dir or folder / "results")
-    for row in plan.rows:
-        if args.rows is not None and row.name not in args.rows:
-            continue
+    for row in rows:
         if args.only != "judge":
             train_row(plan, row, folder, args.device)
         if args.only != "train" and (folder / "runs" / row.name / "training.json").exists():
             judge_row(plan, row, folder, judge, args.device)
             name = f"study_{Path(args.plan).stem}"
-            rows = write_tables(plan, folder, truth, name, target)
-            plot_excess(of_first_seed(rows), truth["unigram_entropy"], target / f"{name}.png")
+            written = write_tables(plan, folder, truth, name, target)
+            plot_excess(of_first_seed(written), truth["unigram_entropy"], target / f"{name}.png")
 
 
 def make_world(plan: Plan, args: StudyArguments) -> None:

@@ -36,8 +36,10 @@ def read_in_tables(log: Sequence[dict]) -> list[dict]:
 
 
 def of_first_seed(rows: Sequence[dict]) -> list[dict]:
-    """One run of each row."""
-    return [row for row in rows if row["training_options"]["seed"] == 0]
+    """One run of each row: all but the further seeds of another."""
+    names = {row["name"] for row in rows}
+    base = {row["name"]: row["name"].removesuffix(f"_seed{row['training_options']['seed']}") for row in rows}
+    return [row for row in rows if base[row["name"]] not in names - {row["name"]}]
 
 
 def markdown(truth: dict, rows: Sequence[dict]) -> str:
@@ -120,7 +122,8 @@ def seeds_table(rows: Sequence[dict], truth: dict) -> str:
     budgets = sorted({sample["budget"] for row in rows for sample in row["samples"]})
     lines = []
     for first in of_first_seed(rows):
-        runs = [row for row in rows if row["name"] == name_of(first["name"], row["training_options"]["seed"])]
+        further = [row for row in rows if row["name"] == name_of(first["name"], row["training_options"]["seed"])]
+        runs = [first, *(row for row in further if row is not first)]
         if len(runs) > 1:
             lines += seeds_lines(runs, budgets, truth["unigram_entropy"])
     if not lines:

@@ -41,6 +41,7 @@ def train_row(plan: Plan, row: Row, folder: Path, device: str) -> Path:
         `Path` of the export, with `training.json` beside the weights.
     """
     export = folder / "runs" / row.name
+    check_same_row(plan, row, export)
     if (export / "training.json").exists():
         return export
     trainer_class, config_class = TRAINERS[row.trainer]
@@ -64,6 +65,7 @@ def train_row(plan: Plan, row: Row, folder: Path, device: str) -> Path:
     trainer.save_model()
     found = {
         "name": row.name,
+        "asked": asked(plan, row),
         "steps": trainer.state.global_step,
         "first_step": checkpoint_step(last) if last else 0,  # of the last start, as the seconds are
         "seconds": seconds,
@@ -75,6 +77,31 @@ def train_row(plan: Plan, row: Row, folder: Path, device: str) -> Path:
     }
     (export / "training.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return export
+
+
+def asked(plan: Plan, row: Row) -> dict:
+    """What a plan asks of the training of a row."""
+    texts = plan.texts(row)
+    return {
+        "trainer": row.trainer,
+        "start": row.start,
+        "model": {**plan.model, **row.model},
+        "training_options": {**plan.training, **row.training, "seed": row.seed},
+        "texts": [texts.start, texts.stop],
+    }
+
+
+def check_same_row(plan: Plan, row: Row, export: Path) -> None:
+    """Raise a `ValueError` for a run that was trained as another plan asked."""
+    path = export / "training.json"
+    held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    held = held.get("asked", {})  # an earlier version did not note it: nothing to compare
+    wrong = {name: (held[name], value) for name, value in asked(plan, row).items() if held.get(name, value) != value}
+    if wrong:
+        raise ValueError(
+            f"{export} was trained by another `plan` (what it was asked, what `plan` asks): {wrong}. Give the former "
+            "plan, another name to the row, or delete the folder to train it again."
+        )
 
 
 def start_model(plan: Plan, row: Row, folder: Path) -> tuple[torch.nn.Module, dict]:

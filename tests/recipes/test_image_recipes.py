@@ -222,6 +222,22 @@ def test_digits_need_no_download_and_go_on_with_the_models_that_are_missing(tmp_
         digits.main([word if word != "6" else "12" for word in argv])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--reuse", "none", "half"], "`reuse`='half' must be one of"),
+        (["--guidance_scales", "1", "-2"], "`guidance_scale`=-2"),
+        (["--models", "fp-maskgit", "maskgit-24", "--budgets", "12"], "pay no step of 'maskgit-24'"),
+        (["--seeds", "0", "1", "0"], r"`seeds`=\[0, 1, 0\] has one twice"),
+        (["--num_samples", "15"], "`num_samples`=15 must be 20 at least"),
+    ],
+)
+def test_what_digits_cannot_draw_is_said_before_anything_is_trained(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        digits.main(["--output_dir", str(tmp_path / "out"), "--hidden_size", "16", *options])
+    assert not (tmp_path / "out").exists()
+
+
 def check_sheet(sheet, rows: int) -> None:
     """Enlarged digits, words above and beside them."""
     side, gap = digits.ENLARGED * 8, 2
@@ -246,6 +262,12 @@ def test_codes_that_a_model_does_not_read_are_refused(prepared, tmp_path, pictur
         posttrain_consistency.main([*post, "--model_name_or_path", fp, "--codes_dir", other])
     with pytest.raises(ValueError, match=r"`codes_dir`=None .*'fpmaskgit': give `codes_dir` to an image"):
         posttrain_consistency.main([*post, "--model_name_or_path", fp])
+    with pytest.raises(ValueError, match=r"\{'eval_share': 0\.5\} does nothing where `codes_dir` is trained on"):
+        posttrain_consistency.main([*post, "--model_name_or_path", fp, "--codes_dir", codes, "--eval_share", "0.5"])
+    with pytest.raises(ValueError, match=r"\{'eval_images': 5\} does nothing where text is trained on"):
+        posttrain_consistency.main([*post, "--model_name_or_path", fp, "--eval_images", "5"])
+    with pytest.raises(ValueError, match="`tokenizer_subfolder`='vq' is of `tokenizer`"):
+        sample_images.main(["--model", fp, "--tokenizer_subfolder", "vq"])
 
     retold = shutil.copytree(codes, tmp_path / "retold")
     written = json.loads((retold / "preparation.json").read_text())

@@ -119,6 +119,18 @@ def test_the_same_command_repeats_nothing_and_makes_what_is_missing_as_before(st
     assert [s["excess"] for s in after["samples"]] == [s["excess"] for s in before["samples"]]
     monkeypatch.setattr(train, "start_model", lambda *_: pytest.fail("trained again"))
     run.main(arguments(studied, truth))
+    judged = rows / "fp_mdlm.json"
+    finished = judged.read_text()
+    for old, new in (("max_steps: 2", "max_steps: 3"), ("hidden_size: 16", "hidden_size: 8")):
+        (studied / "other.yaml").write_text(TINY.read_text().replace(old, new))
+        with pytest.raises(ValueError, match=f"was trained by another `plan` .*{old.split(':')[0]}"):
+            run.main(["--plan", str(studied / "other.yaml"), *arguments(studied, truth)[2:]])
+    (studied / "other.yaml").write_text(TINY.read_text().replace("likelihood_draws: 2", "likelihood_draws: 3"))
+    run.main(["--plan", str(studied / "other.yaml"), *arguments(studied, truth, "--rows", "fp_mdlm")[2:]])
+    assert json.loads(judged.read_text())["likelihood_draws"] == 3
+    judged.write_text(finished)
+    with pytest.raises(ValueError, match=r"`rows`: \['fp'\] are none of"):
+        run.main(arguments(studied, truth, "--rows", "fp"))
     plan = TINY.read_text().replace("temperature: 0.5, reuse", "temperature: 0.7, reuse")  # asked of other settings
     (studied / "other.yaml").write_text(plan)
     run.main(["--plan", str(studied / "other.yaml"), *arguments(studied, truth, "--rows", "fp_mdlm")[2:]])
@@ -205,14 +217,18 @@ def test_a_release_of_no_row_is_refused(tmp_path):
         load_plan(tmp_path / "plan.yaml")
 
 
-def test_a_judge_learns_the_texts(studied, tmp_path):
-    world = str(studied / "world")
+def test_a_judge_learns_the_texts(truth, tmp_path):
+    worlds = [str(tmp_path / name) for name in ("world", "held_out")]
+    for seed, folder in enumerate(worlds):
+        sizes = ["--num_texts", "400", "--length", "16", "--seed", str(seed)]
+        sample_world.main(["--truth", truth, *sizes, "--output_dir", folder])
     sizes = "--hidden_size 16 --num_layers 1 --num_attention_heads 2 --max_steps 80 --warmup_steps 5 --use_cpu True"
-    sizes += " --learning_rate 0.03"
-    options = ["--world", world, "--held_out", world, "--output_dir", str(tmp_path), "--disable_tqdm", "True"]
-    found = train_judge.main([*options, *sizes.split()])
+    sizes += f" --learning_rate 0.03 --disable_tqdm True --output_dir {tmp_path}"
+    found = train_judge.main(["--world", worlds[0], "--held_out", worlds[1], *sizes.split()])
     assert found["eval_loss"] < 0.8 * math.log(12)
-    rate = json.loads((studied / "world" / "world.json").read_text())["entropy_rate"]
+    rate = json.loads((tmp_path / "held_out" / "world.json").read_text())["entropy_rate"]
     assert found["eval_excess"] == pytest.approx(found["eval_loss"] - rate, abs=1e-5)
+    with pytest.raises(ValueError, match="has the `seed`=0 of `world`, whose texts it repeats"):
+        train_judge.main(["--world", worlds[0], "--held_out", worlds[0]])
     judge = load_judge(tmp_path, device="cpu")
     assert judge.tokenizer.bos_token_id == 0 and judge.model.config.max_position_embeddings == 17
