@@ -139,8 +139,8 @@ class CostArguments:
     plain: bool = field(default=False, metadata={"help": "Print tables for a terminal instead of Markdown."})
 
     def __post_init__(self):
-        for name in ("gpus", "batch_size", "sampling_batch_size"):
-            if getattr(self, name) < 1:
+        for name in ("gpus", "batch_size", "sampling_batch_size", "length", "steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}`={getattr(self, name)} must be at least 1.")
         if not 0 < self.utilisation <= 1:
             raise ValueError(f"`utilisation`={self.utilisation} must lie in (0, 1].")

@@ -95,10 +95,18 @@ class ImageTokenizerTrainer(CheckedRowsTrainer):
         self._latents: torch.Tensor | None = None  # (…, E) of the last micro-batch
         self._restarted_at = 0
         self._step, self._micro_batch = -1, 0
+        self._shares = [1.0]  # of each micro-batch of an optimizer step, in units of their mean size
 
     def batch_check(self):
         """See [`check_pixels`]."""
         return partial(check_pixels, size=self._tokenizer.image_size)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one optimizer step, of which the last of the data may be smaller."""
+        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        sizes = [len(batch["pixel_values"]) for batch in samples]
+        self._shares = [size * len(sizes) / sum(sizes) for size in sizes]
+        return samples, num_items
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """As in `Trainer`; first the dead codes are restarted, where it is time."""
@@ -110,14 +118,16 @@ class ImageTokenizerTrainer(CheckedRowsTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The tokenizer's own loss; its codes are counted."""
+        """The tokenizer's own loss, in training such that micro-batches add up to the mean over all pictures of the
+        optimizer step; its codes are counted."""
         pixels = inputs["pixel_values"]
         output = model(self._mirror(pixels) if self.args.mirror and model.training else pixels)
         if model.training:
             counts = output.codes.flatten().bincount(minlength=self._tokenizer.codebook_size)
             self._used = counts if self._used is None else self._used + counts
             self._latents = output.latents.detach().flatten(0, -2)
-        return (output.loss, output) if return_outputs else output.loss
+        loss = output.loss * self._shares[self._micro_batch] if model.training else output.loss
+        return (loss, output) if return_outputs else loss
 
     def _mirror(self, pixels: torch.Tensor) -> torch.Tensor:
         """Half of the pictures (B, 3, S, S), on average, by a stream of this step, micro-batch and rank."""

@@ -73,7 +73,8 @@ def save_rounded(model_class: type, export: Path, folder: Path, generation: dict
     """The model with its weights in bfloat16, which load as float32, and `generation` as defaults of `generate`; its
     tokenizer and code beside them."""
     model = model_class.from_pretrained(export)
-    model.generation_config.update(**(generation or {}))
+    if generation:  # checked, as those of a call are
+        model.generation_config = model.generation_config.updated(**generation)
     for code in folder.glob("*.py"):
         code.unlink()  # the links of an earlier release: written through, they would be the package itself
     model.to(torch.bfloat16).save_pretrained(folder)

@@ -27,9 +27,10 @@ def tokenizer_trainer(folder, max_steps=4, **options) -> ImageTokenizerTrainer:
     model = VQGANModel(config)
     with torch.no_grad():
         model.codebook[4:] = model.codebook[0]  # of equal codes the first is taken
+    options = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 3, "logging_steps": 1} | options
     args = ImageTokenizerConfig(
-        output_dir=str(folder), per_device_train_batch_size=4, per_device_eval_batch_size=3, max_steps=max_steps,
-        warmup_steps=0, use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1, **options,
+        output_dir=str(folder), max_steps=max_steps, warmup_steps=0, use_cpu=True, report_to="none", disable_tqdm=True,
+        **options,
     )  # fmt: skip
     return ImageTokenizerTrainer(model=model, args=args, train_dataset=rows(16), eval_dataset=rows(8, seed=1))
 
@@ -63,6 +64,20 @@ def test_the_metrics_are_those_of_the_exported_tokenizer(tmp_path):
     shares = [c / codes.numel() for c in counts if c]
     assert abs(metrics["eval_codebook_usage"] - len(shares) / 24) < 1e-6
     assert abs(metrics["eval_codebook_perplexity"] - math.prod(p**-p for p in shares)) < 1e-6
+
+
+def test_a_smaller_last_micro_batch_weighs_as_its_pictures(tmp_path):
+    trained = []
+    for size, accumulated in ((4, 1), (2, 2)):  # 7 pictures: steps of 4 and of 3
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated, "optim": "sgd"}
+        trainer = tokenizer_trainer(tmp_path, 2, restart_every=0, **options)
+        trainer.train_dataset = rows(7)
+        trainer.train()
+        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        trained.append((losses, torch.cat([p.detach().flatten() for p in trainer.model.parameters()])))
+    (losses, weights), (other_losses, other_weights) = trained
+    assert losses == pytest.approx(other_losses, rel=1e-5)
+    torch.testing.assert_close(weights, other_weights, rtol=0, atol=1e-6)
 
 
 def test_pictures_are_mirrored_by_the_step(tmp_path):
