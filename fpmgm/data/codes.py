@@ -50,6 +50,15 @@ def codebook_hash(tokenizer: ImageTokenizerMixin) -> str:
     return hashlib.sha256(codebook.tobytes()).hexdigest()
 
 
+def encoder_hash(tokenizer: ImageTokenizerMixin) -> str:
+    """A hash of what makes codes of pictures, beside the codebook: all weights but the decoder's."""
+    hashed = hashlib.sha256()
+    for name, weight in sorted(tokenizer.state_dict().items()):
+        if not name.startswith(("decoder.", "post_quant_conv.")):
+            hashed.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
+    return hashed.hexdigest()
+
+
 def load_folder(folder: Path) -> DatasetDict:
     """`load_from_disk`, with every offset checked: a damaged one would be read from outside the file.
 

@@ -36,7 +36,7 @@ from transformers.utils import logging
 
 from ..models.image_processing import check_sides, to_rgb
 from ..models.image_tokenizer import ImageTokenizerMixin
-from .codes import PREPARATION, codebook_hash, load_folder, read_json
+from .codes import PREPARATION, codebook_hash, encoder_hash, load_folder, read_json
 
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ SYSTEM_FOLDERS = ("__MACOSX", "__pycache__", "@eaDir", "lost+found")
 MOST_LISTED = 100  # unreadable pictures of a split that `preparation.json` names
 ZOOM = 1.1  # of the shortest edge, for ten crops
 PART = 1024  # pictures that an interruption can cost at most
+NOTED_LATER = ("encoder", "sizes")  # earlier versions' preparations do not say
 
 
 def load_images(
@@ -334,7 +335,17 @@ def _settings(images: DatasetDict, tokenizer, processor: CLIPImageProcessorPil, 
         "classes": images["train"].features["label"].names,
         "pictures": pictures.hexdigest(),
         "codebook": codebook_hash(tokenizer),
+        "encoder": encoder_hash(tokenizer),
+        "sizes": hashlib.sha256(json.dumps([_sizes(rows) for rows in images.values()]).encode()).hexdigest(),
     }
+
+
+def _sizes(rows: Dataset) -> list[int | None]:
+    """Bytes of each picture, which tell one that was changed in its place; `None`: there is no such file."""
+    image = rows.data.column("image")
+    paths, inside = (pyarrow.compute.struct_field(image, name) for name in ("path", "bytes"))
+    pairs = zip(paths.to_pylist(), pyarrow.compute.binary_length(inside).to_pylist(), strict=True)
+    return [(os.path.getsize(path) if os.path.isfile(path) else None) if n is None else n for path, n in pairs]
 
 
 def _check_same(folder: Path, settings: dict) -> None:
@@ -346,7 +357,8 @@ def _check_same(folder: Path, settings: dict) -> None:
         return
     other = read_json(path)
     other = other if isinstance(other, dict) else {}
-    different = [f"{name}={other.get(name)!r}"[:300] for name in settings if settings[name] != other.get(name)]
+    known = dict.fromkeys(settings) | {name: settings[name] for name in NOTED_LATER} | other
+    different = [f"{name}={known[name]!r}"[:300] for name in settings if settings[name] != known[name]]
     if different:
         raise ValueError(
             f"`folder`={str(folder)!r} holds codes made with {', '.join(different)}: remove it or give another one."

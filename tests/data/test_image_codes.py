@@ -26,9 +26,13 @@ class MeanTokenizer:
 
     image_size, grid_size, codebook_size, device, dtype = 16, 2, 256, "cpu", torch.float32
     codebook = torch.arange(256.0)[:, None]
+    weight = torch.ones(1)
 
     def __init__(self, left: int = 10**6):
         self.left, self.calls = left, 0
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"encoder.weight": self.weight, "decoder.weight": torch.rand(1)}
 
     def encode(self, pixel_values):
         assert pixel_values.shape[1:] == (3, 16, 16) and pixel_values.abs().max() <= 1
@@ -154,6 +158,16 @@ def test_another_tokenizer_or_other_pictures_are_refused_in_the_same_folder(fold
     other.codebook = other.codebook + 1
     with pytest.raises(ValueError, match="codebook="):
         prepare_codes(images, other, processor, tmp_path / "codes")
+    other = MeanTokenizer()
+    other.weight = 2 * other.weight
+    with pytest.raises(ValueError, match="encoder="):
+        prepare_codes(images, other, processor, tmp_path / "codes")
+    note = tmp_path / "codes/preparation.json"
+    note.write_text(json.dumps({k: v for k, v in json.loads(note.read_text()).items() if k != "encoder"}))
+    prepare_codes(images, other, processor, tmp_path / "codes")  # an earlier version's
+    picture(6, width=30).save(folder / "train/cat/0.PNG")  # in the place of another
+    with pytest.raises(ValueError, match="sizes="):
+        prepare_codes(load_images(folder), MeanTokenizer(), processor, tmp_path / "codes")
     picture(5).save(folder / "train/cat/9.png")
     with pytest.raises(ValueError, match="pictures="):
         prepare_codes(load_images(folder), MeanTokenizer(), processor, tmp_path / "codes")
