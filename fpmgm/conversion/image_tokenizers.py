@@ -104,7 +104,8 @@ def load_llamagen_vq(path: str | Path, image_size: int = 256, use_ema: bool = Tr
         [`VQGANModel`] with the original's codes and pixels, its codebook on the unit sphere, where it is read.
 
     Raises:
-        `ValueError`: lists missing and unknown keys, wrong shapes and weights that are not finite.
+        `ValueError`: lists missing and unknown keys, wrong shapes and weights that are not finite; also for an
+            `image_size` that is not a whole number of codes.
     """
     return _llamagen(_tensors(Path(path), use_ema), path, image_size)
 
@@ -177,6 +178,8 @@ def _llamagen_sizes(state: dict[str, torch.Tensor], path: str | Path, image_size
     _need(state, (*needed, "encoder.conv_blocks.0.res.0.conv1.weight"), path, "a VQ model of LlamaGen")
     base, latent, embed = (len(state[name]) for name in needed[:3])
     levels = count_layers(state, "encoder.conv_blocks.", path)
+    if image_size < 1 or image_size % 2 ** (levels - 1):
+        raise ValueError(f"`image_size`={image_size} must be a multiple of {2 ** (levels - 1)}, the pixels of a code.")
     widths = [len(state[f"encoder.conv_blocks.{level}.res.0.conv1.weight"]) for level in range(levels)]
     return {
         "base_channels": base,

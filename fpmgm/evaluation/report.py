@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .store import rank
+
 
 def table(columns: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
     """A Markdown table, without a line break at its end; `None` is an empty cell.
@@ -52,11 +54,15 @@ def short_names(option: str, paths: Sequence[str]) -> list[str]:
 def write_report(path: str | Path, result: dict[str, Any], text: str | None = None) -> None:
     """Write `result` to `path`, a .json, and `text` beside it as .md; what is there is replaced at once or not at all.
 
+    With `torch.distributed` initialized, the first process writes.
+
     Args:
         path (`str` or `Path`): Its folder is made.
         result (`dict`): Plain values.
         text (`str`, *optional*): Markdown. `None`: no such file.
     """
+    if rank() > 0:
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     contents = {path: json.dumps(result, indent=1)}

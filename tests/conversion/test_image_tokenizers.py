@@ -140,6 +140,8 @@ def test_a_llamagen_file_gives_the_references_codes_and_pixels(tmp_path):
     torch.save({"model": state}, tmp_path / "vq.pt")
     tokenizer = load_llamagen_vq(tmp_path / "vq.pt", image_size=16)
     assert (tokenizer.image_size, tokenizer.grid_size, tokenizer.codebook_size) == (16, 4, CODES)
+    with pytest.raises(ValueError, match="`image_size`=18 must be a multiple of 4"):
+        load_llamagen_vq(tmp_path / "vq.pt", image_size=18)
     assert not tokenizer.training
     pixels = torch.rand(6, 3, 16, 16) * 2 - 1
     latents = F.conv2d(llamagen(state, pixels, "encoder"), state["quant_conv.weight"], state["quant_conv.bias"])

@@ -24,6 +24,12 @@ def test_results_are_written_whole_or_not_at_all(tmp_path):
     assert sorted(p.name for p in path.parent.iterdir()) == ["γ.json", "γ.md"]
 
 
+def test_of_several_processes_one_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr("fpmgm.evaluation.report.rank", lambda: 1)
+    write_report(tmp_path / "a.json", {}, "text")
+    assert not list(tmp_path.iterdir())
+
+
 def test_names_are_as_short_as_tells_all_apart(tmp_path):
     (tmp_path / "export").mkdir()
     paths = ["org/export", str(tmp_path / "export"), f"{tmp_path}/export/../other/run"]
