@@ -52,15 +52,10 @@ def mauve_score(
             takes, or `max_length` is beyond the model.
         `ImportError`: if mauve-text is not installed.
     """
-    _package()
     check_whole("num_samples", num_samples, minimum=1, unit="texts")
     texts, references = text_list(texts), text_list(references, "references")
-    for name, given in (("texts", texts), ("references", references)):
-        if len(given) < num_samples:
-            raise ValueError(
-                f"`{name}` are {len(given)}, fewer than `num_samples`={num_samples}: give more texts, or a smaller "
-                "`num_samples` for both sides (scores of different numbers do not compare)."
-            )
+    check_count("texts", texts, num_samples)
+    check_count("references", references, num_samples)
     if callable(featurizer):
         given = {"max_length": max_length, "batch_size": batch_size, "cache_dir": cache_dir}
         given = {name: value for name, value in given.items() if value is not None}
@@ -93,6 +88,16 @@ def mauve_score(
             "seed": seed,
         },
     }
+
+
+def check_count(name: str, texts: list[str], num_samples: int) -> None:
+    """Raise where there is no MAUVE of so many of these texts: without its package, and for fewer of them."""
+    _package()
+    if len(texts) < num_samples:
+        raise ValueError(
+            f"`{name}` are {len(texts)}, fewer than `num_samples`={num_samples}: give more texts, or a smaller "
+            "`num_samples` for both sides (scores of different numbers do not compare)."
+        )
 
 
 def mauve_of_features(generated: np.ndarray, human: np.ndarray, scaling_factor: float = 5.0, seed: int = 25) -> Any:

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..models.text_input import text_list, token_rows
-from .judge import Judge, decode_for, generative_perplexity
-from .mauve import mauve_score
+from .judge import Judge, check_positions, decode_for, generative_perplexity
+from .mauve import check_count, mauve_score
 from .ngram import NGramJudge
 from .samples import check_setting, sample_sequences
 from .store import rank
@@ -84,8 +84,16 @@ def sweep(
     settings = list_settings(settings)
     for setting in settings:
         check_setting(model, setting, length)
-    _judge_options(judge, judge_batch_size, max_length)
     references = None if references is None else text_list(references, "references")
+    check_judging(judge, references, judge_batch_size, max_length)
+    if references is not None:
+        check_count("references", references, num_samples)
+    tokens = model.config.max_position_embeddings if length is None else length
+    if isinstance(judge, TruthJudge) and judge.length != tokens:
+        raise ValueError(
+            f"`length`={tokens}, but the entropy rate of {judge.name!r} is known for texts of {judge.length}: sample "
+            "that `length`, or load the truth for another one."
+        )
     rows = []
     several = progress_bar and len(settings) > 1 and rank() == 0
     for setting in logging.tqdm(settings, desc="settings", disable=not several):
@@ -126,14 +134,26 @@ def list_settings(settings: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return settings
 
 
-def _judge_options(judge: AnyJudge, batch_size: int | None, max_length: int | None) -> dict[str, int]:
-    """What is given of what the judge takes: a language model both, the truth no length but its own, counts none."""
+def check_judging(
+    judge: AnyJudge, references: Iterable[str] | None, batch_size: int | None, max_length: int | None
+) -> dict[str, int]:
+    """What is given of what the judge takes: a language model both, the truth no length but its own, counts none.
+
+    Raises:
+        `ValueError`: for what it does not take, and more tokens than it reads.
+    """
     taken = TAKEN[type(judge)]
     given = {"batch_size": batch_size, "max_length": max_length}
     given = {name: value for name, value in given.items() if value is not None}
     idle = {name: value for name, value in given.items() if name not in taken}
     if idle:
         raise ValueError(f"{idle} does nothing for `judge`, which is {judge.name!r}: leave it out.")
+    if isinstance(judge, Judge):
+        check_positions(judge, 1024 if max_length is None else max_length)
+    elif references is not None:
+        raise ValueError(
+            f"`references` are texts for MAUVE under a language model, but `judge` is {judge.name!r}: leave them out."
+        )
     return given
 
 
@@ -169,13 +189,8 @@ def measure_samples(
             n-gram judge `batch_size`.
     """
     sequences = token_rows(sequences)
-    options = _judge_options(judge, batch_size, max_length)
+    options = check_judging(judge, references, batch_size, max_length)
     if isinstance(judge, NGramJudge | TruthJudge):
-        if references is not None:
-            raise ValueError(
-                f"`references` are texts for MAUVE under a language model, but `judge` is {judge.name!r}: leave them "
-                "out."
-            )
         measures, special_tokens = judge.generative_perplexity(sequences, **options), "kept"
     else:
         texts, special_tokens = decode_for(judge, tokenizer, sequences)

@@ -6,9 +6,11 @@ import statistics
 
 import numpy as np
 import pytest
+import torch
 
 from fpmgm.evaluation import (
     NGramJudge,
+    TruthJudge,
     clearly_below,
     compare_values,
     grid,
@@ -76,6 +78,21 @@ def test_a_setting_without_sense_is_refused_before_the_first_is_run(settings, me
     monkeypatch.setattr(model, "generate", lambda **options: pytest.fail("sampled"))
     with pytest.raises(ValueError, match=message):
         sweep(model, tokenizer, judge, settings, num_samples=2)
+
+
+def test_what_cannot_be_judged_is_refused_before_the_first_is_run(monkeypatch):
+    model, tokenizer, _ = model_and_judge()
+    monkeypatch.setattr(model, "generate", lambda **options: pytest.fail("sampled"))
+    judge = tiny_judge()
+    for options, message in (
+        ({}, "`max_length`=1024 must be at most 24"),
+        ({"max_length": 24, "references": ["a text"]}, "`references` are 1, fewer than `num_samples`=2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sweep(model, tokenizer, judge, [{"budget": 12}], num_samples=2, **options)
+    judge = TruthJudge("truth", judge.model, torch.zeros(2, 5).long(), torch.ones(2))
+    with pytest.raises(ValueError, match="`length`=8, but the entropy rate of 'truth' is known for texts of 5"):
+        sweep(model, tokenizer, judge, [{"budget": 12}], num_samples=2)
 
 
 def test_an_interrupted_sweep_repeats_nothing_even_if_defaults_that_it_sets_changed(tmp_path, monkeypatch):
