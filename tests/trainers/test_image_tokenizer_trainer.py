@@ -80,6 +80,25 @@ def test_a_smaller_last_micro_batch_weighs_as_its_pictures(tmp_path):
     torch.testing.assert_close(weights, other_weights, rtol=0, atol=1e-6)
 
 
+def test_pictures_that_fill_the_last_batch_of_several_processes_count_once(tmp_path, monkeypatch):
+    trainer = tokenizer_trainer(tmp_path)
+    expected = trainer.evaluate()  # batches of 3, 3 and 2
+    for name in ("_codes", "_quality"):
+        getattr(trainer, name).zero_()
+    trainer._eval_rows, pictures = 8, rows(8, seed=1)
+    for rank in (0, 1):  # the batches 0 and 2, and 1 and 3, of which the first pictures come again
+        monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+        monkeypatch.setattr(type(trainer.accelerator), "process_index", rank)
+        trainer._eval_batch = 0
+        for first in (3 * rank, 6 + 3 * rank):
+            batch = torch.stack([pictures[i % 8]["pixel_values"] for i in range(first, first + 3)])
+            trainer.prediction_step(trainer.model.eval(), {"pixel_values": batch}, True)
+    total, count = trainer._quality.tolist()
+    assert count == 8 and total / 8 == pytest.approx(expected["eval_psnr"])
+    used = (trainer._codes > 0).float().mean().item()
+    assert used == expected["eval_codebook_usage"] and trainer._codes.sum() == 8 * 16
+
+
 def test_pictures_are_mirrored_by_the_step(tmp_path):
     def seen(mirror):
         trainer, pixels = tokenizer_trainer(tmp_path, 2, mirror=mirror), []
