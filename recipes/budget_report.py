@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import fpmgm  # noqa: F401  (registers the models)
 from fpmgm.command_line import LocalPath, ModelName, parse_arguments
-from fpmgm.evaluation import AnyJudge, budget_table, evaluate_budgets, provenance, under_budgets
+from fpmgm.evaluation import AnyJudge, budget_table, evaluate_budgets, provenance
+from fpmgm.evaluation.budget_report import under_budgets
 from fpmgm.evaluation.report import short_names, write_report
 from judged_samples import (
     JudgedSamplesArguments,

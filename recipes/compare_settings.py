@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass, field
 import fpmgm  # noqa: F401  (registers the models)
 from fpmgm.analysis.axes import finish, logarithmic_values, new_figure, save
 from fpmgm.command_line import LocalPath, ModelName, parse_arguments, read_yaml
-from fpmgm.evaluation import TruthJudge, evaluate_budgets, plus_minus, provenance, under_budgets, unigram_entropy
+from fpmgm.evaluation import TruthJudge, evaluate_budgets, plus_minus, provenance, unigram_entropy
+from fpmgm.evaluation.budget_report import under_budgets
 from fpmgm.evaluation.report import short_names, table, write_report
 from judged_samples import (
     JudgedSamplesArguments,

@@ -23,9 +23,9 @@ from fpmgm.evaluation import (
     plus_minus,
     provenance,
     standard_error_at_entropy,
-    under_budgets,
     undominated,
 )
+from fpmgm.evaluation.budget_report import under_budgets
 from fpmgm.evaluation.report import short_names, table, write_report
 from judged_samples import JudgedSamplesArguments, check_settings, device_of, open_judge, open_model
 

@@ -14,13 +14,13 @@ from fpmgm.evaluation import (
     AnyJudge,
     NGramJudge,
     TruthJudge,
-    check_setting,
     load_judge,
     load_truth,
     measure_samples,
     plus_minus,
 )
 from fpmgm.evaluation.report import table
+from fpmgm.evaluation.samples import check_setting
 from fpmgm.models.text_input import read_tokenizer
 
 

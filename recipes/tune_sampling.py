@@ -24,8 +24,8 @@ from fpmgm.evaluation import (
     provenance,
     sampling_candidates,
     successive_halving,
-    under_budgets,
 )
+from fpmgm.evaluation.budget_report import under_budgets
 from fpmgm.evaluation.report import table, write_report
 from judged_samples import (
     JudgedSamplesArguments,

@@ -5,7 +5,7 @@
 """
 
 from ..models.image_tokenizer import to_uint8
-from .budget_report import budget_table, evaluate_budgets, under_budgets
+from .budget_report import budget_table, evaluate_budgets
 from .comparison import clearly_below, compare_values, over_seeds, plus_minus, pool_settings
 from .distances import energy_distance
 from .extractors import EfficientNetLiteExtractor, InceptionExtractor
@@ -25,7 +25,7 @@ from .likelihood import elbo_perplexity
 from .mauve import mauve_score
 from .ngram import NGramJudge
 from .provenance import provenance
-from .samples import Samples, check_setting, sample_sequences
+from .samples import Samples, sample_sequences
 from .search import Trial, sampling_candidates, successive_halving
 from .sweep import AnyJudge, grid, measure_samples, sweep
 from .text import distinct_n, repetition_rate, unigram_entropy
@@ -44,7 +44,6 @@ __all__ = [
     "Trial",
     "TruthJudge",
     "budget_table",
-    "check_setting",
     "clearly_below",
     "common_entropies",
     "compare_values",
@@ -77,7 +76,6 @@ __all__ = [
     "successive_halving",
     "sweep",
     "to_uint8",
-    "under_budgets",
     "undominated",
     "unigram_entropy",
 ]
