@@ -127,7 +127,7 @@ def describe(plan: Plan, row: Row, study: Path, folder: Path, judge: TruthJudge)
         model, tokenizer, judge, [{"budget": budget} for budget in SHOWN_BUDGETS], seed=1,
         num_samples=plan.judging["num_samples"], batch_size=plan.judging["batch_size"], cache_dir=study / "cache",
     )  # fmt: skip
-    named = [(OWN, sample) for sample in own] + [(setting_name(sample), sample) for sample in found["samples"]]
+    judged = [(setting_name(sample) or "plain", sample) for sample in found["samples"]]
     return {
         "name": folder.name,
         "title": row.title,
@@ -139,7 +139,8 @@ def describe(plan: Plan, row: Row, study: Path, folder: Path, judge: TruthJudge)
         "truth": {"name": judge.name, "entropy_rate": judge.entropy_rate},
         **judge.likelihood_excess(model, plan.judging["likelihood_texts"], **options),
         "samples": [
-            {**{field: sample[field] for field in SAMPLE_FIELDS}, "setting": setting} for setting, sample in named
+            {**{field: sample[field] for field in SAMPLE_FIELDS}, "setting": setting}
+            for setting, sample in [*((OWN, sample) for sample in own), *judged]
         ],
         "generation": plan.release[folder.name].get("generation", {}),
         "texts": texts,
