@@ -4,6 +4,7 @@
 Shapes: K layers, N tokens, D hidden size, B batch, L length.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -21,13 +22,21 @@ def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:
     Args:
         x, y (`torch.Tensor`): (N, D) and (N, E).
 
+    Raises:
+        `ValueError`: for features that are the same for all tokens, or not finite: they are like nothing.
+
     Examples:
         >>> x = torch.tensor([[0.0, 1.0], [2.0, 0.0], [1.0, 5.0]])
         >>> round(linear_cka(x, 3 * x @ torch.tensor([[0.0, 1.0], [-1.0, 0.0]])), 6)  # blind to rotation and scale
         1.0
     """
     x, y = (z.double() - z.double().mean(dim=0) for z in (x, y))
-    return ((x.T @ y).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())).item()
+    similarity = ((x.T @ y).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())).item()
+    if not math.isfinite(similarity):
+        raise ValueError(
+            f"features of {len(x)} tokens do not vary, or are not finite: give more texts, or a model that has learnt."
+        )
+    return similarity
 
 
 @torch.no_grad()

@@ -44,6 +44,8 @@ def test_cka_is_that_of_the_kernels():
     assert 0.1 < linear_cka(x, y) < 0.9
     rotation = torch.linalg.qr(torch.randn(7, 7, dtype=torch.float64))[0]
     assert linear_cka(x, 5 * x.double() @ rotation + 2) == pytest.approx(1, abs=1e-6)
+    with pytest.raises(ValueError, match="features of 5 tokens do not vary"):
+        linear_cka(x[:5], torch.ones(5, 3))
     assert linear_cka(torch.tensor([[1.0], [-1], [0], [0]]), torch.tensor([[0.0], [0], [1], [-1]])) == 0
 
 
