@@ -324,7 +324,7 @@ def observed(monkeypatch, tmp_path) -> tuple[list, list]:
     mapped, plain_map = [], Dataset.map
 
     def ask(self, **options):
-        asked.append((options, float(self.lm_head.weight.sum())))
+        asked.append((options, self.lm_head.weight.sum().item()))
         return generate(self, **options)
 
     def ask_map(self, *arguments, num_proc=None, **options):
