@@ -51,6 +51,30 @@ def short_names(option: str, paths: Sequence[str]) -> list[str]:
     return ["-".join(part.strip("/") for part in its[-count:]) for its in parts]
 
 
+def as_json(value: Any, depth: int = 0) -> str:
+    """JSON, indented from `depth` on, in which what holds nothing but plain values stands on one line.
+
+    >>> print(as_json({"loss": [2.5, 2.25], "log": [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25}]}))
+    {
+     "loss": [2.5, 2.25],
+     "log": [
+      {"step": 1, "loss": 2.5},
+      {"step": 2, "loss": 2.25}
+     ]
+    }
+    """
+    named = isinstance(value, dict)
+    parts = list(value.values() if named else value) if isinstance(value, dict | list | tuple) else []
+    if not any(isinstance(part, dict | list | tuple) for part in parts):
+        return json.dumps(value)
+    lines = [as_json(part, depth + 1) for part in parts]
+    if named:
+        lines = [f"{json.dumps(str(name))}: {line}" for name, line in zip(value, lines, strict=True)]
+    inner, outer = (f"\n{' ' * n}" for n in (depth + 1, depth))
+    opening, closing = "{}" if named else "[]"
+    return f"{opening}{inner}{f',{inner}'.join(lines)}{outer}{closing}"
+
+
 def write_report(path: str | Path, result: dict[str, Any], text: str | None = None) -> None:
     """Write `result` to `path`, a .json, and `text` beside it as .md; what is there is replaced at once or not at all.
 
@@ -65,7 +89,7 @@ def write_report(path: str | Path, result: dict[str, Any], text: str | None = No
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    contents = {path: json.dumps(result, indent=1)}
+    contents = {path: as_json(result)}
     if text is not None:
         contents[path.with_suffix(".md")] = text.rstrip("\n")
     for target, content in contents.items():

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from fpmgm.evaluation import TruthJudge, repetition_rate, sweep, unigram_entropy
 from fpmgm.evaluation.provenance import provenance
+from fpmgm.evaluation.report import write_report
 from judged_samples import fitting_options
 from sample_world import World
 from study.plan import Plan, Row
@@ -53,8 +54,7 @@ def judge_row(plan: Plan, row: Row, folder: Path, judge: TruthJudge, device: str
             )  # fmt: skip
     if missing or not path.exists():
         found["provenance"] = provenance(device)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_report(path, found)
 
 
 def describe_row(plan: Plan, row: Row, export: Path) -> dict:

@@ -22,6 +22,7 @@ from torch import nn
 from fpmgm import MGMGenerationConfig
 from fpmgm.command_line import parse_arguments
 from fpmgm.evaluation import provenance, repetition_rate, unigram_entropy
+from fpmgm.evaluation.report import write_report
 from fpmgm.models.generation_mgm import MGMGenerationMixin
 from fpmgm.models.modeling_mgm import MGMOutput
 
@@ -162,10 +163,7 @@ def main(argv: list[str] | None = None) -> dict:
                 continue  # each block needs a step
             found["rows"].append({**rule, "num_steps": steps, **measure(model, rule, steps, args, rates)})
             print(json.dumps(found["rows"][-1]), flush=True)
-    target = Path(args.output)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    target.with_suffix(".md").write_text(markdown(found), encoding="utf-8")
+    write_report(Path(args.output).with_suffix(".json"), found, markdown(found))
     return found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fpmgm.evaluation import over_seeds, plus_minus
-from fpmgm.evaluation.report import table
+from fpmgm.evaluation.report import table, write_report
 from study.plan import Plan, name_of
 
 
@@ -24,9 +24,7 @@ def write_tables(plan: Plan, folder: Path, truth: dict, name: str, target: Path)
             found = json.loads(path.read_text(encoding="utf-8")) | {"title": row.title or row.name, "group": row.group}
             found["training"]["log"] = read_in_tables(found["training"]["log"])
             rows.append(found)
-    target.mkdir(parents=True, exist_ok=True)
-    (target / f"{name}.json").write_text(json.dumps({"truth": truth, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    (target / f"{name}.md").write_text(markdown(truth, rows), encoding="utf-8")
+    write_report(target / f"{name}.json", {"truth": truth, "rows": rows}, markdown(truth, rows))
     return rows
 
 

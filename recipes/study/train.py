@@ -10,6 +10,7 @@ from transformers import AutoModel, AutoTokenizer, set_seed
 
 from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion, convert_to_fixed_point
 from fpmgm.evaluation.provenance import provenance
+from fpmgm.evaluation.report import write_report
 from fpmgm.trainers import (
     ConsistencyConfig,
     ConsistencyTrainer,
@@ -75,7 +76,7 @@ def train_row(plan: Plan, row: Row, folder: Path, device: str) -> Path:
         "log": trainer.state.log_history,
         "provenance": provenance(device),
     }
-    (export / "training.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_report(export / "training.json", found)
     return export
 
 
