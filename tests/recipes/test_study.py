@@ -82,6 +82,7 @@ def arguments(folder: Path, truth: str, *more: str) -> list[str]:
     return ["--plan", str(TINY), "--truth", truth, "--output_dir", str(folder), *more]
 
 
+@pytest.mark.slow
 def test_every_row_is_trained_judged_and_in_the_tables(studied):
     plan = load_plan(TINY)
     found = json.loads((studied / "results" / "study_tiny.json").read_text())
@@ -106,6 +107,7 @@ def test_every_row_is_trained_judged_and_in_the_tables(studied):
     assert [plan.texts(plan.row(name)) for name in ("fp_mdlm", "cofre")] == [range(8), range(8, 16)]
 
 
+@pytest.mark.slow
 def test_the_same_command_repeats_nothing_and_makes_what_is_missing_as_before(studied, truth, monkeypatch):
     rows = studied / "results" / "rows"
     before = json.loads((rows / "fp_mdlm.json").read_text())
@@ -156,6 +158,7 @@ def test_the_command_for_a_gpu_goes_on_like_the_study(studied, truth):
     load_plan(TINY.parent / "small.yaml")
 
 
+@pytest.mark.slow
 def test_what_is_released_is_the_row_rounded_with_a_card_of_its_results(studied, truth, tmp_path):
     where = ["--plan", str(TINY), "--study", str(studied), "--truth", truth, "--target", str(tmp_path)]
     release.main(where)
@@ -175,6 +178,7 @@ def test_what_is_released_is_the_row_rounded_with_a_card_of_its_results(studied,
     assert f"{row['samples'][0]['excess']:.3f}" in (folder / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_budget_report_judges_by_the_truth(studied, truth, tmp_path):
     options = ["--budgets", "6", "--reuse", "3sr", "--num_samples", "8", "--truth_texts", "30", "--device", "cpu"]
     shared = ["--model", str(studied / "runs" / "fp_mdlm"), "--output_dir", str(tmp_path), *options]
