@@ -56,6 +56,7 @@ def test_what_makes_a_run_longer_or_fit():
     )
 
 
+@pytest.mark.slow
 def test_yaml_folder_and_json(tmp_path, capsys):
     small = yaml.safe_load((RECIPES / "configs/fp_mdlm_small.yaml").read_text())
     config = estimate_cost.load_config(str(RECIPES / "configs/fp_mdlm_small.yaml"), 50258)
@@ -76,6 +77,7 @@ def test_yaml_folder_and_json(tmp_path, capsys):
     assert model["runs"][0]["cost"] is None and model["runs"][0]["tokens"] == 1_000_000 * 8 * 8
 
 
+@pytest.mark.slow
 def test_images(capsys):
     argv = ["--gpus", "1", "--batch_size", "128", "--budgets", "48", "--model", "maskgit_large", "fp_maskgit"]
     found = estimate_cost.main([*argv, str(RECIPES / "configs/fp_maskgit_imagenette.yaml")])

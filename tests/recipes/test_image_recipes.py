@@ -203,6 +203,7 @@ def test_recipes_start_from_descendants_of_mdlm_too(tmp_path, monkeypatch):
     assert asked == ["scaling", "scaling", ("jdeschena/sdtt", "scaling")]
 
 
+@pytest.mark.slow
 def test_digits_need_no_download_and_go_on_with_the_models_that_are_missing(tmp_path, monkeypatch):
     argv = ["--output_dir", str(tmp_path), "--hidden_size", "16", "--max_steps", "2", "--consistency_steps", "2"]
     argv += ["--batch_size", "8", "--num_samples", "20", "--budgets", "6", "--reuse", "none", "3sr"]
