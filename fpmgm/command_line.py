@@ -149,6 +149,11 @@ def _no_option(name: str, known: list[str]) -> str:
     return f"`{name}`, which this command does not have{guess} See --help."
 
 
+def given(options: Any) -> dict[str, Any]:
+    """Those of the dataclass `options` that are not their defaults."""
+    return {f.name: getattr(options, f.name) for f in fields(options) if getattr(options, f.name) != f.default}
+
+
 # --- what must be there ----------------------------------------------------------------------------------------------
 
 
@@ -158,11 +163,10 @@ def check_names(options: Any, config: str | None = None, values: dict[str, Any] 
     Defaults are not looked up: what else is given may make them idle. `config` and its `values`: the YAML to point at,
     whose first lines say what is made before.
     """
-    defaults = {f.name: f.default for f in fields(options)}
-    for name, hint in get_type_hints(type(options)).items():
-        kind = next((part for part in _parts(hint) if part in (LocalPath, *ON_HUB)), None)
-        value = getattr(options, name, None)
-        if kind is None or value is None or value == defaults[name]:
+    hints = get_type_hints(type(options))
+    for name, value in given(options).items():
+        kind = next((part for part in _parts(hints[name]) if part in (LocalPath, *ON_HUB)), None)
+        if kind is None or value is None:
             continue
         for item in value if isinstance(value, list) else [value]:
             of_yaml = config is not None and values.get(name) in (item, value)

@@ -12,7 +12,7 @@ residuals.png to `output_dir`. The same command goes on where it was interrupted
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -38,7 +38,7 @@ from fpmgm.analysis import (
     running_layers,
     sampled_trajectory,
 )
-from fpmgm.command_line import LocalPath, ModelName, parse_arguments
+from fpmgm.command_line import LocalPath, ModelName, given, parse_arguments
 from fpmgm.conversion import layer_similarity, strongest_boundary
 from fpmgm.data import load_text, pack
 from fpmgm.evaluation import provenance
@@ -84,8 +84,7 @@ class AnalysisArguments:
         idle = ["split"] if self.codes_dir is None else ["length"]
         if self.text_files is not None or self.codes_dir is not None:  # the model writes nothing
             idle += ["temperature", "top_p", "guidance_scale"]
-        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        wrong = {name: given[name] for name in idle if name in given}
+        wrong = {name: value for name, value in given(self).items() if name in idle}
         if self.text_files is not None and self.codes_dir is not None:
             wrong["text_files"] = self.text_files
         if wrong:
@@ -104,8 +103,8 @@ def main(argv: list[str] | None = None) -> dict:
     models = dict(zip(names, opened, strict=True))
     check_comparable(args, models)
     first = next(iter(models.values()))
-    given = data(args, first)
-    states = {T: trajectories(args, first, given, T) for T in sorted({args.num_steps, *args.lag_num_steps})}
+    rows = data(args, first)
+    states = {T: trajectories(args, first, rows, T) for T in sorted({args.num_steps, *args.lag_num_steps})}
     solvers, divergences, similarities = {}, {}, {}
     for name, model in models.items():
         if model.config.num_fixed_point_layers:
@@ -153,13 +152,13 @@ def data(args: AnalysisArguments, model: PreTrainedModel) -> Dataset | None:
 
 
 def trajectories(
-    args: AnalysisArguments, model: PreTrainedModel, given: Dataset | None, num_steps: int
+    args: AnalysisArguments, model: PreTrainedModel, rows: Dataset | None, num_steps: int
 ) -> list[Trajectory]:
     """A trajectory for each batch: of the data, or of the model's own sampling."""
     starts = range(0, args.num_sequences, args.batch_size)
     seeds = [args.seed * args.num_sequences + row for row in range(args.num_sequences)]
-    if given is not None:
-        batches = [given[start : start + args.batch_size] for start in starts]
+    if rows is not None:
+        batches = [rows[start : start + args.batch_size] for start in starts]
         return [
             masked_trajectory(
                 model, batch["input_ids"], num_steps, batch.get("class_labels"),

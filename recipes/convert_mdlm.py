@@ -9,7 +9,7 @@ A distilled teacher (SDTT, DiDi-Instruct) is read like an MDLM.
     accelerate launch recipes/convert_mdlm.py --config recipes/configs/convert_imagenette.yaml --codes_dir codes
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from transformers import set_seed
 
 from fpmgm import convert_to_fixed_point
 from fpmgm.analysis import plot_similarity
-from fpmgm.command_line import parse_arguments
+from fpmgm.command_line import given, parse_arguments
 from fpmgm.conversion import PAPER_MAP, auto_layer_map
 from fpmgm.trainers import ConversionConfig, ConversionTrainer
 from fpmgm.trainers.lock import hold_folder
@@ -53,8 +53,7 @@ class ConvertArguments:
 
     def __post_init__(self):
         of_auto = ("num_pre_layers", "num_fixed_point_layers", "num_post_layers", "cka_blocks")
-        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        idle = {name: value for name, value in given.items() if name in of_auto}
+        idle = {name: value for name, value in given(self).items() if name in of_auto}
         if idle and self.layer_map != "auto":
             raise ValueError(f"{idle} does nothing where `layer_map`={self.layer_map!r}: give auto, or leave it out.")
 

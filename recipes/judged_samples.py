@@ -2,13 +2,13 @@
 """What the recipes that judge samples share: their arguments, the judge, the model, the report's files."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from fpmgm.command_line import LocalPath, ModelName
+from fpmgm.command_line import LocalPath, ModelName, given
 from fpmgm.data import load_text, pack
 from fpmgm.evaluation import (
     AnyJudge,
@@ -65,8 +65,7 @@ class JudgedSamplesArguments:
     def __post_init__(self):
         judge = next((name for name in JUDGES if getattr(self, name) is not None), "judge")
         options = {*JUDGES, *(name for names in JUDGES.values() for name in names)} - {judge, *JUDGES[judge]}
-        defaults = {f.name: f.default for f in fields(self)}
-        idle = {name: getattr(self, name) for name in sorted(options) if getattr(self, name) != defaults[name]}
+        idle = {name: value for name, value in sorted(given(self).items()) if name in options}
         if idle:
             raise ValueError(f"{idle} does nothing where `{judge}` is the judge: leave it out.")
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What training recipes do around their trainer: start from a model, go on, evaluate, export."""
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from fpmgm import load_halton_maskgit, load_mdlm
-from fpmgm.command_line import ModelName, parse_arguments
+from fpmgm.command_line import ModelName, given, parse_arguments
 from fpmgm.conversion.checkpoint import read_json
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
 from fpmgm.trainers.checkpoints import checkpoint_step, checkpoint_to_resume, has_checkpoints
@@ -131,9 +131,8 @@ def load_rows(
 def check_one_source(text: DataArguments, codes: CodesArguments) -> None:
     """Raise a `ValueError` for options of the data that would not be read: of text beside codes, of codes without."""
     read, other = ("`codes_dir`", text) if codes.codes_dir is not None else ("text", codes)
-    idle = {f.name: getattr(other, f.name) for f in fields(other) if getattr(other, f.name) != f.default}
-    if idle:
-        raise ValueError(f"{idle} does nothing where {read} is trained on: leave it out.")
+    if given(other):
+        raise ValueError(f"{given(other)} does nothing where {read} is trained on: leave it out.")
 
 
 def check_architecture(architecture, config: PreTrainedConfig, model_name: str) -> None:

@@ -69,7 +69,8 @@ def as_json(value: Any, depth: int = 0) -> str:
         return json.dumps(value)
     lines = [as_json(part, depth + 1) for part in parts]
     if named:
-        lines = [f"{json.dumps(str(name))}: {line}" for name, line in zip(value, lines, strict=True)]
+        names = (name if isinstance(name, str) else json.dumps(name) for name in value)  # as JSON has them
+        lines = [f"{json.dumps(name)}: {line}" for name, line in zip(names, lines, strict=True)]
     inner, outer = (f"\n{' ' * n}" for n in (depth + 1, depth))
     opening, closing = "{}" if named else "[]"
     return f"{opening}{inner}{f',{inner}'.join(lines)}{outer}{closing}"

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from transformers import Pipeline, PreTrainedTokenizerBase
 
-from .arguments import is_whole, shown
+from .arguments import checked, is_whole, shown
 from .configuration_fpmdlm import FPMDLMConfig
+from .generation_inputs import ALLOWED
 from .prompt import encode_prompt
 
 
@@ -67,7 +68,7 @@ class FPMDLMPipeline(Pipeline):
 
     def _sanitize_parameters(self, max_new_tokens: int | None = None, **options: Any) -> tuple[dict, dict, dict]:
         before = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
-        return before, options, {}
+        return checked(ALLOWED, before), options, {}
 
     def preprocess(self, numbered: tuple[str, int | None], max_new_tokens: int | None = None) -> dict:
         """(1, L) ids of a prompt and its blanks, and its seed."""
@@ -101,8 +102,6 @@ def read_prompt(
     """(1, L) ids of a prompt with its blanks, and `max_new_tokens` more behind it."""
     if not isinstance(prompt, str):
         raise ValueError(f"`prompts` holds {shown(prompt)}, of type {type(prompt).__name__}: give texts.")
-    if max_new_tokens is not None and not (is_whole(max_new_tokens) and max_new_tokens > 0):
-        raise ValueError(f"`max_new_tokens`={shown(max_new_tokens)} must be a whole number from 1, or None.")
     mask = config.mask_token_id
     if not prompt:
         return torch.full((1, max_new_tokens or config.max_position_embeddings), mask)

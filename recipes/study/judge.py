@@ -86,9 +86,7 @@ def outdated(plan: Plan, row: Row, found: dict, settings: list[dict]) -> set[str
     ]
     if samples != [(setting, row.num_samples or judging["num_samples"]) for setting in settings]:
         names.add("samples")
-    if found.get("likelihood_draws") != judging["likelihood_draws"]:
-        names |= {"likelihood_excess", "likelihood_by_iterations"}
-    if found.get("likelihood_texts") != judging["likelihood_texts"]:
+    if any(found.get(name) != judging[name] for name in ("likelihood_draws", "likelihood_texts")):
         names |= {"likelihood_excess", "likelihood_by_iterations"}
     if list(found.get("likelihood_by_iterations", ())) != list(map(str, judging.get("likelihood_iterations", ()))):
         names.add("likelihood_by_iterations")

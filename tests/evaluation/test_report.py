@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from fpmgm.evaluation.report import short_names, table, write_report
+from fpmgm.evaluation.report import as_json, short_names, table, write_report
 
 
 def test_a_cell_cannot_end_its_line_or_column():
@@ -36,3 +36,8 @@ def test_names_are_as_short_as_tells_all_apart(tmp_path):
     assert short_names("model", paths) == ["org-export", f"{tmp_path.name}-export", "other-run"]
     with pytest.raises(ValueError, match=r"`model`=.* twice"):
         short_names("model", [str(tmp_path), f"{tmp_path}/export/.."])
+
+
+def test_json_is_what_the_standard_library_reads_and_writes():
+    value = {24: [1, {"a": {}, "b": []}], True: None, None: [[1.5, "é\n"], ()], "c": {"d": [{0.5: 1}]}}
+    assert json.loads(as_json(value)) == json.loads(json.dumps(value))
