@@ -5,10 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
 
 from fpmgm.command_line import LocalPath, ModelName, given
+from fpmgm.conversion.checkpoint import read_json
 from fpmgm.data import load_text, pack
 from fpmgm.evaluation import (
     AnyJudge,
@@ -21,6 +24,7 @@ from fpmgm.evaluation import (
 )
 from fpmgm.evaluation.report import table
 from fpmgm.evaluation.samples import check_setting
+from fpmgm.models.loading import saved_generation_config
 from fpmgm.models.text_input import read_tokenizer
 
 
@@ -98,9 +102,20 @@ def check_settings(
 ) -> None:
     """Raise before the first model is sampled what `generate` would raise of any setting of any of them."""
     for path in models:
-        model = AutoModel.from_pretrained(path)
+        model = without_weights(path)
         for setting in settings_of(model):
             check_setting(model, setting, length)
+
+
+def without_weights(path: str) -> PreTrainedModel:
+    """A checkpoint's configuration and defaults of `generate`, in a model whose weights are not read: of an adapter
+    those of the model that it adapts."""
+    adapter = find_adapter_config_file(path)
+    base = path if adapter is None else read_json(Path(adapter))["base_model_name_or_path"]
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.from_pretrained(base))
+    model.generation_config = saved_generation_config(model.generation_config_class, base)
+    return model
 
 
 def fitting_options(options: dict, config) -> dict:

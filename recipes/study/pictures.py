@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fpmgm.analysis.axes import finish, new_figure, save
-from study.tables import curves
+from study.tables import curves, labelled
 
 
 def plot_excess(rows: Sequence[dict], truth_entropy: float, path: Path) -> None:
@@ -22,7 +22,12 @@ def plot_excess(rows: Sequence[dict], truth_entropy: float, path: Path) -> None:
     figure = new_figure(4 * len(budgets) + 4, 3.6 * len(groups))
     panels = figure.subplots(len(groups), len(budgets) + 1, squeeze=False, sharey="row")
     for (*line, legend), group in zip(panels, groups, strict=True):
-        members = [curve for row in judged if row["group"] == group for curve in curves(row).items()]
+        members = [
+            (labelled(row, setting), samples)
+            for row in judged
+            if row["group"] == group
+            for setting, samples in curves(row).items()
+        ]
         for axes, budget in zip(line, budgets, strict=True):
             for place, (label, samples) in enumerate(members):
                 names = ("unigram_entropy", "excess", "excess_standard_error")

@@ -127,7 +127,7 @@ def describe(plan: Plan, row: Row, study: Path, folder: Path, judge: TruthJudge)
         model, tokenizer, judge, [{"budget": budget} for budget in SHOWN_BUDGETS], seed=1,
         num_samples=plan.judging["num_samples"], batch_size=plan.judging["batch_size"], cache_dir=study / "cache",
     )  # fmt: skip
-    judged = [(setting_name(sample) or "plain", sample) for sample in found["samples"]]
+    judged = [(setting_name(sample), sample) for sample in found["samples"]]
     return {
         "name": folder.name,
         "title": row.title,

@@ -13,6 +13,7 @@ from study.plan import Plan, name_of
 
 
 SETTING = ("iterations_per_step", "reuse", "temperature", "top_p", "order", "num_steps", "iterations", "allocation")
+PLAIN = "plain"
 
 
 def write_tables(plan: Plan, folder: Path, truth: dict, name: str, target: Path) -> list[dict]:
@@ -103,7 +104,7 @@ def samples_table(rows: Sequence[dict]) -> str:
     for row in rows:
         for setting in dict.fromkeys(setting_name(sample) for sample in row["samples"]):
             samples = {s["budget"]: s for s in row["samples"] if setting_name(s) == setting}
-            title = ", ".join(filter(None, (row["title"], setting)))
+            title = labelled(row, setting)
             for label, cell in (
                 ("excess", lambda s: with_error(s, "excess")),
                 ("entropy; rep-4", lambda s: f"{s['unigram_entropy']:.3f}; {s['repetition_4']:.3f}"),
@@ -132,18 +133,17 @@ def seeds_table(rows: Sequence[dict], truth: dict) -> str:
 
 def seeds_lines(runs: Sequence[dict], budgets: Sequence[int], entropy: float) -> list[list]:
     """A row's means over its runs: the likelihood, each setting's excess, and the excess at the truth's entropy."""
-    title, by_run = runs[0]["title"], [curves(run) for run in runs]
-    lines = [[title, len(runs), over_seeds([run["likelihood_excess"] for run in runs])]]
+    by_run = [curves(run) for run in runs]
+    lines = [[runs[0]["title"], len(runs), over_seeds([run["likelihood_excess"] for run in runs])]]
     for setting in dict.fromkeys(map(setting_name, runs[0]["samples"])):
         excess = [{s["budget"]: s["excess"] for s in run["samples"] if setting_name(s) == setting} for run in runs]
-        lines.append([setting or "plain", None, None, *(over_seeds([run.get(b) for run in excess]) for b in budgets)])
-    for label in by_run[0]:
+        lines.append([setting, None, None, *(over_seeds([run.get(b) for run in excess]) for b in budgets)])
+    for setting in by_run[0]:
         at_entropy = [
-            {b: excess_at([s for s in run[label] if s["budget"] == b], entropy) for b in budgets} for run in by_run
+            {b: excess_at([s for s in run[setting] if s["budget"] == b], entropy) for b in budgets} for run in by_run
         ]
         cells = [over_seeds([run[b] for run in at_entropy]) for b in budgets]
         if any(cells):
-            setting = label.removeprefix(title).lstrip(", ") or "plain"
             lines.append([f"{setting}, at unigram entropy {entropy:.3f}", None, None, *cells])
     return lines
 
@@ -153,14 +153,14 @@ def equal_entropy_table(rows: Sequence[dict], truth: dict) -> str:
     budgets = sorted({sample["budget"] for row in rows for sample in row["samples"]})
     lines = []
     for row in rows:
-        for label, samples in curves(row).items():
+        for setting, samples in curves(row).items():
             cells = []
             for budget in budgets:
                 curve = [sample for sample in samples if sample["budget"] == budget]
                 value = excess_at(curve, truth["unigram_entropy"])
                 cells.append(None if value is None else f"{value:.3f}")
             if any(cells):
-                lines.append([label, *cells])
+                lines.append([labelled(row, setting), *cells])
     if not lines:
         return ""
     title = f"excess at unigram entropy {truth['unigram_entropy']:.3f}, over temperatures"
@@ -168,11 +168,10 @@ def equal_entropy_table(rows: Sequence[dict], truth: dict) -> str:
 
 
 def curves(row: dict) -> dict[str, list[dict]]:
-    """Samples of a row that differ by temperature and budget alone, by what they are."""
+    """Samples of a row that differ by temperature and budget alone, by what else they set."""
     found: dict[str, list[dict]] = {}
     for sample in row["samples"]:
-        label = ", ".join(filter(None, (row["title"], setting_name(sample, "temperature"))))
-        found.setdefault(label, []).append(sample)
+        found.setdefault(setting_name(sample, "temperature"), []).append(sample)
     return found
 
 
@@ -186,9 +185,14 @@ def excess_at(curve: Sequence[dict], entropy: float) -> float | None:
 
 
 def setting_name(sample: dict, without: str = "budget") -> str:
-    """What a row of samples sets beside the budget, `without` one of them."""
+    """What a row of samples sets beside the budget, `without` one of them; `PLAIN` where that is nothing."""
     options = sample["sampling"]["options"]
-    return ", ".join(f"{name} {options[name]}" for name in SETTING if name in options and name != without)
+    return ", ".join(f"{name} {options[name]}" for name in SETTING if name in options and name != without) or PLAIN
+
+
+def labelled(row: dict, setting: str) -> str:
+    """A row in one of its settings; plain it has its title alone."""
+    return row["title"] if setting == PLAIN else f"{row['title']}, {setting}"
 
 
 def with_error(values: dict, name: str) -> str:

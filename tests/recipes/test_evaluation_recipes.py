@@ -18,9 +18,9 @@ import likelihood
 import sweep
 import tune_sampling
 from fpmgm.evaluation import clearly_below, elbo_perplexity, perplexity_at_entropy
-from judged_samples import JudgedSamplesArguments
+from judged_samples import JudgedSamplesArguments, check_settings
 from tests.evaluation.helpers import tiny_judge
-from tests.testing_utils import tiny_model
+from tests.testing_utils import saved_adapter, tiny_model
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -151,6 +151,7 @@ def test_what_a_later_model_or_setting_cannot_do_is_said_before_the_first_is_sam
         sizes = {"vocab_size": len(tokenizer), "mask_token_id": tokenizer.mask_token_id}
         tiny_model(num_pre_layers=9, **sizes).save_pretrained(folder / "deep")
         tokenizer.save_pretrained(folder / "deep")
+        (folder / "deep" / "model.safetensors").unlink()  # the weights are not read
     models = ["--model", str(folder / "fp"), *([] if recipe is tune_sampling else [str(folder / "deep")])]
     if options[0] == "--settings":
         (tmp_path / "settings.yaml").write_text(options[1])
@@ -159,6 +160,16 @@ def test_what_a_later_model_or_setting_cannot_do_is_said_before_the_first_is_sam
     with pytest.raises(ValueError, match=message):
         recipe.main([*command, *arguments(folder, tmp_path, *models, *options)])
     assert not (tmp_path / "cache").exists()
+
+
+def test_settings_are_checked_against_a_checkpoints_own_defaults_and_an_adapters_base(folder, tmp_path):
+    base = tiny_model()
+    base.generation_config = base.generation_config.updated(block_length=4)
+    saved_adapter(tmp_path, base)
+    for name in ("base", "adapter"):
+        check_settings([str(tmp_path / name)], lambda model: [{"budget": 12}], 8)
+        with pytest.raises(ValueError, match="`block_length`=4 makes 2 blocks"):
+            check_settings([str(tmp_path / name)], lambda model: [{"budget": 6}], 8)
 
 
 def test_models_of_one_name_are_told_apart(folder, tmp_path):
