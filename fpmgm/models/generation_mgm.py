@@ -8,7 +8,7 @@ T denoising steps, P positions revealed at a step.
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -41,6 +41,16 @@ from .transfer import to_device
 
 
 logger = logging.get_logger(__name__)
+
+
+class Conditions(NamedTuple):
+    """What the denoiser is told of its rows beside their tokens: `attention_mask` (B, L) on the device and `classes`
+    (R,) on the CPU (`None`: none), and whether rows are `alike`, with nothing but masks and no padding: until the
+    first token is revealed they differ by their class alone."""
+
+    attention_mask: torch.Tensor | None
+    classes: torch.Tensor | None
+    alike: bool
 
 
 class MGMGenerationMixin:
@@ -142,11 +152,17 @@ class MGMGenerationMixin:
         # 4. the steps
         check_dropout(self)
         alike = bool(wanted.all()) and attention_mask is None
-        tokens = to_device(tokens, self.device)
         attention_mask = None if attention_mask is None else to_device(attention_mask, self.device)
-        options = (rule, frozen, plan, config, callback, streamer)
-        tokens, ledger = self._denoise(tokens, attention_mask, classes, alike, *options)
+        conditions = Conditions(attention_mask, classes, alike)
+        watchers = [] if callback is None else [callback]
+        if streamer is not None:
+            watchers.append(lambda step: streamer.put(step.sequences.cpu()))
+        tokens, ledger = self._denoise(
+            to_device(tokens, self.device), conditions, rule, frozen, plan, config, watchers
+        )
         # 5. what is returned
+        if streamer is not None:
+            streamer.end()
         lengths = (to_device(wanted, self.device) & (tokens != mask)).sum(dim=1)
         tokens, lengths = rule.cut(tokens) if config.stop_at_eos else (tokens, lengths)
         out = ledger.close(tokens, lengths)
@@ -154,15 +170,22 @@ class MGMGenerationMixin:
             out.tuned_plan = tuned_plan
         return out
 
-    def _denoise(self, tokens, attention_mask, classes, alike, rule, frozen, plan, config, callback, streamer):
-        """The loop over steps: start of the solver, denoiser, draw at the revealed positions. Gives the tokens (B, L)
-        and what was booked.
+    def _denoise(
+        self,
+        tokens: torch.LongTensor,
+        conditions: Conditions,
+        rule: Any,
+        frozen: Frozen | NothingFrozen,
+        plan: BudgetPlan,
+        config: MGMGenerationConfig,
+        watchers: list[Callable[[GenerationStep], None]],
+    ) -> tuple[torch.LongTensor, Ledger]:
+        """The loop over steps: start of the solver, denoiser, draw at the revealed positions, which `rule` says. Gives
+        the tokens (B, L) and what was booked.
 
-        Rows that are `alike`, with nothing but masks and no padding, differ by their class alone until the first token
-        is revealed: the first step runs one of each. Which positions a step needs is known on the CPU; it waits for
-        the device only where the rule has to ask.
+        Which positions a step needs is known on the CPU; it waits for the device only where the rule has to ask.
         """
-        batch_size, length = tokens.shape
+        (batch_size, length), classes = tokens.shape, conditions.classes
         copies = 1 if classes is None else len(classes) // batch_size  # 2: guidance, the second without classes
         reusing = config.reuse != "none" and self.config.num_fixed_point_layers > 0
         width = length + self.config.num_register_tokens
@@ -179,23 +202,24 @@ class MGMGenerationMixin:
                 ledger.skip()
                 frozen.skip(step, tokens, rule)
                 continue
-            # 2. the denoiser, started from the previous solution
+            # 2. the denoiser, started from the previous solution; of rows that are alike, one of each runs
             rows, weights = tokens.repeat(copies, 1), None  # (R, L)
             moment = rule.clock.moment(step, tokens == self.config.mask_token_id)
-            runs = frozen.runs(active, unfinished, copies, batch_size, classes, alike)
+            runs = frozen.runs(active, unfinished, copies, batch_size, classes, conditions.alike)
             if solution is not None:
-                weights = self._reuse_weights(solution, rows, attention_mask, config, ledger, runs)
+                weights = self._reuse_weights(solution, rows, conditions.attention_mask, config, ledger, runs)
             logits, state, residuals = self._evaluate(
-                rows, attention_mask, classes, moment.times.repeat(copies), runs,
+                rows, conditions, runs,
                 positions=torch.cat([positions + copy * tokens.numel() for copy in range(copies)]),
                 frozen=frozen.options(active, copies),
+                timesteps=moment.times.repeat(copies).float(),
                 num_iterations=ledger.iterations(step),
                 fixed_point_state=None if solution is None else solution.state,
                 reuse_weights=weights,
                 tolerance=config.tolerance,
                 solver=config.solver,
             )  # fmt: skip
-            alike = False  # from the first revealed token on
+            conditions = conditions._replace(alike=False)  # from the first revealed token on
             # 3. the draw
             if copies == 2:
                 places = moment.places[to_device(positions // length, self.device)]
@@ -207,24 +231,22 @@ class MGMGenerationMixin:
                 solution = Solution(rows, state)
             ledger.add(residuals, logits, runs, active)
             frozen.add(step, active, state, tokens, rule)
-            if callback is not None:
+            if watchers:
                 state = None if state is None else state[:batch_size]
                 residuals = None if residuals is None else residuals[:, :batch_size]
                 time = moment.times.mean().item()
-                callback(GenerationStep(step, plan.num_steps, time, tokens, revealed, state, residuals))
-            if streamer is not None:
-                streamer.put(tokens.cpu())
-        if streamer is not None:
-            streamer.end()
+                seen = GenerationStep(step, plan.num_steps, time, tokens, revealed, state, residuals)
+                for watch in watchers:
+                    watch(seen)
         return tokens, ledger
 
-    def _evaluate(self, rows, attention_mask, classes, times, runs: Runs | None, positions, frozen, **options):
+    def _evaluate(self, rows, conditions: Conditions, runs: Runs | None, positions, frozen: dict, **options):
         """The denoiser on `rows` (R, L): logits (P, V) at `positions`, indices into R·L, state and residuals.
 
         Where there are `runs`, some of the rows are run for all of it. `None`: each is run. `frozen` are the model's
-        options about frozen positions.
+        options about frozen positions, `options` the others, whose tensors have R rows.
         """
-        given = {"attention_mask": attention_mask, "class_labels": classes, "timesteps": times.float(), **options}
+        given = {"attention_mask": conditions.attention_mask, "class_labels": conditions.classes, **options}
         given = {name: to_device(x, rows.device) if torch.is_tensor(x) else x for name, x in given.items()}
         given = {name: x for name, x in given.items() if x is not None}
         if runs is None:
