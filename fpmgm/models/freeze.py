@@ -113,13 +113,13 @@ class Frozen:
     def add(self, step: int, active: torch.Tensor, state: torch.Tensor | None, tokens: torch.Tensor, rule) -> None:
         """Note a step: what was `active` (B, W), and the solutions, `state` (B or 2B, W, D), and `tokens` (B, L) after
         it."""
-        length = self.masked.shape[1]
+        length, first = self.masked.shape[1], ~self.begun  # (B, 1): rows that others' steps alone have run before
         self.begun = self.begun | active.any(dim=1, keepdim=True)
         self.spent = self.spent + active.sum(dim=1) * self.costs[step]
         computed = active[:, :length]
         self.written = self.written & ~computed
         if self.tolerance is not None:
-            moving = moved(self.solution, state, self.tolerance, len(active))[:, :length]
+            moving = moved(self.solution, state, self.tolerance, len(active))[:, :length] | first
             self.moving, self.solution = torch.where(computed, moving & self.real, self.moving), state
         self.skip(step, tokens, rule)
 

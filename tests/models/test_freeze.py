@@ -45,6 +45,13 @@ def prompts() -> dict:
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
+def late() -> dict:
+    """Three rows, two of them with so few masks that they have nothing to do at the first steps."""
+    input_ids = torch.arange(12).clamp(max=9).repeat(3, 1)
+    input_ids[0], input_ids[1, ::6], input_ids[2, 1::5] = M, M, M
+    return {"input_ids": input_ids}
+
+
 def row(call: dict, index: int) -> dict:
     """The call for one of its rows."""
     return {
@@ -152,6 +159,7 @@ OF_TEXT = [
     {"stop_at_eos": True, "eos_token_id": [3, 4]},
     prompts(),
     prompts() | {"tolerance": 0.1, "reuse": "none"},
+    late() | {"freeze_tolerance": 0.1, "reuse": "none", "num_steps": 5},
 ]
 OF_SOLVER = {"freeze_tolerance", "tolerance", "solver"}
 
