@@ -22,6 +22,7 @@ class MGMTrainingConfig(TrainingArguments):
     `warmup_steps=2500`, `max_steps=1_000_000`, `num_train_epochs=None` (given, it plans the run; both are an error),
     `per_device_train_batch_size=64`, `logging_steps=50`, `logging_nan_inf_filter=False` (a loss that is not finite
     stops the run), `ddp_find_unused_parameters=False`, `hub_strategy="end"` (what is pushed is the exported EMA).
+    `greater_is_better` is `False` for a `metric_for_best_model` whose name ends with "perplexity", too.
     `dataloader_pin_memory` is off on a CPU. Arguments that would be ignored are refused:
     `fpmgm/trainers/options.py`.
 
@@ -122,6 +123,8 @@ class MGMTrainingConfig(TrainingArguments):
             )
         paths_as_text(self)
         plan_length(self)
+        if self.greater_is_better is None and str(self.metric_for_best_model).endswith("perplexity"):
+            self.greater_is_better = False  # transformers takes the highest of what is not named "loss"
         super().__post_init__()
         check_options(self, REFUSED | REFUSED_BY_MGM)
         self.dataloader_pin_memory &= self.device.type != "cpu"

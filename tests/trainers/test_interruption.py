@@ -39,7 +39,7 @@ class PlannedTrainer(ConsistencyTrainer):
 
 EXPLICIT = {"num_pre_layers": 4, "num_fixed_point_layers": 0, "num_post_layers": 0}
 SAVED = {"save_strategy": "steps", "logging_steps": 3, "eval_dataset": token_rows(4, seed=1)}
-BEST = {"load_best_model_at_end": True, "metric_for_best_model": "perplexity", "greater_is_better": False}
+BEST = {"load_best_model_at_end": True, "metric_for_best_model": "perplexity"}
 
 
 def consistency(folder, planned=None, **options):

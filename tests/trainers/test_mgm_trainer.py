@@ -268,12 +268,14 @@ def test_without_ema_the_raw_weights_are_evaluated_and_exported(tmp_path):
     assert not (tmp_path / "checkpoint-3/ema.safetensors").exists()
 
 
+@pytest.mark.parametrize("metric", [None, "eval_perplexity"])
 @pytest.mark.parametrize("adapter", [None, LoraConfig(r=4, lora_alpha=10)], ids=["whole", "adapter"])
-def test_the_best_checkpoint_is_loaded_with_its_average(tmp_path, adapter):
+def test_the_best_checkpoint_is_loaded_with_its_average(tmp_path, adapter, metric):
     # A rate that ruins the model, so that the best average is not the last.
     trainer = make_trainer(
         tmp_path, max_steps=5, learning_rate=0.3, ema_decay=0.5, eval_dataset=token_rows(8), eval_strategy="steps",
         eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True, peft_config=adapter,
+        metric_for_best_model=metric,
     )  # fmt: skip
     trainer.train()
     evaluated = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
