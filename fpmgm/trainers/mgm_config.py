@@ -127,6 +127,11 @@ class MGMTrainingConfig(TrainingArguments):
             self.greater_is_better = False  # transformers takes the highest of what is not named "loss"
         super().__post_init__()
         check_options(self, REFUSED | REFUSED_BY_MGM)
+        if self.ema_decay is not None and self.optim.value.startswith("schedule_free"):
+            raise ValueError(
+                f"`optim`={self.optim.value!r} with `ema_decay`={self.ema_decay}: this optimizer averages the weights "
+                "itself, and swaps them for an evaluation too. Give `ema_decay=0`, or another optimizer."
+            )
         self.dataloader_pin_memory &= self.device.type != "cpu"
         if self.num_kept_iterations is not None:
             if self.num_kept_iterations < 0:

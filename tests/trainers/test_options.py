@@ -192,6 +192,7 @@ REFUSED_OPTIONS = [
     (MGMTrainingConfig, {"long_rows": "keep"}, "`long_rows`='keep' must be one of"),
     (MGMTrainingConfig, {"completion_multiple": 0}, "`completion_multiple`=0"),
     (MGMTrainingConfig, {"random_length_share": 1.5}, r"`random_length_share`=1.5 must lie in \[0, 1\]"),
+    (MGMTrainingConfig, {"optim": "schedule_free_adamw"}, "`optim`='schedule_free_adamw'.*`ema_decay=0`"),
     (ConsistencyConfig, {"consistency_loss": "mse"}, "`consistency_loss`='mse'.*hidden_mse"),
     (ConsistencyConfig, {"consistency_at": "first"}, "`consistency_at`='first'.*normed"),
     (ConsistencyConfig, {"consistency_reduction": "max"}, "`consistency_reduction`='max'.*mean"),
