@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from ..models.head import chunk_rows, forbid, wide
+from ..models.modes import evaluating
 from .axes import finish, new_figure, save
 from .solver import denoiser_call
 from .trajectory import Trajectory
@@ -44,21 +45,18 @@ def lagged_divergence(
     lags = tuple(lags)
     if not lags or min(lags) < 1:
         raise ValueError(f"`lags`={lags} must be at least 1 step each.")
-    training, (steps, batch_size) = model.training, (len(trajectory.times), trajectory.states.shape[1])
+    steps, batch_size = len(trajectory.times), trajectory.states.shape[1]
     options = {"num_iterations": num_iterations} if model.config.num_fixed_point_layers else {}
     found = torch.full((len(lags), steps, batch_size), float("nan"))
     window: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=max(lags) + 1)
-    try:
-        model.eval()
-        for step in logging.tqdm(range(steps), desc="divergences", disable=not progress_bar):
-            call = denoiser_call(trajectory, step, model.device)
+    for step in logging.tqdm(range(steps), desc="divergences", disable=not progress_bar):
+        call = denoiser_call(trajectory, step, model.device)
+        with evaluating(model):
             hidden = model(**call, **options, output_logits=False).normed_hidden_state  # (B, L, D)
-            window.append((call["input_ids"] == model.config.mask_token_id, hidden))
-            for row, lag in zip(found, lags, strict=True):
-                if lag <= step:
-                    row[step - lag] = _mean_divergence(model, window[-1 - lag], window[-1]).cpu()
-    finally:
-        model.train(training)
+        window.append((call["input_ids"] == model.config.mask_token_id, hidden))
+        for row, lag in zip(found, lags, strict=True):
+            if lag <= step:
+                row[step - lag] = _mean_divergence(model, window[-1 - lag], window[-1]).cpu()
     return found
 
 

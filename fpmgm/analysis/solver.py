@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput, logging
 
+from ..models.modes import evaluating
 from ..models.reuse import REUSE_STATES, REUSES, reuse_states, reuse_weights, visible_fraction
 from .trajectory import Trajectory
 
@@ -87,32 +88,28 @@ def measure_solver(
         raise ValueError(
             "`model` has `num_fixed_point_layers`=0, but only a fixed-point model has a solver to look at."
         )
-    training, rows = model.training, []
+    rows = []
     before = solution = None
     found = dict.fromkeys(REUSES)  # the state that each reuse found at the previous step
-    try:
-        model.eval()
-        for step in logging.tqdm(range(len(trajectory.times)), desc="solving", disable=not progress_bar):
-            call = denoiser_call(trajectory, step, model.device)
-            ids, previous = call["input_ids"], solution
-            states = torch.full_like(ids, -1)
-            if before is not None:
-                states = reuse_states(before, ids, model.config.mask_token_id)
-            _, output = solve(model, **call, num_iterations=most_iterations, tolerance=tolerance, solver=solver)
-            reached = _last(output.residuals)
-            solution = torch.where((reached <= tolerance)[:, None, None], output.fixed_point_state, float("nan"))
-            row = _movement(previous, solution, states) | {"solution_residuals": reached}
-            starts, residuals = [], []
-            for reuse in REUSES:
-                options = {} if before is None else reuse_options(model, reuse, before, ids, found[reuse])
-                start, output = solve(model, **call, **options, num_iterations=num_iterations)
-                found[reuse] = output.fixed_point_state
-                starts.append(start)
-                residuals.append(output.residuals)
-            rows.append(row | _distances(starts, solution, states) | {"residuals": torch.stack(residuals)})
-            before = ids
-    finally:
-        model.train(training)
+    for step in logging.tqdm(range(len(trajectory.times)), desc="solving", disable=not progress_bar):
+        call = denoiser_call(trajectory, step, model.device)
+        ids, previous = call["input_ids"], solution
+        states = torch.full_like(ids, -1)
+        if before is not None:
+            states = reuse_states(before, ids, model.config.mask_token_id)
+        _, output = solve(model, **call, num_iterations=most_iterations, tolerance=tolerance, solver=solver)
+        reached = _last(output.residuals)
+        solution = torch.where((reached <= tolerance)[:, None, None], output.fixed_point_state, float("nan"))
+        row = _movement(previous, solution, states) | {"solution_residuals": reached}
+        starts, residuals = [], []
+        for reuse in REUSES:
+            options = {} if before is None else reuse_options(model, reuse, before, ids, found[reuse])
+            start, output = solve(model, **call, **options, num_iterations=num_iterations)
+            found[reuse] = output.fixed_point_state
+            starts.append(start)
+            residuals.append(output.residuals)
+        rows.append(row | _distances(starts, solution, states) | {"residuals": torch.stack(residuals)})
+        before = ids
     measured = _stacked(rows)
     unsolved = (measured.solution_residuals > tolerance).float().mean().item()
     if unsolved > 0:
@@ -134,7 +131,7 @@ def denoiser_call(trajectory: Trajectory, step: int, device: torch.device) -> di
 
 @torch.no_grad()
 def solve(model: nn.Module, input_ids: torch.Tensor, **options: Any) -> tuple[torch.Tensor, ModelOutput]:
-    """One call of the denoiser without its head: the solver's start h⁰ (B, L + R, D), and the output.
+    """One call of the denoiser without its head or dropout: the solver's start h⁰ (B, L + R, D), and the output.
 
     Args:
         model (`PreTrainedModel`): With fixed-point layers.
@@ -149,7 +146,8 @@ def solve(model: nn.Module, input_ids: torch.Tensor, **options: Any) -> tuple[to
 
     hook = model.fixed_point.register_forward_pre_hook(keep_first)
     try:
-        output = model(input_ids, output_logits=False, **options)
+        with evaluating(model):
+            output = model(input_ids, output_logits=False, **options)
     finally:
         hook.remove()
     return starts[0], output

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from ..models.modes import evaluating
 from ..models.noise import mask_tokens, mask_uniforms, masked_probability
 
 
@@ -59,12 +60,11 @@ def layer_similarity(
     batches = list(batches)
     if not batches:
         raise ValueError("`batches` is empty: give some real text as (batch, length) ids.")
-    training, outputs, similarities = model.training, [], []
+    outputs, similarities = [], []
     shared = model.fixed_point.layers if model.config.num_fixed_point_layers else []
     layers = [*model.pre_layers, *shared, *model.post_layers]
     hooks = [layer.register_forward_hook(_keeper(outputs)) for layer in layers]
     try:
-        model.eval()
         for time in times:
             features = []  # for each batch, in running order, the outputs (N, D)
             for i, input_ids in enumerate(batches):
@@ -73,12 +73,12 @@ def layer_similarity(
                 masked = uniforms < masked_probability(t)[:, None]
                 noisy, _ = mask_tokens(input_ids, masked, model.config.mask_token_id)
                 outputs.clear()
-                model(noisy.to(model.device), timesteps=t.to(model.device), output_logits=False)
+                with evaluating(model):
+                    model(noisy.to(model.device), timesteps=t.to(model.device), output_logits=False)
                 features.append(list(outputs))
             features = [torch.cat(parts) for parts in zip(*features, strict=True)]  # each (N, D)
             similarities.append(torch.tensor([[linear_cka(x, y) for y in features] for x in features]))
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     return torch.stack(similarities).mean(dim=0)

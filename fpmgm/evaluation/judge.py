@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils.import_utils import is_gguf_available
 
 from ..models.budget import check_whole
+from ..models.modes import evaluating
 from ..models.text_input import encode_text, read_tokenizer, text_list, tokenizer_contents
 from .store import ResultStore, configuration, digest, fingerprint, finish
 
@@ -195,7 +196,8 @@ def token_log_probabilities(
     input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # (B, L), padded on the right
     lengths = torch.tensor([len(row) for row in rows], device=device)
     real = torch.arange(input_ids.shape[1], device=device) < lengths[:, None]  # (B, L)
-    logits = judge.model(input_ids, attention_mask=real.long()).logits[:, :-1]  # (B, L − 1, V)
+    with evaluating(judge.model):
+        logits = judge.model(input_ids, attention_mask=real.long()).logits[:, :-1]  # (B, L − 1, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_p = -F.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none").double()  # (B, L − 1)
     ends = (input_ids == tokenizer.eos_token_id) & real if tokenizer.eos_token_id is not None else ~real & real

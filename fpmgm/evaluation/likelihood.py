@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..models.budget import check_whole
+from ..models.modes import evaluating
 from ..models.noise import (
     antithetic_times,
     loss_weight,
@@ -224,14 +225,15 @@ def negative_elbo(
         losses[chunk] = F.cross_entropy(logits, targets[chunk], reduction="none").double().cpu()
         return logits.new_zeros(())
 
-    model(
-        noisy.to(device),
-        timesteps=times.to(device),
-        attention_mask=None if bool(real.all()) else real.long().to(device),
-        num_iterations=num_iterations,
-        logits_positions=positions,
-        logits_loss=collect,
-    )
+    with evaluating(model):
+        model(
+            noisy.to(device),
+            timesteps=times.to(device),
+            attention_mask=None if bool(real.all()) else real.long().to(device),
+            num_iterations=num_iterations,
+            logits_positions=positions,
+            logits_loss=collect,
+        )
     totals.index_add_(0, positions // clean.shape[1], losses)
     return totals * loss_weight(times.double())
 

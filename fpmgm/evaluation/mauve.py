@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..models.budget import check_whole
+from ..models.modes import evaluating
 from ..models.text_input import encode_text, text_list
 from .judge import Judge, check_positions, load_judge
 from .store import ResultStore, digest, finish
@@ -145,5 +146,6 @@ def _batch_features(judge: Judge, texts: list[str], max_length: int) -> np.ndarr
     lengths = torch.tensor([len(row) for row in rows])
     real = torch.arange(input_ids.shape[1]) < lengths[:, None]
     device = judge.model.device
-    states = judge.model.base_model(input_ids.to(device), attention_mask=real.long().to(device)).last_hidden_state
+    with evaluating(judge.model):
+        states = judge.model.base_model(input_ids.to(device), attention_mask=real.long().to(device)).last_hidden_state
     return states[torch.arange(len(rows)), lengths - 1].float().cpu().numpy()  # (B, D)

@@ -24,6 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from ..models.budget import check_whole
+from ..models.modes import evaluating
 from ..models.noise import stream_generator
 from ..models.text_input import token_rows
 from .distances import energy_distance
@@ -96,7 +97,9 @@ class TruthJudge:
         for batch in rows.split(batch_size):
             known = batch.clamp(max=self.model.config.vocab_size - 1).to(device)
             given = torch.cat([torch.full_like(known[:, :1], start), known[:, :-1]], dim=1)  # (B, L)
-            log_p = self.model(given).logits.double().log_softmax(dim=-1).gather(2, known[:, :, None]).squeeze(2)
+            with evaluating(self.model):
+                log_p = self.model(given).logits.double().log_softmax(dim=-1)  # (B, L, V)
+            log_p = log_p.gather(2, known[:, :, None]).squeeze(2)
             found.append(log_p.cpu().masked_fill(batch != known.cpu(), -math.inf))
         return torch.cat(found)
 
@@ -105,7 +108,8 @@ class TruthJudge:
         """(N, D) float32: the truth's last hidden state, the mean over a text's tokens."""
         rows, device = self._checked(sequences), self.model.device
         rows = rows.clamp(max=self.model.config.vocab_size - 1)
-        states = [self.model.base_model(batch.to(device)).last_hidden_state for batch in rows.split(batch_size)]
+        with evaluating(self.model):
+            states = [self.model.base_model(batch.to(device)).last_hidden_state for batch in rows.split(batch_size)]
         return torch.cat([state.float().mean(dim=1).cpu() for state in states]).numpy()
 
     def generative_perplexity(self, sequences: Sequence[Sequence[int]], batch_size: int = 64) -> dict[str, Any]:
@@ -247,7 +251,8 @@ def sample_texts(truth: PreTrainedModel, keys: Sequence[tuple], length: int) -> 
     cache, token = DynamicCache(config=truth.config), torch.full((len(keys), 1), start, device=device)
     tokens, surprise = [], torch.zeros(len(keys), dtype=torch.float64, device=device)
     for position in range(length):
-        logits = truth(token, past_key_values=cache, use_cache=True).logits[:, -1].double()  # (B, V)
+        with evaluating(truth):
+            logits = truth(token, past_key_values=cache, use_cache=True).logits[:, -1].double()  # (B, V)
         log_p = logits.log_softmax(dim=-1)
         sums = log_p.exp().cumsum(dim=-1)
         drawn = uniforms[:, position, None] * sums[:, -1:]  # of the total in its own rounding

@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 
 from ..models.head import LogitsLoss, forbid, wide
 from ..models.kinds import Kind
+from ..models.modes import evaluating
 from ..models.noise import MINIMUM_TIME, nested_masks
 from .batch import Noise, maskable
 from .corruption import NoisedBatch
@@ -50,16 +51,9 @@ def nested_states(
 @torch.no_grad()
 def denoise(model: Callable, **arguments: Any) -> ModelOutput:
     """The model's output without graph, dropout or head. A teacher of its own is in evaluation already and is not
-    touched; a model that teaches itself trains on afterwards. Modes are set, because an adapter's dropout knows of no
-    argument."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
+    touched; a model that teaches itself trains on afterwards."""
+    with evaluating(model):
         return model(**arguments, output_logits=False)
-    finally:
-        for module in training:
-            module.training = True
 
 
 def mean_over_sequences(masked: torch.Tensor, noise: Noise, compared: torch.Tensor | None = None) -> torch.Tensor:

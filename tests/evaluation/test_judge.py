@@ -12,10 +12,13 @@ from packaging.version import Version
 from tokenizers import normalizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from fpmgm.conversion.cka import layer_similarity
 from fpmgm.data import train_tokenizer
-from fpmgm.evaluation import Judge, generative_perplexity, load_judge
+from fpmgm.evaluation import Judge, TruthJudge, elbo_perplexity, generative_perplexity, load_judge, sample_texts
 from fpmgm.evaluation.judge import decode_for, token_log_probabilities
+from fpmgm.evaluation.mauve import last_token_features
 from tests.evaluation.helpers import TEXTS, tiny_judge
+from tests.models.helpers import lively_model
 
 
 LENGTH = 24
@@ -93,6 +96,33 @@ def test_an_interrupted_run_goes_on_to_the_same_scores(tmp_path, monkeypatch):
     deaf.model.config.layer_norm_epsilon = 0.5
     generative_perplexity(TEXTS, deaf, cache_dir=tmp_path, **options)
     assert len(calls) == 12
+
+
+ROWS = [[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]]
+
+
+def truth_of(judge: Judge) -> TruthJudge:
+    return TruthJudge("tiny", judge.model, torch.zeros(2, 6, dtype=torch.long), torch.ones(2))
+
+
+MEASURES = {
+    "perplexity": lambda model, judge: generative_perplexity(TEXTS, judge, max_length=24),
+    "features": lambda model, judge: last_token_features(judge, TEXTS, max_length=24).tolist(),
+    "log p": lambda model, judge: truth_of(judge).log_probabilities(ROWS).tolist(),
+    "features of the truth": lambda model, judge: truth_of(judge).features(ROWS).tolist(),
+    "texts of the truth": lambda model, judge: [x.tolist() for x in sample_texts(judge.model, [(0, 1)], 6)],
+    "likelihood": lambda model, judge: elbo_perplexity(model, ROWS, num_draws=2),
+    "layers": lambda model, judge: layer_similarity(model, [torch.tensor(ROWS)]).tolist(),
+}
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_model_in_training_is_measured_without_dropout_and_trains_on(name):
+    model, judge = lively_model(dropout=0.5, max_position_embeddings=6), tiny_judge()
+    expected = MEASURES[name](model.eval(), judge)
+    model.train(), judge.model.train()
+    assert MEASURES[name](model, judge) == expected
+    assert all(module.training for whole in (model, judge.model) for module in whole.modules())
 
 
 def test_special_tokens_stay_where_the_judge_ends_texts_alike():
