@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from datasets import Dataset
 from transformers import (
     AutoModel,
@@ -88,7 +89,7 @@ def describe_start(name: str | None, revision: str | None = None) -> list[dict] 
 
 
 def load_model(name: str, revision: str | None = None) -> PreTrainedModel:
-    """A model of this library, or a checkpoint of MDLM, its descendants or Halton-MaskGIT."""
+    """A model of this library, or a checkpoint of MDLM, its descendants or Halton-MaskGIT; in float32, to train it."""
     if Path(name).is_file():
         halton = Path(name).suffix in (".pth", ".safetensors")
         return load_halton_maskgit(name) if halton else load_mdlm(name)
@@ -99,7 +100,7 @@ def load_model(name: str, revision: str | None = None) -> PreTrainedModel:
     # Some descendants' configurations name no type, others have no configuration.
     if kinds["adapter_config.json"] is None and kinds["config.json"] in (None, "", "mdlm"):
         return load_mdlm(name, revision=revision)
-    return AutoModel.from_pretrained(name, revision=revision or "main")
+    return AutoModel.from_pretrained(name, revision=revision or "main", dtype=torch.float32)
 
 
 def load_rows(

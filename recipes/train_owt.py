@@ -12,7 +12,7 @@ The same command goes on from the last checkpoint in `output_dir`. What is expor
 from collections.abc import Callable
 from dataclasses import asdict
 
-from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, PreTrainedTokenizerBase, set_seed
 
 from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion
 from fpmgm.command_line import model_arguments, parse_arguments
@@ -27,6 +27,7 @@ from train_and_export import (
     check_adapter,
     check_architecture,
     describe_start,
+    load_model,
     run_checkpoint,
     train_and_export,
 )
@@ -65,7 +66,7 @@ def train(
     if start.model_name_or_path is None:
         model = FPMDLMForMaskedDiffusion(config)
     else:
-        model = AutoModel.from_pretrained(start.model_name_or_path)
+        model = load_model(start.model_name_or_path)
     args.data_description = args.data_description or data.description
     options = {"start": describe_start(start.model_name_or_path)}
     if data.tokenizer is None and start.model_name_or_path is None:

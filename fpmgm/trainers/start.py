@@ -4,6 +4,7 @@
 from pathlib import Path, PurePath
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedTokenizerBase
 
@@ -12,7 +13,8 @@ from ..models.text_input import boundary_ids
 
 
 def load_model(model: nn.Module | str | Path | None, argument: str = "model") -> nn.Module:
-    """`model` itself, or what its folder or its name on the hub holds.
+    """`model` itself, or what its folder or its name on the hub holds, in float32 whatever the files are in: steps of
+    training are smaller than bfloat16 resolves.
 
     Raises:
         `ValueError`: if there is no such folder, or no model.
@@ -21,7 +23,7 @@ def load_model(model: nn.Module | str | Path | None, argument: str = "model") ->
         raise ValueError(f"`{argument}`=None: give a model, its folder, or its name on the hub.")
     if isinstance(model, PurePath) and not Path(model).exists():
         raise ValueError(f"`{argument}`={str(model)!r} does not exist: give the folder of a model.")
-    return AutoModel.from_pretrained(str(model)) if isinstance(model, (str, PurePath)) else model
+    return AutoModel.from_pretrained(str(model), dtype=torch.float32) if isinstance(model, (str, PurePath)) else model
 
 
 def check_model(model: nn.Module) -> None:

@@ -196,6 +196,8 @@ def test_recipes_start_from_descendants_of_mdlm_too(tmp_path, monkeypatch):
     assert_equal_logits(load_model(str(tmp_path)), teacher)
     (tmp_path / "config.json").write_text('{"model": {"n_heads": 2, "length": 8}}', encoding="utf-8")  # SDTT: no type
     assert load_model(str(tmp_path)).config.max_position_embeddings == 8
+    explicit_model().bfloat16().save_pretrained(tmp_path / "ours")
+    assert load_model(str(tmp_path / "ours")).dtype == torch.float32
     asked = []
     monkeypatch.setattr(train_and_export, "cached_file", lambda *names, revision, **kwargs: asked.append(revision))
     monkeypatch.setattr(train_and_export, "load_mdlm", lambda name, revision: asked.append((name, revision)))

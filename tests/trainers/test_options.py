@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
@@ -301,12 +302,14 @@ def test_arguments_of_another_class_are_refused(tmp_path, trainer_class):
 
 
 def test_paths_and_names_are_taken(tmp_path):
-    training_model().save_pretrained(tmp_path / "model")
+    stored = training_model().bfloat16()  # which steps of training are too small for
+    stored.save_pretrained(tmp_path / "model")
     for model in (tmp_path / "model", str(tmp_path / "model")):
         trainer = ConversionTrainer(model, ConversionConfig(output_dir=tmp_path / "out", use_cpu=True), teacher=model)
         assert trainer.args.output_dir == str(tmp_path / "out") and trainer.args.to_json_string()
         assert trainer.model is not trainer.teacher
-        for name, expected in training_model().named_parameters():
+        for name, expected in stored.float().named_parameters():
+            assert trainer.model.get_parameter(name).dtype == torch.float32
             assert trainer.model.get_parameter(name).equal(expected) and trainer.teacher.get_parameter(name).equal(
                 expected
             )
