@@ -38,13 +38,15 @@ class SourceArguments:
 
     def __post_init__(self):
         if self.eval_text_files is not None or self.eval_split is not None:
-            self._refuse("eval_share", "`eval_text_files` or `eval_split`")
+            self.refuse("eval_share", "`eval_text_files` or `eval_split`")
         if self.eval_text_files is not None:
-            self._refuse("eval_split", "`eval_text_files`")
+            self.refuse("eval_split", "`eval_text_files`")
 
-    def _refuse(self, name: str, beside: str) -> None:
-        if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-            raise ValueError(f"`{name}`={getattr(self, name)} does nothing beside {beside}: leave it out.")
+    def refuse(self, name: str, beside: str) -> None:
+        """Raise a `ValueError` for an option that what is `beside` it makes idle, if it is given."""
+        value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+        if value != default:
+            raise ValueError(f"`{name}`={value} does nothing beside {beside}: leave it out, or at {default}.")
 
     @property
     def words(self) -> list[str]:
@@ -99,7 +101,13 @@ def load_tokenizer(
     revision: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer named, that of the `checkpoint` to resume from, the model's (at its `revision`), or one trained on
-    the training text; with a mask token."""
+    the training text; with a mask token.
+
+    Raises:
+        `ValueError`: for a size beside a tokenizer that is there already.
+    """
+    if (data.tokenizer or model_name) is not None:
+        data.refuse("tokenizer_vocab_size", f"`{'model_name_or_path' if data.tokenizer is None else 'tokenizer'}`")
     if checkpoint is not None and not (Path(checkpoint) / "tokenizer_config.json").is_file():
         checkpoint = None
     name = data.tokenizer or checkpoint or model_name

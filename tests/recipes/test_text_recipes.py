@@ -120,6 +120,13 @@ def test_options_that_would_do_nothing_are_refused(options, message):
         DataArguments(text_files=["b.txt"], **options)
 
 
+@pytest.mark.parametrize(("given", "model"), [("tokenizer", None), ("model_name_or_path", "folder")])
+def test_a_size_beside_a_tokenizer_that_is_there_is_refused(given, model):
+    data = DataArguments(tokenizer=None if model else "folder", tokenizer_vocab_size=300)
+    with pytest.raises(ValueError, match=f"`tokenizer_vocab_size`=300 does nothing beside `{given}`.*or at 2048"):
+        load_tokenizer(data, model)
+
+
 def test_rows_without_text_train_a_tokenizer_and_are_packed(tmp_path):
     rows = [{"text": "the cat sat on the mat" if i % 2 else None, "id": i} for i in range(60)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
