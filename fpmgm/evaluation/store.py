@@ -4,6 +4,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
+
+# What this version of the package finds for a seed, a text or a model: to be raised by every change of it within one
+# version, in `generate` or in a measure, so that nothing older is taken for it.
+PROCEDURE = 1
 
 # Of configurations: where they come from, and which version wrote them.
 NO_EFFECT = {"_name_or_path", "transformers_version", "architectures", "auto_map", "dtype"}
@@ -26,7 +31,8 @@ class ResultStore:
 
     Args:
         folder (`str` or `Path`, *optional*): Where the files are. `None`: nothing is kept.
-        protocol (`dict`): All that the values depend on; another protocol has other files.
+        protocol (`dict`): All that the values depend on beside this package's own code; another protocol, another
+            version of the package or another `PROCEDURE` has other files.
 
     Example:
 
@@ -45,6 +51,7 @@ class ResultStore:
         self.path = None
         if folder is None:
             return
+        protocol = {**protocol, "code": code()}
         name = digest(protocol)
         Path(folder).mkdir(parents=True, exist_ok=True)
         for path in sorted(Path(folder).glob(f"{name}-*.jsonl")):
@@ -122,6 +129,14 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes; 1 without `torch.distributed`."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def code() -> str:
+    """The version of this package and of what it does within it."""
+    try:
+        return f"fpmgm {version('fpmgm')}, procedure {PROCEDURE}"
+    except PackageNotFoundError:  # a checkout that is not installed
+        return f"procedure {PROCEDURE}"
 
 
 def digest(value: Any) -> str:

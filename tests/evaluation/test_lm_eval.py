@@ -541,6 +541,11 @@ def test_a_cache_of_another_protocol_is_refused(folder, tmp_path):
     assert again["results"] == first["results"]
     with pytest.raises(ValueError, match=r"`use_cache` holds answers of .*'pgm'"):
         CachingLM(evaluated(protocol="llada"), f"{cache}_rank0.db")
+    trained_on = MGMLM(str(folder / "model"), mc_num=8, device="cpu")
+    CachingLM(trained_on, f"{cache}_rank0.db")
+    trained_on.model.lm_head.bias.data.add_(1)  # under the same name
+    with pytest.raises(ValueError, match="`use_cache` holds answers of"):
+        CachingLM(trained_on, f"{cache}_rank0.db")
 
 
 def test_adapters_are_merged(folder, tmp_path):

@@ -93,11 +93,15 @@ def test_times_are_of_one_device_which_is_named(tmp_path, monkeypatch):
     assert (more.timed_on, more.milliseconds_per_sequence) == ("another", 15_000)
 
 
-def test_a_store_of_another_protocol_is_another_store(tmp_path):
+def test_a_store_of_another_protocol_or_another_code_is_another_store(tmp_path, monkeypatch):
     ResultStore(tmp_path, {"a": 1}).add({"x": [1, "two"], "y": None})
     ResultStore(tmp_path, {"a": 1}).add({"x": 3})
     assert ResultStore(tmp_path, {"a": 1}).values == {"x": 3, "y": None}
     assert ResultStore(tmp_path, {"a": 2}).values == {}
+    for name, other in (("PROCEDURE", 10**6), ("version", lambda package: "10.0")):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"fpmgm.evaluation.store.{name}", other)
+            assert ResultStore(tmp_path, {"a": 1}).values == {}
     assert fingerprint(tiny_model()) == fingerprint(tiny_model()) != fingerprint(tiny_model(seed=1))
 
 

@@ -23,8 +23,9 @@ from transformers.utils import logging
 
 from ...models.budget import check_whole
 from ...models.noise import stream_generator
-from ...models.text_input import boundary_ids, encode_marked, encode_text
-from ..samples import check_setting
+from ...models.text_input import boundary_ids, encode_marked, encode_text, tokenizer_contents
+from ..samples import check_setting, sampling_protocol
+from ..store import code, digest
 from .chat import render_chat
 from .loading import (
     DEFAULT_BATCH_SIZE,
@@ -176,7 +177,7 @@ class MGMLM(TemplateLM):
         }
 
     def _procedure(self) -> dict[str, Any]:
-        """Everything that the answers depend on, but for the weights themselves."""
+        """Everything that the answers depend on, but for what is in the files of the model and in this package."""
         return {
             **self.source,
             "protocol": self.protocol_name,
@@ -191,9 +192,12 @@ class MGMLM(TemplateLM):
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
         """Called with `--use_cache`, whose files do not say what answered: those of another procedure are refused."""
         super().set_cache_hook(cache_hook)
-        answers, procedure = cache_hook.dbdict, str(self._procedure())
+        answers = cache_hook.dbdict
         if answers is None:
             return
+        # A folder may be trained again under its name.
+        contents = [sampling_protocol(self.model, {}, None, 1, self.seed), tokenizer_contents(self.tokenizer)]
+        procedure = str({**self._procedure(), "contents": digest(contents), "code": code()})
         if len(answers) == 0:
             answers["fpmgm"] = procedure
         elif answers.get("fpmgm") != procedure:
