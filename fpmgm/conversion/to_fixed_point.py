@@ -43,7 +43,8 @@ def convert_to_fixed_point(
             a fresh model of the same shape, the paper's ablation; its injection starts as z = h/2 + u/2.
         input_injection (`str`, defaults to `"diagonal"`): How the shared stack sees its input. `"diagonal"` starts as
             z = h/2 + u/2 and stays a contraction. `"mlp"` (the paper's) and `"linear"` start as z = h, so that F is
-            the layer itself, which need not have a fixed point: reuse may then carry a growing state.
+            the layer itself, which need not have a fixed point: reuse may then carry a growing state. `"none"`: no
+            injection, a looped model.
         overrides: Fields of the student's configuration.
 
     Returns:
@@ -134,7 +135,7 @@ def student_config(
     values = config.to_dict() | sizes | overrides
     for name in ("architectures", "auto_map"):
         values.pop(name, None)
-    identity = initialize and values["input_injection"] != "diagonal"
+    identity = initialize and values["input_injection"] in ("mlp", "linear")
     values["injection_init"] = overrides.get("injection_init", "identity" if identity else "contraction")
     values["layer_map"] = {name: list(chosen) for name, chosen in layer_map.items()}
     return type(config)(**values)

@@ -50,13 +50,15 @@ class FPMaskGITConfig(MGMConfig):
         num_fixed_point_layers (`int`, defaults to 1): Blocks of F, iterated to a fixed point; 0: an explicit model.
         num_post_layers (`int`, defaults to 4): Blocks of H, after the fixed-point stack.
         input_injection (`str`, defaults to `"mlp"`): How F sees its input u: `"mlp"` (the paper's), `"linear"` or
-            `"diagonal"` (z = a⊙h + (1 − a)⊙u with a in (0, 1): stable for any weights, nearly free).
+            `"diagonal"` (z = a⊙h + (1 − a)⊙u with a in (0, 1): stable for any weights, nearly free). `"none"` is a
+            looped model, to compare with: F sees the start h⁰ = h_pre alone, which carries the gradient, so that no
+            solution is reused.
         injection_init (`str`, defaults to `"contraction"`): Start of the injection: `"contraction"` is exactly
             z = h/2 + u/2, for training from scratch; `"identity"` is exactly z = h, for conversion (not possible
-            for `"diagonal"`, whose a stays below 1).
+            for `"diagonal"`, whose a stays below 1, and `"none"`).
         num_fixed_point_iterations (`int`, defaults to 6): Iterations of `forward` when none are given.
         no_grad_iterations (`list[int]`, defaults to [0, 4]): Inclusive range from which the trainer draws the
-            iterations without gradient (SJFB, Section 3.2 and Appendix C.1).
+            iterations without gradient (SJFB, Section 3.2 and Appendix C.1); [0, 0] without an injection.
         grad_iterations (`list[int]`, defaults to [3, 6]): Inclusive range from which it draws those with gradient,
             which come after.
         rms_norm_eps (`float`, defaults to 1e-5): Added to mean squares.

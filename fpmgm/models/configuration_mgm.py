@@ -13,7 +13,7 @@ from .budget import MOST_BLOCK_EVALUATIONS
 
 logger = logging.get_logger(__name__)
 
-INPUT_INJECTIONS = ("mlp", "linear", "diagonal")
+INPUT_INJECTIONS = ("mlp", "linear", "diagonal", "none")
 INJECTION_INITS = ("contraction", "identity")
 DERIVED = {"num_hidden_layers": "`num_pre_layers` + `num_fixed_point_layers` + `num_post_layers`"}
 
@@ -90,6 +90,11 @@ class MGMConfig(PreTrainedConfig):
         return [field.name for field in fields(cls) if field.name in own]
 
     @property
+    def is_looped(self) -> bool:
+        """Whether F is told of its input by the start alone, so that it must begin anew for each input."""
+        return self.num_fixed_point_layers > 0 and self.input_injection == "none"
+
+    @property
     def num_hidden_layers(self) -> int:
         """Distinct blocks of the model."""
         return self.num_pre_layers + self.num_fixed_point_layers + self.num_post_layers
@@ -107,7 +112,8 @@ def check_fields(config: PreTrainedConfig, allowed: dict, derived: dict[str, str
     Raises:
         `ValueError`: names the field.
     """
-    config.no_grad_iterations = [0, 4] if config.no_grad_iterations is None else config.no_grad_iterations
+    if config.no_grad_iterations is None:
+        config.no_grad_iterations = [0, 0 if config.input_injection == "none" else 4]
     config.grad_iterations = [3, 6] if config.grad_iterations is None else config.grad_iterations
     for name, source in derived.items():
         if name in further:
@@ -117,10 +123,10 @@ def check_fields(config: PreTrainedConfig, allowed: dict, derived: dict[str, str
         setattr(config, name, value)
     if config.num_hidden_layers == 0:
         raise ValueError("`num_pre_layers`, `num_fixed_point_layers` and `num_post_layers` are all 0: give one block.")
-    if config.input_injection == "diagonal" and config.injection_init == "identity":
+    if config.input_injection in ("diagonal", "none") and config.injection_init == "identity":
         raise ValueError(
-            "`injection_init`='identity' cannot be had with `input_injection`='diagonal', whose share of the state "
-            "stays below 1: use 'contraction'."
+            f"`injection_init`='identity' cannot be had with `input_injection`={config.input_injection!r}: the share "
+            "of the state in 'diagonal' stays below 1, and 'none' has no share. Use 'contraction'."
         )
     for name in ("no_grad_iterations", "grad_iterations"):
         low, high = getattr(config, name)
@@ -129,6 +135,11 @@ def check_fields(config: PreTrainedConfig, allowed: dict, derived: dict[str, str
                 f"`{name}`={[low, high]} must be two whole numbers [low, high] with low <= high: each training step "
                 "draws its number of iterations from this range."
             )
+    if config.is_looped and config.no_grad_iterations != [0, 0]:
+        raise ValueError(
+            f"`no_grad_iterations`={config.no_grad_iterations} with `input_injection`='none': the gradient reaches "
+            "the pre-stack through the start alone, which they would cut off. Give [0, 0]."
+        )
 
 
 def check_unknown(config: PreTrainedConfig, further: dict[str, Any]) -> None:

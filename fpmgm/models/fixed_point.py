@@ -98,6 +98,19 @@ class SolverOptions:
         if names:
             raise ValueError(f"{', '.join(names)}: the model has no fixed-point layers to solve for. Leave it out.")
 
+    def check_looped(self) -> None:
+        """Raise a `ValueError` for options that a model without an injection cannot honour."""
+        if self.num_no_grad_iterations:
+            raise ValueError(
+                f"`num_no_grad_iterations`={self.num_no_grad_iterations}: without an injection the gradient reaches "
+                "the pre-stack through the start alone, which they would cut off. Give 0."
+            )
+        if self.fixed_point_state is not None:
+            raise ValueError(
+                "`fixed_point_state`: without an injection the model sees its tokens through the start alone, which "
+                "this would replace. Leave it out."
+            )
+
 
 def has_whole_numbers(x: torch.Tensor) -> bool:
     """Whether a tensor is of whole numbers."""
@@ -164,8 +177,7 @@ def solve_fixed_point(
 ) -> FixedPointSolution:
     """Picard iteration h ← `step`(h) with the stochastic Jacobian-free gradient (Appendix C.1).
 
-    The first `num_no_grad_iterations` run without a graph, the following `num_iterations` with one; the start is
-    detached, so that what produced it learns through `step`'s own input alone.
+    The first `num_no_grad_iterations` run without a graph, the following `num_iterations` with one.
 
     Args:
         step (`Callable`): One application of F, (B, L, D) → (B, L, D).
@@ -189,7 +201,6 @@ def solve_fixed_point(
     residuals, total = [], num_no_grad_iterations + num_iterations
     # The last iterations are kept: when the first ones run again, the backward pass has freed what those had kept.
     first_kept = 0 if num_kept_iterations is None else total - num_kept_iterations
-    state = state.detach()
     for iteration in range(total):
         # A real no_grad: the iterations before the differentiated ones keep no activations.
         with torch.set_grad_enabled(torch.is_grad_enabled() and iteration >= num_no_grad_iterations):

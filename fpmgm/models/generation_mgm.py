@@ -187,7 +187,7 @@ class MGMGenerationMixin:
         """
         (batch_size, length), classes = tokens.shape, conditions.classes
         copies = 1 if classes is None else len(classes) // batch_size  # 2: guidance, the second without classes
-        reusing = config.reuse != "none" and self.config.num_fixed_point_layers > 0
+        reusing = config.reuse != "none" and self.config.num_fixed_point_layers > 0 and not self.config.is_looped
         width = length + self.config.num_register_tokens
         ledger, solution = Ledger(plan, self.config, config, batch_size, copies * batch_size, width), None
         for step in logging.tqdm(range(plan.num_steps), desc="denoising", disable=not config.progress_bar):
@@ -297,6 +297,11 @@ class MGMGenerationMixin:
             raise ValueError(
                 f"`iterations_per_step`={given['iterations_per_step']} chooses the number of steps, but "
                 f"`{'num_steps' if config.iterations is None else 'iterations'}` is set: leave one of the two out."
+            )
+        if given.get("reuse", "none") != "none" and self.config.is_looped:
+            raise ValueError(
+                f"`reuse`={given['reuse']!r} starts from the last solution, but without an injection the model sees "
+                "new tokens through the start alone: leave it out."
             )
         if config.freeze_tolerance is not None and self.config.num_fixed_point_layers == 0:
             raise ValueError(

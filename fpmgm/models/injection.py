@@ -71,5 +71,19 @@ class DiagonalInjection(nn.Module):
         return torch.addcmul(constant, self.decay_logit.sigmoid(), h)
 
 
-INJECTIONS = {"mlp": MLPInjection, "linear": LinearInjection, "diagonal": DiagonalInjection}
+class NoInjection(nn.Module):
+    """z = h: a looped model, which sees its input through the start alone."""
+
+    def __init__(self, size: int, a: float, b: float):
+        super().__init__()
+
+    def constant(self, u: torch.Tensor) -> torch.Tensor:
+        """Nothing reads it."""
+        return u
+
+    def forward(self, h: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
+        return h
+
+
+INJECTIONS = {"mlp": MLPInjection, "linear": LinearInjection, "diagonal": DiagonalInjection, "none": NoInjection}
 INJECTION_STARTS = {"contraction": (0.5, 0.5), "identity": (1.0, 0.0)}  # (a, b) of z = ah + bu

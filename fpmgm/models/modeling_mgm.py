@@ -182,6 +182,8 @@ class MGMPreTrainedModel(PreTrainedModel):
             solver.check_unused()
         elif solver.num_iterations is None:
             solver = replace(solver, num_iterations=self.config.num_fixed_point_iterations)
+        if self.config.is_looped:
+            solver.check_looped()
         others = {name: value for name, value in options.items() if name not in SOLVER_OPTIONS and value is not None}
         for name in ("loss_weights", "num_items_in_batch"):
             if labels is None and name in others:
@@ -279,6 +281,11 @@ class MGMPreTrainedModel(PreTrainedModel):
     def _solve(self, h_pre, kept, inputs: BlockInputs, attention_mask, options: SolverOptions) -> FixedPointSolution:
         """h* of h ↦ F(h; u), (B, L, D), or at the active positions, (A, D)."""
         state, weights, active = options.fixed_point_state, options.reuse_weights, inputs.active
+        if active is not None:
+            state, weights = (None if x is None else active.pick(x.flatten(0, 1)) for x in (state, weights))
+        start = warm_start(h_pre, state, weights)
+        if not self.config.is_looped:
+            start = start.detach()  # P learns through u alone
         turns = itertools.count()
         if self.gradient_checkpointing:  # runs every iteration again, or those that it was told to
             options = replace(options, num_kept_iterations=None)
@@ -287,10 +294,9 @@ class MGMPreTrainedModel(PreTrainedModel):
                 self.fixed_point, h_pre, inputs, kept,
                 lambda *arguments: self._checkpointed(next(turns), inputs.training, *arguments),
             )  # fmt: skip
-            return solve(step, warm_start(h_pre, state, weights), options, attention_mask)
-        state, weights = (None if x is None else active.pick(x.flatten(0, 1)) for x in (state, weights))
-        start = active.pad(warm_start(h_pre, state, weights))  # (B, Q, D)
-        solution = solve(active_step(self.fixed_point, h_pre, inputs, kept), start, options, active.filled())
+            return solve(step, start, options, attention_mask)
+        step = active_step(self.fixed_point, h_pre, inputs, kept)
+        solution = solve(step, active.pad(start), options, active.filled())  # (B, Q, D)
         return solution._replace(state=active.pack(solution.state))
 
     def _set_gradient_checkpointing(self, **kwargs) -> None:

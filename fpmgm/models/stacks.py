@@ -55,7 +55,7 @@ class FixedPointStack(nn.Module):
     def __init__(self, config: PreTrainedConfig, block: type[nn.Module]):
         super().__init__()
         a, b = INJECTION_STARTS[config.injection_init]
-        self.input_proj = IdentityLinear(config.hidden_size, [[1.0]])
+        self.input_proj = nn.Identity() if config.is_looped else IdentityLinear(config.hidden_size, [[1.0]])
         self.injection = INJECTIONS[config.input_injection](config.hidden_size, a, b)
         self.layers = nn.ModuleList([block(config) for _ in range(config.num_fixed_point_layers)])
 

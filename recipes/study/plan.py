@@ -35,7 +35,7 @@ class Row:
         start (`str`, *optional*): Row whose export it goes on from; for `"conversion"` it is the teacher. `None`:
             fresh weights.
         model (`dict`): Fields of the configuration beside the shared ones, or beside those of `start`; for
-            `"conversion"` arguments of `convert_to_fixed_point`.
+            `"conversion"`, and with a `layer_map` for any trainer, arguments of `convert_to_fixed_point`.
         training (`dict`): Fields of the trainer's configuration beside the shared ones.
         judged (`str`): `"none"`, by `"likelihood"` only, or by `"samples"` too.
         settings (`list[dict]`, *optional*): Settings of `generate`. `None`: the study's.

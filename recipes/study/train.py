@@ -120,4 +120,6 @@ def start_model(plan: Plan, row: Row, folder: Path) -> tuple[torch.nn.Module, di
     if row.trainer == "conversion":
         teacher = AutoModel.from_pretrained(start)
         return convert_to_fixed_point(teacher, **row.model), {"teacher": teacher}
+    if "layer_map" in row.model:
+        return convert_to_fixed_point(AutoModel.from_pretrained(start), **row.model), {}
     return AutoModel.from_pretrained(start, **row.model), {}

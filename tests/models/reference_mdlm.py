@@ -64,6 +64,8 @@ def block(h, c, real, weights, name, config):
 
 def inject(h, u, weights, kind):
     w = {key.removeprefix("fixed_point.injection."): value for key, value in weights.items()}
+    if kind == "none":
+        return h
     if kind == "diagonal":
         a = 1 / (1 + torch.exp(-w["decay_logit"]))
         return a * h + (1 - a) * u
@@ -74,12 +76,14 @@ def inject(h, u, weights, kind):
 
 def solve(h, config, weights, block, iterations, no_grad_iterations, previous_state, previous_share):
     """The states h⁰, h¹, …, h* behind P's output `h`; `block(h, name)` is one of F's."""
-    u = h @ weights["fixed_point.input_proj.weight"].T + weights["fixed_point.input_proj.bias"]
+    looped = config.input_injection == "none"
+    u = None if looped else h @ weights["fixed_point.input_proj.weight"].T + weights["fixed_point.input_proj.bias"]
     if previous_state is not None:
         h = previous_share * previous_state + (1 - previous_share) * h
-    states = [h.detach()]
+    states = [h if looped else h.detach()]
     for iteration in range(no_grad_iterations + iterations):
-        h = states[-1].detach() if iteration <= no_grad_iterations else states[-1]  # SJFB: h cut, u live
+        cut = iteration <= no_grad_iterations and not looped
+        h = states[-1].detach() if cut else states[-1]  # SJFB: h cut, u live
         h = inject(h, u, weights, config.input_injection)
         for i in range(config.num_fixed_point_layers):
             h = block(h, f"fixed_point.layers.{i}.")

@@ -59,7 +59,7 @@ def reference_loss(logits, labels, loss_weights, attention_mask):
 @pytest.mark.parametrize(
     "overrides",
     [
-        *({"input_injection": kind} for kind in INJECTIONS),
+        *({"input_injection": kind} for kind in (*INJECTIONS, "none")),
         {"num_pre_layers": 3, "num_fixed_point_layers": 0, "num_post_layers": 0},
         {"num_pre_layers": 0, "num_post_layers": 0},
         {"num_pre_layers": 2, "num_fixed_point_layers": 3, "num_post_layers": 2, "time_conditioning": True},
@@ -268,8 +268,10 @@ def test_masked_accuracy_never_guesses_the_mask(dtype):
     assert model(**batch).masked_accuracy.item() == pytest.approx(right.item())
 
 
-@pytest.mark.parametrize("injection", INJECTIONS)
-@pytest.mark.parametrize(("no_grad", "grad"), [(0, 1), (0, 3), (3, 2)])
+@pytest.mark.parametrize(
+    ("injection", "no_grad", "grad"),
+    [*((kind, *counts) for kind in INJECTIONS for counts in ((0, 1), (0, 3), (3, 2))), ("none", 0, 3)],
+)
 def test_gradients_equal_the_written_out_sjfb(injection, no_grad, grad):
     model = tiny_model(input_injection=injection, num_fixed_point_layers=2, num_pre_layers=2).double()
     batch = corrupted()
@@ -288,7 +290,24 @@ def test_gradients_equal_the_written_out_sjfb(injection, no_grad, grad):
         torch.testing.assert_close(
             parameter.grad, gradients[name], rtol=0, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
         )
-    assert gradients["pre_layers.0.up_proj.weight"].abs().max() > 1e-6  # P learns, through u
+    assert gradients["pre_layers.0.up_proj.weight"].abs().max() > 1e-6  # P learns, through u or the start
+
+
+def test_a_looped_model_refuses_what_would_hide_its_input():
+    model = tiny_model(input_injection="none")
+    ids = random_ids(1, 4)
+    assert not any("input_proj" in name or "injection" in name for name, _ in model.named_parameters())
+    for options in ({"num_no_grad_iterations": 1}, {"fixed_point_state": torch.zeros(1, 4, 16)}):
+        with pytest.raises(ValueError, match=f"`{next(iter(options))}`.*without an injection"):
+            model(ids, **options)
+    with pytest.raises(ValueError, match=r"`no_grad_iterations`.*'none'"):
+        tiny_config(input_injection="none", no_grad_iterations=[0, 4])
+    # Each step begins anew: the default reuse does not act.
+    options = {"num_steps": 3, "iterations": [2, 2, 2], "length": 6, "seed": 0}
+    out = model.generate(**options, return_dict_in_generate=True)
+    assert not any(out.reused) and torch.equal(out.sequences, model.generate(**options, reuse="none"))
+    with pytest.raises(ValueError, match="`reuse`='full'"):
+        model.generate(length=6, reuse="full")
 
 
 @pytest.mark.parametrize("injection", INJECTIONS)
