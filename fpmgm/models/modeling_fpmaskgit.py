@@ -46,6 +46,7 @@ class FPMaskGITModel(MGMGenerationMixin, MGMPreTrainedModel):
 
     config: FPMaskGITConfig
     orders = IMAGE_ORDERS
+    output_modalities = ("image",)  # transformers asks of what can generate
     _no_split_modules = ["FPMaskGITBlock", "Modulation"]  # both are called on their own
 
     def __init__(self, config: FPMaskGITConfig):

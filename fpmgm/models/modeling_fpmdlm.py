@@ -46,6 +46,7 @@ class FPMDLMForMaskedDiffusion(MGMGenerationMixin, MGMPreTrainedModel):
 
     config: FPMDLMConfig
     orders = TEXT_ORDERS
+    output_modalities = ("text",)  # transformers asks of what can generate
     _no_split_modules = ["FPMDLMBlock", "Modulation"]  # both are called on their own
 
     def __init__(self, config: FPMDLMConfig):

@@ -42,6 +42,7 @@ def test_it_writes_what_generate_writes(write):
         assert text["block_evaluations"] == 16  # two blocks beside F and two iterations, in each of four steps
     (text,) = write("the", seed=5, max_new_tokens=4, temperature=0.5)
     assert text["generated_text"] == by_hand(write.model, [*the, *[MASK] * 4], 5, temperature=0.5)
+    assert "FPMDLMForMaskedDiffusion" in repr(write)  # of which transformers asks the model what it makes
     assert len({write("", seed=seed)[0]["generated_text"] for seed in range(4)}) > 1
 
 
