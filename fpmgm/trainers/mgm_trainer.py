@@ -35,7 +35,7 @@ from .engines import check_engine, compile_blocks, skips_bad_steps
 from .estimator import draws_needed, estimate_rows, summary, times_of_rows
 from .mgm_config import MGMTrainingConfig
 from .model_card import write_model_card
-from .options import check_arguments
+from .options import check_arguments, warn_of_warmup
 from .peft import with_adapter
 from .prompts import check_prompt_options, read_prompts
 from .rows import CheckedRowsTrainer
@@ -134,6 +134,11 @@ class MGMTrainer(CheckedRowsTrainer):
         """As in `Trainer`, of a model that has something to train."""
         check_trainable(self.model)
         return super().train(*args, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """As in `Trainer`, of a rate that the run reaches."""
+        warn_of_warmup(self.args, num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     @property
     def columns(self) -> tuple[str, ...]:

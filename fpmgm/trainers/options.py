@@ -6,7 +6,10 @@ from pathlib import PurePath
 from typing import Any
 
 from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 LIGER = "the head takes Liger's kernel by itself where it is installed: pip install 'fpmgm[liger]'"
 # By name: the values that are allowed, and why no other is.
@@ -70,6 +73,23 @@ def plan_length(args: TrainingArguments) -> None:
         )
     elif args.num_train_epochs > 0:
         args.max_steps = -1
+
+
+def warn_of_warmup(args: TrainingArguments, num_steps: int) -> None:
+    """Warn of a run that ends within a warm-up, so that it never has the learning rate, or the weight of a loss, that
+    is asked for."""
+    warmup = args.get_warmup_steps(num_steps)
+    if warmup >= num_steps and args.lr_scheduler_type not in ("constant", "reduce_lr_on_plateau"):
+        logger.warning(
+            f"`warmup_steps`={warmup}, but the run has {num_steps} steps: `learning_rate`={args.learning_rate} is "
+            "never reached. Give fewer, or a share of the steps below 1, such as `warmup_steps=0.1`."
+        )
+    for name in ("consistency_warmup_steps", "distillation_warmup_steps"):
+        if getattr(args, name, 0) > num_steps:
+            logger.warning(
+                f"`{name}`={getattr(args, name)}, but the run has {num_steps} steps: the weight of that loss is never "
+                "reached. Give fewer."
+            )
 
 
 def check_arguments(trainer: Trainer, args: Any, config_class: type, given: dict[str, Any]) -> None:

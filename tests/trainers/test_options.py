@@ -317,6 +317,31 @@ def test_paths_and_names_are_taken(tmp_path):
         ConversionTrainer(tmp_path / "model", ConversionConfig(output_dir=tmp_path, use_cpu=True))
 
 
+@pytest.mark.parametrize(
+    ("warmup", "schedule", "warned"),
+    [
+        (3, "linear", False), (0.5, "cosine", False), (4, "linear", True), (2500, "constant_with_warmup", True),
+        (2500, "constant", False),
+    ],
+)  # fmt: skip
+def test_a_run_that_ends_within_its_warmup_is_told(tmp_path, caplog, warmup, schedule, warned):
+    trainer = make_trainer(tmp_path, max_steps=4, warmup_steps=warmup, lr_scheduler_type=schedule)
+    with caplog.at_level("WARNING"):
+        trainer.train()
+    rates = [line["learning_rate"] for line in trainer.state.log_history if "learning_rate" in line]
+    assert (max(rates) < trainer.args.learning_rate) == warned
+    assert (f"`warmup_steps`={warmup}, but the run has 4 steps" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(("warmup", "warned"), [(1, False), (2, True)])
+def test_a_loss_whose_weight_is_never_reached_is_told(tmp_path, caplog, warmup, warned):
+    options = {"max_steps": 1, "consistency_warmup_steps": warmup, "stop_at_perplexity_increase": None}
+    trainer = make_trainer(tmp_path, None, ConsistencyTrainer, ConsistencyConfig, **options)
+    with caplog.at_level("WARNING"):
+        trainer.train()
+    assert (f"`consistency_warmup_steps`={warmup}, but the run has 1 steps" in caplog.text) == warned
+
+
 def test_rows_grouped_by_length_are_evaluated_in_order(tmp_path):
     data = token_rows(12, ragged=True)
     plain = make_trainer(tmp_path, eval_dataset=data).evaluate()["eval_loss"]
