@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from .arguments import shown
 from .generation_config_mgm import MGMGenerationConfig
-from .reveal import Turn, rows_with
+from .reveal import RevealTask, Turn, rows_with
 from .transfer import to_device
 
 
@@ -27,17 +27,14 @@ class StopAtEnd:
     """A `rule` of revealing whose rows are finished when all is written up to their first end of text.
 
     Args:
-        rule: From [`RevealTask`].
-        wanted, real (`torch.Tensor`): (B, L) bool on the CPU: what is to be written, and what is no padding.
-        mask_token_id (`int`): Of the model.
+        rule: Of the `task`.
+        task ([`RevealTask`]): What is to be written, and what is no padding.
         ends (`list[int]`): Ids that end a text. One that the caller gave, as a prompt's beginning, ends none.
         filler (`int`): What stands behind an end in the result.
     """
 
     rule: Any
-    wanted: torch.Tensor
-    real: torch.Tensor
-    mask_token_id: int
+    task: RevealTask
     ends: list[int]
     filler: int
 
@@ -48,7 +45,7 @@ class StopAtEnd:
 
     def behind(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B, L) bool on the CPU: what is behind a row's first written end of text in `tokens` (B, L)."""
-        ended = self.wanted & torch.isin(tokens.cpu(), torch.tensor(self.ends, device="cpu"))
+        ended = self.task.wanted & torch.isin(tokens.cpu(), torch.tensor(self.ends, device="cpu"))
         return ended.cumsum(dim=1) > ended.long()
 
     def turn(self, step: int, tokens: torch.Tensor) -> Turn:
@@ -57,7 +54,7 @@ class StopAtEnd:
         tokens = tokens.cpu()
         (positions, unfinished, waiting), behind = self.rule.turn(step, tokens), self.behind(tokens)
         positions = positions[~behind.flatten()[positions]]
-        left = ((tokens == self.mask_token_id) & self.wanted & ~behind).any(dim=1)
+        left = (self.task.still_masked(tokens) & ~behind).any(dim=1)
         left = left if unfinished is None else left & rows_with(positions, tokens)
         return Turn(positions, left, waiting | behind)
 
@@ -72,10 +69,11 @@ class StopAtEnd:
     def cut(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`tokens` (B, L) with the filler behind each end, without the columns that no row needs, and how many of each
         row's are written, (B,) on the CPU."""
-        kept = self.real & ~self.behind(tokens)
-        written = (tokens.cpu() != self.mask_token_id) & self.wanted & kept
+        task = self.task
+        kept = task.real & ~self.behind(tokens)
+        written = (tokens.cpu() != task.mask_token_id) & task.wanted & kept
         length = int(kept.any(dim=0).nonzero().max()) + 1
-        filled = tokens.masked_fill(to_device(self.real & ~kept, tokens.device), self.filler)
+        filled = tokens.masked_fill(to_device(task.real & ~kept, tokens.device), self.filler)
         return filled[:, :length], written.sum(dim=1)
 
 

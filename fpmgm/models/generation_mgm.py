@@ -142,10 +142,10 @@ class MGMGenerationMixin:
         if max_new_tokens is not None:
             warn_of_ended_prompts(tokens, wanted, real, known_ends(config, self.config))
         plan = self._plan(config, wanted)
-        rule = order(RevealTask(wanted, real, plan.num_steps, mask, config, seed, generator))
+        task = RevealTask(wanted, real, plan.num_steps, mask, config, seed, generator)
+        rule = order(task)
         if config.stop_at_eos:
-            ends, filler = read_ends(config, self.config)
-            rule = StopAtEnd(rule, wanted, real, mask, ends, filler)
+            rule = StopAtEnd(rule, task, *read_ends(config, self.config))
         frozen = NothingFrozen()
         if config.freeze and config.refresh_every != 1:
             frozen = Frozen(wanted, real, plan, self.config, config)

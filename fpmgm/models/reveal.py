@@ -17,6 +17,7 @@ Shapes: B batch, L length, V vocabulary, P candidate positions of a step, T step
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -54,7 +55,8 @@ from .transfer import to_device
 # --- the orders ----------------------------------------------------------------------------------------------------
 
 
-class RevealTask(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class RevealTask:
     """What an order is given: the positions to write and the real ones, both (B, L) bool on the CPU, in how many
     steps, with which settings and random numbers."""
 
@@ -66,7 +68,7 @@ class RevealTask(NamedTuple):
     seed: int | list[int] | None
     generator: torch.Generator | None
 
-    @property
+    @cached_property
     def windows(self) -> Windows:
         """The steps of each position: those of its block, or all."""
         if self.config.block_length is None:
@@ -82,6 +84,23 @@ class RevealTask(NamedTuple):
     def uniforms(self, count: int) -> torch.Tensor:
         """(count, B, L) float64 in [0, 1)."""
         return draw_uniforms(count, self.real, self.seed, self.generator)
+
+    def still_masked(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, L) bool, on the CPU: what is left to write in `tokens` (B, L)."""
+        return (tokens == self.mask_token_id).cpu() & self.wanted
+
+    def draw(self, logits: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (P,) of `logits` (P, V), sharpened and cut as asked, and their probabilities."""
+        config = self.config
+        return draw_tokens(logits, uniforms, self.mask_token_id, config.temperature, config.top_k, config.top_p)
+
+    def likeliest(self, where: torch.Tensor, drawn: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """`drawn` (P,), but the most likely tokens of `logits` (P, V) `where` (P,) that is asked for, on the CPU."""
+        if not where.any():
+            return drawn
+        zeros = torch.zeros_like(drawn, dtype=torch.float64)
+        likeliest, _ = draw_tokens(logits, zeros, self.mask_token_id, temperature=0)
+        return torch.where(to_device(where, drawn.device), likeliest, drawn)
 
 
 class Moment(NamedTuple):
@@ -129,34 +148,29 @@ def rows_with(positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 class ScheduledReveal:
     """Reveals, and masks again, the positions that `schedule` names: known before the first step.
 
-    `uniforms` (1 or T, B·L) draw the tokens, one for each position or one for each position and step; `first` (B, L)
-    is the step at which each position's block begins.
+    `uniforms` (1 or T, B·L) draw the tokens, one for each position or one for each position and step.
     """
 
+    task: RevealTask
     schedule: RevealSchedule
     uniforms: torch.Tensor
-    first: torch.Tensor
     clock: Clock
-    mask_token_id: int
-    config: MGMGenerationConfig
 
     def turn(self, step: int, tokens: torch.Tensor) -> Turn:
         """All rows take all steps."""
-        return Turn(self._reveals(step), None, self.first > step)
+        return Turn(self._reveals(step), None, self.task.windows.first > step)
 
     def write(
         self, step: int, tokens: torch.Tensor, positions: torch.Tensor, logits: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens after the step, (B, L), and what it revealed, (B, L) bool."""
-        config, device = self.config, tokens.device
         if len(positions) == 0:
             return self._remask(step, tokens), torch.zeros_like(tokens, dtype=torch.bool)
-        uniforms = to_device(self.uniforms[min(step, len(self.uniforms) - 1)][positions], device)
-        drawn, _ = _draw(logits, uniforms, self.mask_token_id, config)
-        if config.final == "argmax":
-            left_over = torch.isin(positions, self.schedule.left_over)
-            drawn = _likeliest(left_over, drawn, logits, self.mask_token_id)
-        tokens, revealed = _write(tokens, to_device(positions, device), drawn)
+        uniforms = to_device(self.uniforms[min(step, len(self.uniforms) - 1)][positions], tokens.device)
+        drawn, _ = self.task.draw(logits, uniforms)
+        if self.task.config.final == "argmax":
+            drawn = self.task.likeliest(torch.isin(positions, self.schedule.left_over), drawn, logits)
+        tokens, revealed = _write(tokens, to_device(positions, tokens.device), drawn)
         return self._remask(step, tokens), revealed
 
     def masked(self, step: int, tokens: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
@@ -166,7 +180,7 @@ class ScheduledReveal:
 
     def _reveals(self, step: int) -> torch.Tensor:
         reveals = self.schedule.reveals[step]
-        if self.config.final == "none":
+        if self.task.config.final == "none":
             return reveals[~torch.isin(reveals, self.schedule.left_over)]
         return reveals
 
@@ -175,38 +189,35 @@ class ScheduledReveal:
         if len(positions) == 0:
             return tokens
         positions = to_device(positions, tokens.device)
-        return tokens.flatten().index_fill(0, positions, self.mask_token_id).view_as(tokens)
+        return tokens.flatten().index_fill(0, positions, self.task.mask_token_id).view_as(tokens)
 
 
 @dataclass(frozen=True)
 class ConfidenceReveal:
     """Draws the masked tokens whose turn it is at each step and keeps the `counts` (T, B) most probable draws of each
-    row."""
+    row; `uniforms` (T, B·L) draw them."""
 
+    task: RevealTask
     counts: torch.Tensor
     uniforms: torch.Tensor
-    windows: Windows
-    wanted: torch.Tensor
     clock: Clock
-    mask_token_id: int
-    config: MGMGenerationConfig
 
     def turn(self, step: int, tokens: torch.Tensor) -> Turn:
         """All rows take all steps; which positions are left is known on the device."""
-        begun = self.windows.first <= step
-        now = self.masked(step, tokens) & begun & (step <= self.windows.last)
+        windows = self.task.windows
+        begun = windows.first <= step
+        now = self.task.still_masked(tokens) & begun & (step <= windows.last)
         return Turn(now.flatten().nonzero().squeeze(1), None, ~begun)
 
-    def masked(self, step: int, tokens: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
+    def masked(self, step: int, tokens: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         """(B, L) bool, on the CPU: what is masked in `tokens` (B, L)."""
-        return (tokens == self.mask_token_id).cpu() & self.wanted
+        return self.task.still_masked(tokens)
 
     def write(
         self, step: int, tokens: torch.Tensor, positions: torch.Tensor, logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens after the step, (B, L), and what it revealed, (B, L) bool."""
-        uniforms = to_device(self.uniforms[step][positions], tokens.device)
-        drawn, probabilities = _draw(logits, uniforms, self.mask_token_id, self.config)
+        drawn, probabilities = self.task.draw(logits, to_device(self.uniforms[step][positions], tokens.device))
         kept = most_confident(probabilities.cpu(), positions // tokens.shape[1], self.counts[step], _tie(logits))
         return _write(tokens, to_device(positions[kept], tokens.device), drawn[to_device(kept, drawn.device)])
 
@@ -220,45 +231,41 @@ class AdaptiveReveal:
     A row goes on to its next block when one is written: steps that it did not need there it may take here.
     """
 
+    task: RevealTask
     measure: Callable[[torch.Tensor], torch.Tensor]
     choose: Callable[..., torch.Tensor]
     bound: float
     uniforms: torch.Tensor
-    windows: Windows
-    wanted: torch.Tensor
     clock: Clock
-    mask_token_id: int
-    config: MGMGenerationConfig
 
     def turn(self, step: int, tokens: torch.Tensor) -> Turn:
         """The first block of each row that is not written; which positions are left is known on the device."""
-        masked = self.masked(step, tokens) & (step <= self.windows.last)
-        last = self.windows.last.masked_fill(~masked, self.clock.num_steps)
+        masked = self.task.still_masked(tokens) & (step <= self.task.windows.last)
+        last = self.task.windows.last.masked_fill(~masked, self.task.num_steps)
         now = masked & (last == last.amin(dim=1, keepdim=True))
         positions = now.flatten().nonzero().squeeze(1)
         return Turn(positions, rows_with(positions, tokens), masked & ~now)
 
-    def masked(self, step: int, tokens: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
+    def masked(self, step: int, tokens: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         """(B, L) bool, on the CPU: what is masked in `tokens` (B, L)."""
-        return (tokens == self.mask_token_id).cpu() & self.wanted
+        return self.task.still_masked(tokens)
 
     def write(
         self, step: int, tokens: torch.Tensor, positions: torch.Tensor, logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens after the step, (B, L), and what it revealed, (B, L) bool."""
-        config, device, tie = self.config, tokens.device, _tie(logits)
-        last = self.windows.last.flatten()[positions]  # (P,) one of each row
-        certainties = certainty(logits, self.mask_token_id, self.measure).cpu()
+        task, device, tie = self.task, tokens.device, _tie(logits)
+        last = task.windows.last.flatten()[positions]  # (P,) one of each row
+        certainties = certainty(logits, task.mask_token_id, self.measure).cpu()
         ranking = ranked(certainties, positions // tokens.shape[1], tie)
         sure, due = self.choose(ranking, self.bound, tie), most_certain(ranking, last - step + 1)
         left_over = (last == step).index_fill(0, sure, False)
         kept = torch.zeros_like(left_over).index_fill(0, torch.cat([sure, due]), True)
-        kept = (kept & ~left_over if config.final == "none" else kept).nonzero().squeeze(1)
+        kept = (kept & ~left_over if task.config.final == "none" else kept).nonzero().squeeze(1)
         chosen, logits = positions[kept], logits[to_device(kept, device)]
-        uniforms = to_device(self.uniforms[chosen], device)
-        drawn, _ = _draw(logits, uniforms, self.mask_token_id, config)
-        if config.final == "argmax":
-            drawn = _likeliest(left_over[kept], drawn, logits, self.mask_token_id)
+        drawn, _ = task.draw(logits, to_device(self.uniforms[chosen], device))
+        if task.config.final == "argmax":
+            drawn = task.likeliest(left_over[kept], drawn, logits)
         return _write(tokens, to_device(chosen, device), drawn)
 
 
@@ -271,29 +278,26 @@ def ancestral(task: RevealTask) -> ScheduledReveal:
     else:
         uniforms = task.uniforms(2 * steps)
         schedule, draws = remasking_schedule(uniforms[:steps], task.wanted, steps, remask, windows), uniforms[steps:]
-    return ScheduledReveal(schedule, draws.flatten(1), task.windows.first, task.clock, task.mask_token_id, task.config)
+    return ScheduledReveal(task, schedule, draws.flatten(1), task.clock)
 
 
 def text_halton(task: RevealTask) -> ScheduledReveal:
     """Far apart, few at first: tokens of one step do not see each other, and near ones depend on each other most."""
-    uniforms, windows, clock = task.uniforms(2), task.windows, Clock(task.num_steps, task.wanted)
-    schedule = spread_schedule(uniforms[0], task.wanted, task.num_steps, windows)
-    return ScheduledReveal(schedule, uniforms[1:].flatten(1), windows.first, clock, task.mask_token_id, task.config)
+    uniforms = task.uniforms(2)
+    schedule = spread_schedule(uniforms[0], task.wanted, task.num_steps, task.windows)
+    return ScheduledReveal(task, schedule, uniforms[1:].flatten(1), Clock(task.num_steps, task.wanted))
 
 
 def confidence(task: RevealTask) -> ConfidenceReveal:
     """The most probable draws first, equally many at each step."""
-    return _confidence(task, equal_counts(task.wanted, task.num_steps, task.windows))
+    counts = equal_counts(task.wanted, task.num_steps, task.windows)
+    return ConfidenceReveal(task, counts, task.uniforms(task.num_steps).flatten(1), task.clock)
 
 
 def image_confidence(task: RevealTask) -> ConfidenceReveal:
     """The same, as many at each step as the arccosine says."""
-    return _confidence(task, arccos_counts(task.wanted, task.num_steps))
-
-
-def _confidence(task: RevealTask, counts: torch.Tensor) -> ConfidenceReveal:
-    uniforms = task.uniforms(task.num_steps).flatten(1)
-    return ConfidenceReveal(counts, uniforms, task.windows, task.wanted, task.clock, task.mask_token_id, task.config)
+    counts = arccos_counts(task.wanted, task.num_steps)
+    return ConfidenceReveal(task, counts, task.uniforms(task.num_steps).flatten(1), task.clock)
 
 
 def entropy(task: RevealTask) -> AdaptiveReveal:
@@ -312,10 +316,8 @@ def two_likeliest(task: RevealTask) -> AdaptiveReveal:
 
 
 def _adaptive(task: RevealTask, measure: Callable, choose: Callable, bound: float) -> AdaptiveReveal:
-    uniforms, clock = task.uniforms(1).flatten(), Clock(task.num_steps, task.wanted)
-    return AdaptiveReveal(
-        measure, choose, bound, uniforms, task.windows, task.wanted, clock, task.mask_token_id, task.config
-    )
+    clock = Clock(task.num_steps, task.wanted)
+    return AdaptiveReveal(task, measure, choose, bound, task.uniforms(1).flatten(), clock)
 
 
 def halton(task: RevealTask) -> ScheduledReveal:
@@ -334,31 +336,13 @@ def random(task: RevealTask) -> ScheduledReveal:
 def _ranked(task: RevealTask, priority: torch.Tensor, draws: torch.Tensor) -> ScheduledReveal:
     """By ascending `priority` (B, L), as many at each step as the arccosine says; `draws` (1, B, L)."""
     schedule = ranked_schedule(priority, task.wanted, arccos_counts(task.wanted, task.num_steps))
-    return ScheduledReveal(schedule, draws.flatten(1), task.windows.first, task.clock, task.mask_token_id, task.config)
+    return ScheduledReveal(task, schedule, draws.flatten(1), task.clock)
 
 
 ADAPTIVE_ORDERS = {"entropy": entropy, "threshold": threshold, "margin": two_likeliest}
 # The default first.
 TEXT_ORDERS = {"ancestral": ancestral, "halton": text_halton, "confidence": confidence, **ADAPTIVE_ORDERS}
-IMAGE_ORDERS = {
-    "halton": halton,
-    "random": random,
-    "confidence": image_confidence,
-    **ADAPTIVE_ORDERS,
-}
-
-
-def _draw(logits, uniforms, mask_token_id: int, config: MGMGenerationConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (P,) of `logits` (P, V), as `config` sharpens and cuts these, and their probabilities."""
-    return draw_tokens(logits, uniforms, mask_token_id, config.temperature, config.top_k, config.top_p)
-
-
-def _likeliest(where: torch.Tensor, drawn: torch.Tensor, logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
-    """`drawn` (P,), but the most likely tokens of `logits` (P, V) `where` (P,) that is asked for, on the CPU."""
-    if not where.any():
-        return drawn
-    likeliest, _ = draw_tokens(logits, torch.zeros_like(drawn, dtype=torch.float64), mask_token_id, temperature=0)
-    return torch.where(to_device(where, drawn.device), likeliest, drawn)
+IMAGE_ORDERS = {"halton": halton, "random": random, "confidence": image_confidence, **ADAPTIVE_ORDERS}
 
 
 def _tie(logits: torch.Tensor) -> float:
