@@ -39,7 +39,7 @@ from fpmgm.models.noise import arccos_ratio, mask_tokens, mask_uniforms, sequent
 from fpmgm.pictures import make_grid, to_pil
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
 from made_models import ROOT, Run, arguments_of, folder_of, make, parameters_of, run_recipe
-from training_cost import ITERATIONS, QUIET, step
+from training_cost import ITERATIONS, QUIET, step, timed_steps
 
 
 SHARED = (
@@ -142,30 +142,18 @@ def masked_accuracy(model, rows: Dataset) -> float:
 
 def step_costs(names: list[str], args: Arguments) -> dict[str, dict]:
     """Median CPU seconds of training steps that take turns, and what one keeps for its backward pass."""
-    setting = SimpleNamespace(batch_size=32, device="cpu", dtype="float32")
+    setting = SimpleNamespace(batch_size=32, device="cpu", dtype="float32", repetitions=args.repetitions)
     row = Dataset.from_dict({"input_ids": [[0]], "class_labels": [0]})
     trainers = {}
     for name in names:
         model = AutoModel.from_pretrained(folder_of(name, args.work_dir)).train()
         trainers[name] = MGMTrainer(model, MGMTrainingConfig(**QUIET, use_cpu=True), train_dataset=row)
-    times = {name: {n: [] for n in ITERATIONS} for name in names}
     kept = {
         name: statistics.mean(kept_for_backward(t, setting, n) for n in ITERATIONS) for name, t in trainers.items()
     }
-    for repetition in range(args.repetitions):
-        for name, trainer in trainers.items():
-            for iterations in ITERATIONS:
-                start = time.process_time()
-                step(trainer, setting, repetition, iterations)
-                times[name][iterations].append(time.process_time() - start)
     return {
-        name: {
-            "cpu_seconds_per_step": statistics.mean(statistics.median(values) for values in times[name].values()),
-            "fastest": statistics.mean(min(values) for values in times[name].values()),
-            "slowest": statistics.mean(max(values) for values in times[name].values()),
-            "mib_kept_for_backward": kept[name] / 2**20,
-        }
-        for name in names
+        name: {"cpu_seconds_per_step": times.pop("seconds"), **times, "mib_kept_for_backward": kept[name] / 2**20}
+        for name, times in timed_steps(trainers, setting, time.process_time).items()
     }
 
 

@@ -18,6 +18,7 @@ optimizer included, with the most iterations that SJFB draws: 6 with gradient.
 
 import statistics
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -241,7 +242,6 @@ def matmul_ceiling(args: Arguments) -> float:
 def measure(args: Arguments) -> dict[str, dict]:
     """Seconds, FLOPs and tokens per second of every step; the steps take turns."""
     trainers = {name: make_trainer(name, args) for name in args.steps}
-    times = {name: {n: [] for n in ITERATIONS} for name in trainers}
     flops = {name: [] for name in trainers}
     for name, trainer in trainers.items():
         for iterations in ITERATIONS:
@@ -250,20 +250,10 @@ def measure(args: Arguments) -> dict[str, dict]:
             compile_blocks(trainer.model)
             for iterations in ITERATIONS:
                 step(trainer, args, 0, iterations)  # nor is compilation
-    for repetition in tqdm(range(args.repetitions), desc="repetitions"):
-        for name, trainer in trainers.items():
-            for iterations in ITERATIONS:
-                start = now(args.device)
-                step(trainer, args, repetition, iterations)
-                times[name][iterations].append(now(args.device) - start)
-    rows, ceiling = {}, matmul_ceiling(args)
-    for name in trainers:
-        seconds = statistics.mean(statistics.median(values) for values in times[name].values())
-        work = statistics.mean(flops[name])
-        rows[name] = {
-            "seconds": seconds,
-            "fastest": statistics.mean(min(values) for values in times[name].values()),
-            "slowest": statistics.mean(max(values) for values in times[name].values()),
+    rows, ceiling = timed_steps(trainers, args, partial(now, args.device)), matmul_ceiling(args)
+    for name, row in rows.items():
+        seconds, work = row["seconds"], statistics.mean(flops[name])
+        row |= {
             "optimizer_seconds": optimizer_seconds(trainers[name].model, args.device),
             "tokens_per_second": args.batch_size * trainers[name].model.config.max_position_embeddings / seconds,
             "flops": work,
@@ -271,6 +261,22 @@ def measure(args: Arguments) -> dict[str, dict]:
             "parameters": trainers[name].model.num_parameters(),
         }
     return {"rows": rows, "matmul_flops_per_second": ceiling}
+
+
+def timed_steps(trainers: dict, args: Arguments, seconds: Callable[[], float]) -> dict[str, dict[str, float]]:
+    """Median, least and most `seconds` of a step of each trainer, which take turns; means over the iterations."""
+    times = {name: {n: [] for n in ITERATIONS} for name in trainers}
+    for repetition in tqdm(range(args.repetitions), desc="repetitions"):
+        for name, trainer in trainers.items():
+            for iterations in ITERATIONS:
+                start = seconds()
+                step(trainer, args, repetition, iterations)
+                times[name][iterations].append(seconds() - start)
+    columns = {"seconds": statistics.median, "fastest": min, "slowest": max}
+    return {
+        name: {column: statistics.mean(map(pick, by_iterations.values())) for column, pick in columns.items()}
+        for name, by_iterations in times.items()
+    }
 
 
 def optimizer_seconds(model, device: str) -> float:
