@@ -26,11 +26,10 @@ from judged_samples import (
     check_settings,
     cut,
     device_of,
+    markdown,
     measure_text,
     open_judge,
     open_model,
-    shown_perplexity,
-    timed_on,
 )
 
 
@@ -62,8 +61,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         reports[name] = report(model, tokenizer, judge, args)
         reports[name] |= {"name": name, "arguments": asdict(args), "provenance": provenance(device)}
         if PartialState().is_main_process:
-            write_report(folder / f"{name}.json", reports[name], markdown(reports[name]))
-            print(f"\n{markdown(reports[name])}\n{folder / name}.json, {folder / name}.md")
+            table = budget_table(reports[name]["rows"], name)
+            text = markdown(reports[name], f"{table}\n{model.num_parameters():,} parameters.\n")
+            write_report(folder / f"{name}.json", reports[name], text)
+            print(f"\n{text}\n{folder / name}.json, {folder / name}.md")
     return reports
 
 
@@ -93,25 +94,6 @@ def settings(args: EvaluationArguments, model: PreTrainedModel) -> list[dict]:
     reuses = args.reuse if model.config.num_fixed_point_layers else None
     choices = [[("reuse", value) for value in reuses or []], [("top_p", value) for value in args.top_p or []]]
     return [{**dict(pairs), **same} for pairs in product(*filter(None, choices))]
-
-
-def markdown(found: dict) -> str:
-    """The table and how it was made."""
-    lines = [budget_table(found["rows"], found["name"])]
-    first = found["rows"][0]
-    protocol, sampling = first["protocol"]["generative_perplexity"], first["sampling"]
-    if "text" in found:
-        text = found["text"]
-        shown = shown_perplexity(text)
-        lines.append(f"The text given: Gen. PPL {shown}, entropy {text['unigram_entropy']:.3f}.\n")
-    lines.append(
-        f"{found['parameters']:,} parameters. Gen. PPL ± standard error over texts: under {protocol['judge']}, mean "
-        f"over texts first (eq. 4); texts tokenized anew, special tokens {protocol['special_tokens']}, at most "
-        f"{protocol['max_length']} tokens. Each row: {protocol['num_samples']} texts of {sampling['length']} tokens, "
-        f"in batches of {sampling['batch_size']}. Entropy: nats, of the model's tokens. ms: generation only, "
-        f"on {timed_on(found['rows'])}.\n"
-    )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from fpmgm import convert_to_fixed_point
 from fpmgm.analysis import plot_similarity
@@ -21,18 +21,10 @@ from fpmgm.command_line import given, parse_arguments
 from fpmgm.conversion import PAPER_MAP, auto_layer_map
 from fpmgm.trainers import ConversionConfig, ConversionTrainer
 from fpmgm.trainers.lock import hold_folder
-from fpmgm.trainers.peft import LoraArguments, lora_config
-from fpmgm.trainers.run_record import Origin
-from image_data import CodesArguments, keep_preparation
+from fpmgm.trainers.peft import LoraArguments
+from image_data import CodesArguments
 from text_data import DataArguments
-from train_and_export import (
-    StartArguments,
-    describe_start,
-    load_model,
-    load_rows,
-    run_checkpoint,
-    train_with_before_and_after,
-)
+from train_and_export import Rows, StartArguments, go_on
 
 
 @dataclass
@@ -62,34 +54,17 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """Convert, adapt, evaluate, export; returns the metrics before and after."""
     types = (StartArguments, DataArguments, CodesArguments, ConvertArguments, LoraArguments, ConversionConfig)
     start, text, codes, convert, lora, args = parse_arguments(types, __doc__, argv)
+
+    def prepare(teacher: PreTrainedModel, rows: Rows) -> tuple[type, dict, dict]:
+        layer_map = choose_layers(convert, teacher, rows.validation, Path(args.output_dir))
+        set_seed(args.seed)  # before fresh weights are drawn
+        student = convert_to_fixed_point(
+            teacher, layer_map, initialize=convert.initialize, input_injection=convert.input_injection
+        )
+        return ConversionTrainer, {"model": student, "teacher": teacher}, {"initialize": convert.initialize}
+
     with hold_folder(args.output_dir, take=args.should_save):
-        return adapt(start, text, codes, convert, lora, args)
-
-
-def adapt(start, text, codes, convert, lora, args) -> dict[str, float]:
-    """[`main`], in a folder that is this run's alone."""
-    teacher, checkpoint = load_model(start.model_name_or_path, start.revision), run_checkpoint(args)
-    with args.main_process_first(desc="data"):
-        rows = load_rows(text, codes, teacher.config, start, checkpoint)
-    args.data_description = args.data_description or rows.description
-    keep_preparation(codes, args)
-    layer_map = choose_layers(convert, teacher, rows.validation, Path(args.output_dir))
-    set_seed(args.seed)  # before fresh weights are drawn
-    student = convert_to_fixed_point(
-        teacher, layer_map, initialize=convert.initialize, input_injection=convert.input_injection
-    )
-    options = {"start": describe_start(start.model_name_or_path, start.revision), "initialize": convert.initialize}
-    trainer = ConversionTrainer(
-        model=student,
-        args=args,
-        teacher=teacher,
-        train_dataset=rows.train,
-        eval_dataset=rows.validation,
-        processing_class=rows.tokenizer,
-        peft_config=lora_config(lora),
-        origin=Origin(rows.data, options, start.model_name_or_path),
-    )
-    return train_with_before_and_after(trainer, checkpoint, codes.words or text.words)
+        return go_on(start, text, codes, lora, args, prepare)
 
 
 def choose_layers(convert: ConvertArguments, teacher, blocks, folder: Path) -> dict[str, list[int]]:

@@ -188,7 +188,7 @@ def rows_table(rows: list[dict], names: list[str]) -> str:
         measures = [shown_perplexity(row), f"{row['unigram_entropy']:.3f}", f"{row['milliseconds_per_sequence']:.1f}"]
         lines.append([*(settings[name] for name in names), row["num_steps"], row["block_evaluations"], *measures])
     columns = [*names, "steps", "block evaluations", "Gen. PPL ↓", "entropy ↑", "ms per text"]
-    return f"{table(columns, lines)}\n\nms: generation only, on {timed_on(rows)}.\n"
+    return table(columns, lines) + "\n"
 
 
 def timed_on(rows: list[dict]) -> str:
@@ -202,16 +202,18 @@ def shown_perplexity(row: dict) -> str:
 
 
 def markdown(found: dict, rows: str) -> str:
-    """The table, human text, and how the numbers were made."""
+    """The table, the text given, and how the numbers were made."""
     row = found["rows"][0]
     protocol, sampling = row["protocol"]["generative_perplexity"], row["sampling"]
     lines = [rows]
     if "text" in found:
         text = found["text"]
-        lines.append(f"Human text: Gen. PPL {shown_perplexity(text)}, entropy {text['unigram_entropy']:.3f}.\n")
+        lines.append(f"The text given: Gen. PPL {shown_perplexity(text)}, entropy {text['unigram_entropy']:.3f}.\n")
     lines.append(
-        f"Gen. PPL ± standard error over texts: under {protocol['judge']}, mean over texts first (equation 4). Each "
-        f"row: {protocol['num_samples']} texts of {sampling['length']} tokens, the same seeds in all. Entropy: nats, "
-        f"of the model's tokens. `{found['provenance']['command']}`, on {found['provenance']['device']}.\n"
+        f"Gen. PPL ± standard error over texts: under {protocol['judge']}, mean over texts first (equation 4); "
+        f"special tokens {protocol['special_tokens']}, at most {protocol['max_length']} tokens. Each row: "
+        f"{protocol['num_samples']} texts of {sampling['length']} tokens, in batches of {sampling['batch_size']}, the "
+        f"same seeds in all. Entropy: nats, of the model's tokens. ms: generation only, on "
+        f"{timed_on(found['rows'])}. `{found['provenance']['command']}`, on {found['provenance']['device']}.\n"
     )
     return "\n".join(lines)

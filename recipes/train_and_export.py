@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What training recipes do around their trainer: start from a model, go on, evaluate, export."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -186,26 +187,32 @@ def post_train(
     types = (StartArguments, DataArguments, CodesArguments, LoraArguments, config_class)
     start, text, codes, lora, args = parse_arguments(types, description, argv)
     with hold_folder(args.output_dir, take=args.should_save):
-        return _post_train(trainer_class, start, text, codes, lora, args)
+        return go_on(start, text, codes, lora, args, lambda model, rows: (trainer_class, {"model": model}, {}))
 
 
-def _post_train(trainer_class, start: StartArguments, text, codes, lora, args) -> dict[str, float]:
+def go_on(
+    start: StartArguments, text: DataArguments, codes: CodesArguments, lora: LoraArguments, args: MGMTrainingConfig,
+    prepare: Callable[[PreTrainedModel, Rows], tuple[type[MGMTrainer], dict, dict]],
+) -> dict[str, float]:  # fmt: skip
+    """Train on from a model, in a folder that is this run's alone; returns the metrics before and after.
+
+    `prepare` makes of the model and the rows the trainer's class, what it takes beside the rows, and options that a
+    checkpoint records.
+    """
     model, checkpoint = load_model(start.model_name_or_path, start.revision), run_checkpoint(args)
     with args.main_process_first(desc="data"):
         rows = load_rows(text, codes, model.config, start, checkpoint)
     args.data_description = args.data_description or rows.description
     keep_preparation(codes, args)
+    trainer_class, taken, options = prepare(model, rows)
+    options["start"] = describe_start(start.model_name_or_path, start.revision)
     trainer = trainer_class(
-        model=model,
+        **taken,
         args=args,
         train_dataset=rows.train,
         eval_dataset=rows.validation,
         processing_class=rows.tokenizer,
         peft_config=lora_config(lora),
-        origin=Origin(
-            rows.data,
-            {"start": describe_start(start.model_name_or_path, start.revision)},
-            start.model_name_or_path,
-        ),
+        origin=Origin(rows.data, options, start.model_name_or_path),
     )
     return train_with_before_and_after(trainer, checkpoint, codes.words or text.words)

@@ -45,13 +45,10 @@ def train_row(plan: Plan, row: Row, folder: Path, device: str) -> Path:
     check_same_row(plan, row, export)
     if (export / "training.json").exists():
         return export
-    trainer_class, config_class = TRAINERS[row.trainer]
-    options = {"report_to": [], "disable_tqdm": False, "use_cpu": device == "cpu", "seed": row.seed}
-    args = config_class(output_dir=str(export), **{**options, **plan.training, **row.training})
-    texts = plan.texts(row)
+    args, texts = training_arguments(plan, row, export, device), plan.texts(row)
     set_seed(row.seed)  # before fresh weights are drawn
     model, teachers = start_model(plan, row, folder)
-    trainer = trainer_class(
+    trainer = TRAINERS[row.trainer][0](
         model=model,
         args=args,
         train_dataset=World(folder / "world", len(texts), skip=texts.start),
@@ -78,6 +75,12 @@ def train_row(plan: Plan, row: Row, folder: Path, device: str) -> Path:
     }
     write_report(export / "training.json", found)
     return export
+
+
+def training_arguments(plan: Plan, row: Row, export: Path, device: str) -> MGMTrainingConfig:
+    """Those of the row's trainer."""
+    options = {"report_to": [], "disable_tqdm": False, "use_cpu": device == "cpu", "seed": row.seed}
+    return TRAINERS[row.trainer][1](output_dir=str(export), **{**options, **plan.training, **row.training})
 
 
 def asked(plan: Plan, row: Row) -> dict:

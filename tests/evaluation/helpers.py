@@ -4,8 +4,10 @@
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from fpmgm import FPMDLMForMaskedDiffusion
 from fpmgm.data import train_tokenizer
 from fpmgm.evaluation import Judge
+from tests.testing_utils import tiny_model
 
 
 TEXTS = [
@@ -29,3 +31,9 @@ def tiny_judge(seed: int = 0, length: int = 24) -> Judge:
         )  # fmt: skip
         model = GPT2LMHeadModel(config)
     return Judge("tiny", model.double().eval(), tokenizer)
+
+
+def judged_model(seed: int = 0, **options) -> FPMDLMForMaskedDiffusion:
+    """A tiny model of the judge's tokens."""
+    tokenizer = tiny_judge().tokenizer
+    return tiny_model(seed, vocab_size=len(tokenizer), mask_token_id=tokenizer.mask_token_id, **options)

@@ -17,20 +17,8 @@ from tests.evaluation.helpers import tiny_judge
 from tests.testing_utils import tiny_image_model, tiny_model
 
 
-FEW = [
-    "--num_sequences",
-    "3",
-    "--batch_size",
-    "2",
-    "--num_steps",
-    "4",
-    "--lag_num_steps",
-    "4",
-    "6",
-    "--lags",
-    "1",
-    "2",
-]
+FEW = ["--num_sequences", "3", "--batch_size", "2", "--num_steps", "4"]
+FEW += ["--lag_num_steps", "4", "6", "--lags", "1", "2"]
 PICTURES = {"movement.png", "start_distances.png", "residuals.png", "lagged_divergence.png"}
 
 

@@ -2,17 +2,14 @@
 """The cost recipe as a person would use it."""
 
 import json
-from pathlib import Path
 
 import pytest
 import yaml
 
 import estimate_cost
 from fpmgm.analysis.cost import count_parameters
+from tests.recipes.options import RECIPES
 from tests.testing_utils import tiny_config
-
-
-RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 SHORT = ["--budgets", "24", "--batch_size", "64", "--gpus", "4"]

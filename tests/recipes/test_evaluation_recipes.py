@@ -19,25 +19,9 @@ import sweep
 import tune_sampling
 from fpmgm.evaluation import clearly_below, elbo_perplexity, perplexity_at_entropy
 from judged_samples import JudgedSamplesArguments, check_settings
-from tests.evaluation.helpers import tiny_judge
+from tests.evaluation.helpers import judged_model, tiny_judge
+from tests.recipes.options import RECIPES
 from tests.testing_utils import saved_adapter, tiny_model
-
-
-RECIPES = Path(__file__).parents[2] / "recipes"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Two models and a judge that share a tokenizer, and some text."""
-    folder, judge = tmp_path_factory.mktemp("evaluation"), tiny_judge(length=64)
-    sizes = {"vocab_size": len(judge.tokenizer), "mask_token_id": judge.tokenizer.mask_token_id}
-    for name, layers in (("fp", 1), ("plain", 0)):
-        tiny_model(num_fixed_point_layers=layers, **sizes).save_pretrained(folder / name)
-        judge.tokenizer.save_pretrained(folder / name)
-    judge.model.float().save_pretrained(folder / "judge")
-    judge.tokenizer.save_pretrained(folder / "judge")
-    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 10)
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -147,10 +131,8 @@ def test_what_a_later_model_or_setting_cannot_do_is_said_before_the_first_is_sam
     folder, tmp_path, recipe, options, message
 ):
     if not (folder / "deep").exists():
-        tokenizer = tiny_judge().tokenizer
-        sizes = {"vocab_size": len(tokenizer), "mask_token_id": tokenizer.mask_token_id}
-        tiny_model(num_pre_layers=9, **sizes).save_pretrained(folder / "deep")
-        tokenizer.save_pretrained(folder / "deep")
+        judged_model(num_pre_layers=9).save_pretrained(folder / "deep")
+        tiny_judge().tokenizer.save_pretrained(folder / "deep")
         (folder / "deep" / "model.safetensors").unlink()  # the weights are not read
     models = ["--model", str(folder / "fp"), *([] if recipe is tune_sampling else [str(folder / "deep")])]
     if options[0] == "--settings":

@@ -4,20 +4,16 @@
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
-
-RECIPES = Path(__file__).parents[2] / "recipes"
-sys.path.append(str(RECIPES))  # last: recipes/accelerate has the name of a package
-
-import train_owt  # noqa: E402
-from fpmgm.trainers.lock import hold_folder  # noqa: E402
-from tests.trainers import faults  # noqa: E402
+import train_owt
+from fpmgm.trainers.lock import hold_folder
+from tests.recipes.options import QUIET, SMALL, configured
+from tests.trainers import faults
 
 
 TEXT = "The quick brown fox jumps over the lazy dog, and over what else it finds.\n" * 200
@@ -25,14 +21,10 @@ MORE = "".join(f"Zebras {i} graze quietly beyond {i * 7} hills.\n" for i in rang
 
 
 def command(folder: Path, steps: int, *options: str) -> list[str]:
-    sizes = "--hidden_size 16 --num_attention_heads 2 --intermediate_size 32 --conditioning_size 8"
-    sizes += " --max_position_embeddings 16 --tokenizer_vocab_size 270 --per_device_train_batch_size 4"
-    quiet = (
-        "--use_cpu --disable_tqdm True --report_to none --warmup_steps 1 --eval_steps 2 --save_steps 2 --eval_blocks 4"
-    )
+    sizes = "--max_position_embeddings 16 --tokenizer_vocab_size 270 --per_device_train_batch_size 4"
+    every = "--warmup_steps 1 --eval_steps 2 --save_steps 2 --eval_blocks 4"
     paths = ["--text_files", str(folder / "text.txt"), "--output_dir", str(folder / "out"), "--max_steps", str(steps)]
-    config = ["--config", str(RECIPES / "configs/fp_mdlm_small.yaml")]
-    return [*config, *paths, *sizes.split(), *quiet.split(), *options]
+    return [*configured("fp_mdlm_small"), *paths, *SMALL, *sizes.split(), *QUIET, *every.split(), *options]
 
 
 @pytest.fixture

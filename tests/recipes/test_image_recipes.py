@@ -28,19 +28,12 @@ from fpmgm.models.modeling_vqgan import VQGANModel
 from tests.conversion.test_maskgit import CLASSES, CODES, SIDE, original_state
 from tests.conversion.test_mdlm import assert_equal_logits, explicit_model
 from tests.conversion.test_mdlm import original_state as mdlm_state
+from tests.recipes.options import QUIET, SHORT, configured
 from train_and_export import load_model
 
 
-RECIPES = Path(__file__).parents[2] / "recipes"
-
-
 SMALL = ["--hidden_size", "16", "--num_attention_heads", "2", "--intermediate_size", "24"]
-SHORT = "--warmup_steps 0 --eval_steps 1 --save_steps 1 --per_device_train_batch_size 4 --lr_scheduler_type constant"
-SHORT = f"{SHORT} --use_cpu --disable_tqdm True --report_to none --eval_num_draws 1".split()
-
-
-def yaml(name: str) -> list[str]:
-    return ["--config", str(RECIPES / f"configs/{name}.yaml")]
+FEW = [*SHORT, *QUIET, "--lr_scheduler_type", "constant"]
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +60,10 @@ def prepared(tmp_path_factory, pictures) -> tuple[str, str, str]:
     """Folders of codes, of an FP-MaskGIT and of a MaskGIT trained on them."""
     folder = tmp_path_factory.mktemp("images")
     source = ["--image_dir", pictures, "--tokenizer", write_tokenizer(folder / "vq", 0)]
-    data = ["--codes_dir", str(folder / "codes"), *SMALL, *SHORT, "--max_steps", "2"]
-    train_imagenette.main([*yaml("fp_maskgit_small"), *source, *data, "--output_dir", str(folder / "fp")])
+    data = ["--codes_dir", str(folder / "codes"), *SMALL, *FEW, "--max_steps", "2"]
+    train_imagenette.main([*configured("fp_maskgit_small"), *source, *data, "--output_dir", str(folder / "fp")])
     layers = ["--num_pre_layers", "4", "--output_dir", str(folder / "maskgit")]
-    train_imagenette.main([*yaml("maskgit_small"), *data, *layers])  # the codes are there by now
+    train_imagenette.main([*configured("maskgit_small"), *data, *layers])  # the codes are there by now
     return tuple(str(folder / name) for name in ("codes", "fp", "maskgit"))
 
 
@@ -90,7 +83,7 @@ def test_pictures_become_codes_and_a_model_that_loads(prepared):
 
 def test_training_goes_on_from_its_last_checkpoint(prepared, tmp_path):
     codes, folder, _ = prepared
-    argv = [*yaml("fp_maskgit_small"), "--codes_dir", codes, *SMALL, *SHORT, "--output_dir", str(tmp_path)]
+    argv = [*configured("fp_maskgit_small"), "--codes_dir", codes, *SMALL, *FEW, "--output_dir", str(tmp_path)]
     train_imagenette.main([*argv, "--max_steps", "1"])
     metrics = train_imagenette.main([*argv, "--max_steps", "2"])
     history = json.loads((tmp_path / "checkpoint-2/trainer_state.json").read_text())["log_history"]
@@ -116,7 +109,8 @@ def test_recipes_go_on_from_an_image_model_and_export_another(
     recipe, config, start, options, stacks, prepared, tmp_path
 ):
     codes, start = prepared[0], prepared[1 if start == "fp" else 2]
-    argv = [*yaml(config), "--codes_dir", codes, *SHORT, "--dataloader_num_workers", "0", *options, "--max_steps", "2"]
+    argv = [*configured(config), "--codes_dir", codes, *FEW, "--dataloader_num_workers", "0", *options]
+    argv += ["--max_steps", "2"]
     metrics = recipe.main([*argv, "--model_name_or_path", start, "--output_dir", str(tmp_path)])
     assert metrics["eval_loss"] < 2 * math.log(12)
     assert (tmp_path / "preparation.json").read_text() == (Path(codes) / "preparation.json").read_text()
@@ -147,9 +141,9 @@ def write_codes(folder: Path, rows: list[list[int]], labels: list[int], **change
 def test_an_original_maskgit_is_converted_on_codes_and_goes_on(tmp_path):
     torch.save({"model_state_dict": original_state(384, heads=6)}, tmp_path / "maskgit.pth")  # the tiny size's width
     codes = write_codes(tmp_path / "codes", [[i % CODES] * 9 for i in range(8)], [i % CLASSES for i in range(8)])
-    argv = ["--codes_dir", codes, *SHORT, "--model_name_or_path", str(tmp_path / "maskgit.pth"), "--max_steps", "1"]
+    argv = ["--codes_dir", codes, *FEW, "--model_name_or_path", str(tmp_path / "maskgit.pth"), "--max_steps", "1"]
     layers = ["--layer_map", "1/2/2", "--output_dir", str(tmp_path / "converted")]
-    assert math.isfinite(convert_mdlm.main([*yaml("convert_small"), *argv, *layers])["eval_loss"])
+    assert math.isfinite(convert_mdlm.main([*configured("convert_small"), *argv, *layers])["eval_loss"])
     assert AutoModel.from_pretrained(tmp_path / "converted").config.num_attention_heads == 6
     tuned = ["--output_dir", str(tmp_path / "tuned"), "--learning_rate", "1e-4"]
     assert math.isfinite(train_imagenette.main([*argv, *tuned])["eval_loss"])
@@ -184,7 +178,7 @@ def test_the_command_that_training_ends_with_draws_pictures(prepared, tmp_path):
 
 
 def test_training_says_how_to_draw(prepared, tmp_path, capsys):
-    argv = ["--codes_dir", prepared[0], *SHORT, "--model_name_or_path", prepared[1], "--max_steps", "1"]
+    argv = ["--codes_dir", prepared[0], *FEW, "--model_name_or_path", prepared[1], "--max_steps", "1"]
     train_imagenette.main([*argv, "--output_dir", str(tmp_path), "--learning_rate", "1e-4"])
     told = json.loads((tmp_path / "preparation.json").read_text())
     assert f"draw with: {train_imagenette.sampling_command(str(tmp_path), told)}\n" in capsys.readouterr().out
@@ -258,7 +252,7 @@ def check_sheet(sheet, rows: int) -> None:
 def test_codes_that_a_model_does_not_read_are_refused(prepared, tmp_path, pictures):
     codes, fp, _ = prepared
     rows, labels = [[0] * 16] * 2, [0, 1]
-    post = [*yaml("consistency_small"), *SHORT, "--max_steps", "1", "--output_dir", str(tmp_path / "out")]
+    post = [*configured("consistency_small"), *FEW, "--max_steps", "1", "--output_dir", str(tmp_path / "out")]
     sizes = {"grid_size": 4, "codebook_size": 12}
     other = write_codes(tmp_path / "four_classes", rows, labels, **sizes)
     with pytest.raises(ValueError, match=r"'num_classes': 2.*`codes_dir` has .*'num_classes': 4"):
@@ -280,7 +274,7 @@ def test_codes_that_a_model_does_not_read_are_refused(prepared, tmp_path, pictur
     with pytest.raises(ValueError, match=r"\{'hidden_size': 32\} is not what `model_name_or_path`"):
         train_imagenette.main([*post[2:], "--model_name_or_path", fp, "--codes_dir", codes, "--hidden_size", "32"])
 
-    fresh = [*yaml("fp_maskgit_small"), *SMALL, *post[2:], "--image_dir", pictures, "--codes_dir", codes]
+    fresh = [*configured("fp_maskgit_small"), *SMALL, *post[2:], "--image_dir", pictures, "--codes_dir", codes]
     with pytest.raises(ValueError, match="holds codes made with codebook="):
         train_imagenette.main([*fresh, "--tokenizer", write_tokenizer(tmp_path / "vq", 1)])
     with pytest.raises(ValueError, match="`tokenizer` is needed"):
@@ -294,6 +288,6 @@ def test_a_model_that_knows_other_classes_is_refused(prepared, tmp_path):
     folder = shutil.copytree(fp, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "id2label": {"0": "cat", "1": "ant"}}))
-    argv = [*yaml("sdtt_small"), *SHORT, "--codes_dir", codes, "--output_dir", str(tmp_path / "out")]
+    argv = [*configured("sdtt_small"), *FEW, "--codes_dir", codes, "--output_dir", str(tmp_path / "out")]
     with pytest.raises(ValueError, match=r"knows the classes \['cat', 'ant'\], but `codes_dir` \['ant', 'cat'\]"):
         distill_sdtt.main([*argv, "--model_name_or_path", str(folder)])

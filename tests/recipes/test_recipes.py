@@ -32,31 +32,13 @@ from fpmgm.data import load_text, train_tokenizer
 from fpmgm.trainers import ConsistencyConfig, ConversionConfig, ImageTokenizerConfig, MGMTrainingConfig, SDTTConfig
 from fpmgm.trainers.peft import LoraArguments
 from image_data import CodesArguments, PictureArguments
+from tests.recipes.options import QUIET, RECIPES, SHORT, SMALL, configured
 from tests.testing_utils import tiny_config, tiny_image_model, tiny_image_tokenizer, tiny_model
 from text_data import DataArguments, PromptArguments
 from train_and_export import OptionalStartArguments, StartArguments
 
 
-RECIPES, DOCS = (Path(__file__).parents[2] / name for name in ("recipes", "docs"))
-
-
-SMALL = ["--hidden_size", "16", "--num_attention_heads", "2", "--intermediate_size", "32", "--conditioning_size", "8"]
-SMALL += ["--eval_num_draws", "1"]
-SHORT = [
-    "--max_steps",
-    "2",
-    "--warmup_steps",
-    "0",
-    "--eval_steps",
-    "1",
-    "--save_steps",
-    "1",
-    "--per_device_train_batch_size",
-    "4",
-    "--eval_num_draws",
-    "1",
-]
-QUIET = ["--use_cpu", "--disable_tqdm", "True", "--report_to", "none"]
+DOCS = RECIPES.parent / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -135,18 +117,10 @@ def test_every_launch_configuration_is_read_by_accelerate(config):
 
 def test_training_goes_on_from_its_last_checkpoint_and_the_result_can_be_sampled(tmp_path, text_file, capsys):
     folder = tmp_path / "model"
-    argv = ["--config", str(RECIPES / "configs/fp_mdlm_small.yaml"), "--text_files", text_file, *SMALL, *QUIET]
-    argv += [
-        "--tokenizer_vocab_size",
-        "280",
-        "--max_position_embeddings",
-        "16",
-        "--warmup_steps",
-        "1",
-        "--save_steps",
-        "2",
-    ]
-    argv += ["--eval_steps", "2", "--per_device_train_batch_size", "4", "--output_dir", str(folder)]
+    argv = [*configured("fp_mdlm_small"), "--text_files", text_file, *SMALL, *QUIET]
+    argv += ["--tokenizer_vocab_size", "280", "--max_position_embeddings", "16", "--warmup_steps", "1"]
+    argv += ["--save_steps", "2", "--eval_steps", "2", "--per_device_train_batch_size", "4"]
+    argv += ["--output_dir", str(folder)]
     train_owt.main([*argv, "--max_steps", "2"])
     said = capsys.readouterr().out
     assert "tokenizer: trained here on 1 local file(s), 280 tokens" in said
@@ -182,7 +156,7 @@ def test_training_goes_on_from_its_last_checkpoint_and_the_result_can_be_sampled
 
 def test_an_adapter_is_trained_on_a_model_folder_and_can_be_sampled(tmp_path, text_file):
     data = ["--text_files", text_file, "--per_device_train_batch_size", "4", "--warmup_steps", "0", *QUIET]
-    fresh = ["--config", str(RECIPES / "configs/fp_mdlm_small.yaml"), *SMALL, "--max_position_embeddings", "16", *data]
+    fresh = [*configured("fp_mdlm_small"), *SMALL, "--max_position_embeddings", "16", *data]
     base, adapter = str(tmp_path / "base"), str(tmp_path / "adapter")
     train_owt.main([*fresh, "--tokenizer_vocab_size", "280", "--max_steps", "2", "--output_dir", base])
     start = ["--model_name_or_path", base, "--tokenizer", base, *data, "--output_dir", adapter, "--max_steps", "2"]
@@ -246,7 +220,7 @@ def test_the_quickstart_tells_stories_and_trains_a_model_that_loads(tmp_path, te
 def test_a_text_too_short_for_a_block_is_refused(tmp_path):
     path = tmp_path / "short.txt"
     path.write_text("Too short. " * 12)
-    argv = ["--config", str(RECIPES / "configs/fp_mdlm_small.yaml"), "--text_files", str(path), *SMALL, *QUIET]
+    argv = [*configured("fp_mdlm_small"), "--text_files", str(path), *SMALL, *QUIET]
     argv += ["--output_dir", str(tmp_path / "out"), "--max_position_embeddings", "1024"]
     with pytest.raises(ValueError, match="shorter than one block of `length`=1024"):
         train_owt.main([*argv, "--tokenizer_vocab_size", "258"])
@@ -261,9 +235,9 @@ def test_model_arguments_are_the_architectures_own_fields():
 @pytest.fixture(scope="module")
 def mdlm(tmp_path_factory, text_file) -> str:
     folder = str(tmp_path_factory.mktemp("mdlm"))
-    argv = ["--config", str(RECIPES / "configs/mdlm_small.yaml"), "--text_files", text_file, *SMALL, *QUIET]
+    argv = [*configured("mdlm_small"), "--text_files", text_file, *SMALL, *QUIET]
     argv += ["--tokenizer_vocab_size", "280", "--max_position_embeddings", "16", "--num_pre_layers", "4"]
-    train_owt.main([*argv, *SHORT, "--output_dir", folder])
+    train_owt.main([*argv, *SHORT, "--max_steps", "2", "--output_dir", folder])
     return folder
 
 
@@ -281,7 +255,7 @@ def mdlm(tmp_path_factory, text_file) -> str:
 def test_recipes_go_on_from_a_model_folder_and_export_another(
     recipe, config, options, tmp_path, mdlm, text_file, capsys
 ):
-    argv = ["--config", str(RECIPES / f"configs/{config}.yaml"), "--text_files", text_file, *QUIET, *SHORT]
+    argv = [*configured(config), "--text_files", text_file, *QUIET, *SHORT, "--max_steps", "2"]
     argv += ["--model_name_or_path", mdlm, "--output_dir", str(tmp_path), *options]
     metrics = recipe.main(argv)
     again = recipe.main(argv)  # nothing is left to do
@@ -303,7 +277,7 @@ def test_pictures_train_a_tokenizer_that_encodes_them(tmp_path, capsys):
                 tmp_path / "pictures" / split / name / f"{i}.png"
             )
     source = ["--image_dir", str(tmp_path / "pictures")]
-    argv = ["--config", str(RECIPES / "configs/vq_small.yaml"), *source, "--output_dir", str(tmp_path / "vq"), *QUIET]
+    argv = [*configured("vq_small"), *source, "--output_dir", str(tmp_path / "vq"), *QUIET]
     argv += ["--image_size", "16", "--codebook_size", "16", "--max_steps", "1", "--per_device_train_batch_size", "2"]
     metrics = train_vq.main(argv)
     assert f"PSNR {metrics['eval_psnr']:.2f} dB on 4 held-out pictures" in capsys.readouterr().out

@@ -9,24 +9,11 @@ from transformers import AutoModel, AutoTokenizer
 
 import sample
 import train_sft
+from tests.recipes.options import QUIET, SHORT, SMALL, configured
 
 
-ROOT = Path(__file__).parents[2]
 WORDS = ("stone", "river", "light", "cloud", "bread", "house", "paper", "green")
-SMALL = ["--hidden_size", "16", "--num_attention_heads", "2", "--intermediate_size", "32", "--conditioning_size", "8"]
-SHORT = [
-    "--lr_scheduler_type",
-    "constant",
-    "--warmup_steps",
-    "0",
-    "--eval_steps",
-    "2",
-    "--save_steps",
-    "2",
-    "--per_device_train_batch_size",
-    "4",
-]
-QUIET = ["--eval_num_draws", "1", "--use_cpu", "--disable_tqdm", "True", "--report_to", "none"]
+EVERY_TWO = [*SHORT, *QUIET, "--lr_scheduler_type", "constant", "--eval_steps", "2", "--save_steps", "2"]
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 CHAT += "{% if add_generation_prompt %}<assistant>{% endif %}"
 
@@ -39,15 +26,7 @@ def write(path: Path, rows: list[dict]) -> str:
 def test_answers_are_learned_from_a_file_and_from_conversations_and_a_run_goes_on(tmp_path, capsys):
     file = write(tmp_path / "answers.jsonl", [{"prompt": f"{word}>", "completion": word[::-1]} for word in WORDS * 3])
     folder = tmp_path / "model"
-    argv = [
-        "--config",
-        str(ROOT / "recipes/configs/sft_small.yaml"),
-        "--text_files",
-        file,
-        "--output_dir",
-        str(folder),
-    ]
-    argv += [*SMALL, *SHORT, *QUIET]
+    argv = [*configured("sft_small"), "--text_files", file, "--output_dir", str(folder), *SMALL, *EVERY_TWO]
     train_sft.main([*argv, "--max_steps", "2"])
     said = capsys.readouterr().out
     assert "tokenizer: trained here on 1 local file(s), 258 tokens" in said
@@ -74,7 +53,7 @@ def test_answers_are_learned_from_a_file_and_from_conversations_and_a_run_goes_o
     ]
     held_out = write(tmp_path / "held_out.jsonl", talk[:2])
     talks = ["--text_files", write(tmp_path / "talks.jsonl", talk), "--eval_text_files", held_out]
-    start = ["--model_name_or_path", str(folder), *talks, *SHORT, *QUIET, "--max_steps", "1"]
+    start = ["--model_name_or_path", str(folder), *talks, *EVERY_TWO, "--max_steps", "1"]
     train_sft.main([*start, "--use_peft", "--lora_r", "2", "--output_dir", str(tmp_path / "adapter")])
     said = capsys.readouterr().out
     assert "data: 8 rows of at most 64 tokens to train on, 2 rows to validate on" in said
@@ -87,13 +66,6 @@ def test_files_without_answers_are_refused(tmp_path):
         ([{"prompt": "a", "completion": ""}] * 9, "row 0 of the training data: `completion` is empty"),
         ([{"prompt": "a", "completion": "b"}], "too few to hold some out"),
     ):
-        argv = [
-            "--config",
-            str(ROOT / "recipes/configs/sft_small.yaml"),
-            "--text_files",
-            write(tmp_path / "a.jsonl", rows),
-        ]
+        argv = [*configured("sft_small"), "--text_files", write(tmp_path / "a.jsonl", rows), *SMALL, *EVERY_TWO]
         with pytest.raises(ValueError, match=message):
-            train_sft.main(
-                [*argv, *SMALL, *SHORT, *QUIET, "--max_steps", "1", "--output_dir", str(tmp_path / "model")]
-            )
+            train_sft.main([*argv, "--max_steps", "1", "--output_dir", str(tmp_path / "model")])

@@ -17,6 +17,7 @@ from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedTok
 import budget_report
 import sample_world
 import train_judge
+from fpmgm import FPMDLMConfig
 from fpmgm.evaluation import load_judge
 from study import release, run, train
 from study.plan import load_plan
@@ -154,8 +155,15 @@ def test_the_command_for_a_gpu_goes_on_like_the_study(studied, truth):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "| CoFRe |" in done.stdout
-    load_plan(TINY.parent / "gpu.yaml")
-    load_plan(TINY.parent / "small.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(TINY.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_plans_that_are_here_describe_runs(path, tmp_path):
+    plan = load_plan(path)
+    for row in plan.rows:
+        train.training_arguments(plan, row, tmp_path, "cpu")
+        if row.trainer != "conversion":
+            FPMDLMConfig(**{**plan.model, **row.model})
 
 
 @pytest.mark.slow

@@ -13,28 +13,7 @@ import sweep
 from fpmgm.data import load_text, pack
 from fpmgm.evaluation import NGramJudge, clearly_below, unigram_entropy
 from fpmgm.models.budget import ALLOCATIONS, plan_budget
-from tests.evaluation.helpers import tiny_judge
-from tests.testing_utils import tiny_model
-
-
-def model_of(seed: int, **options):
-    """A tiny model of the judge's tokenizer."""
-    tokenizer = tiny_judge().tokenizer
-    return tiny_model(seed, vocab_size=len(tokenizer), mask_token_id=tokenizer.mask_token_id, **options)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Two models with one tokenizer, a third with another, and some text."""
-    folder, tokenizer = tmp_path_factory.mktemp("sweeps"), tiny_judge().tokenizer
-    for name, layers in (("fp", 1), ("plain", 0)):
-        model_of(0, num_fixed_point_layers=layers).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    shutil.copytree(folder / "fp", folder / "other")
-    tokenizer.add_tokens(["fox"])
-    tokenizer.save_pretrained(folder / "other")
-    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 20)
-    return folder
+from tests.evaluation.helpers import judged_model, tiny_judge
 
 
 def arguments(folder: Path, output: Path, *extra: str) -> list[str]:
@@ -68,7 +47,7 @@ def test_plans_are_rows_of_steps_and_iterations_that_the_budget_pays(folder, tmp
         assert row["block_evaluations"] == row["num_steps"] * (2 + row["iterations"][0])
     assert (tmp_path / "plans.png").stat().st_size > 1000
     written = (tmp_path / "plans.md").read_text()
-    assert written in capsys.readouterr().out and "Human text: Gen. PPL" in written and "text.txt" in written
+    assert written in capsys.readouterr().out and "The text given: Gen. PPL" in written and "text.txt" in written
 
 
 def test_allocations_are_compared_at_equal_budget(folder, tmp_path):
@@ -167,7 +146,7 @@ def test_the_best_gammas_are_written_if_new_texts_agree_and_generate_uses_them(
 
 
 def test_checkpoints_are_judged_with_the_weights_that_they_would_export(folder, tmp_path):
-    models = {step: model_of(step) for step in (2, 10, 12)}
+    models = {step: judged_model(step) for step in (2, 10, 12)}
     for step, model in models.items():
         checkpoint = tmp_path / "run" / f"checkpoint-{step}"
         shutil.copytree(folder / "fp", checkpoint)

@@ -79,16 +79,8 @@ def test_sampling_needs_neither_bos_nor_eos(tmp_path):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token="<mask>").save_pretrained(tmp_path)
     tiny_model().save_pretrained(tmp_path)
-    options = [
-        "--model",
-        str(tmp_path),
-        "--budget",
-        "12",
-        "--device",
-        "cpu",
-        "--output",
-        str(tmp_path / "texts.jsonl"),
-    ]
+    options = ["--model", str(tmp_path), "--budget", "12", "--device", "cpu"]
+    options += ["--output", str(tmp_path / "texts.jsonl")]
     (text,) = sample.main([*options, "--prompt", "a b <|mask|*2> c"])
     assert len(text.split()) == 5 and text.split()[:2] == ["a", "b"] and text.split()[-1] == "c"
     saved = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -2,7 +2,6 @@
 """Training that is cut off while it writes, in processes of its own, for `test_checkpoints.py`.
 
 python -m tests.trainers.faults at-each-write FOLDER
-python -m tests.trainers.faults at-random-times FOLDER
 python -m torch.distributed.run --nproc_per_node 2 --module tests.trainers.faults on-one-rank FOLDER
 """
 
@@ -10,11 +9,9 @@ import errno
 import itertools
 import json
 import os
-import random
 import shutil
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -147,29 +144,6 @@ def killed_at_each_write(folder: Path) -> list[dict]:
         left.append(state_of(folder / "killed"))
 
 
-def killed_at_random_times(folder: Path) -> list[dict]:
-    """Killed again and again until a run comes to its end."""
-    arguments = {
-        "max_steps": 60, "save_steps": 2, "save_total_limit": 2, "logging_steps": 3, "gradient_accumulation_steps": 2,
-        "eval_strategy": "steps", "eval_steps": 4, "eval_dataset": token_rows(5, seed=1),
-    }  # fmt: skip
-    clock = time.monotonic()
-    finish(start(train, folder / "straight", **arguments))
-    two_steps = (time.monotonic() - clock) / 30
-    draw, left = random.Random(0), []
-    while True:
-        # By checkpoints and not by the clock: as many kills on a fast machine as on a slow one.
-        target = newest(folder / "killed") + draw.randrange(0, 14, 2)
-        pid = start(train, folder / "killed", **arguments)
-        while is_running(pid) and newest(folder / "killed") < target:
-            time.sleep(two_steps / 20)
-        time.sleep(draw.uniform(0, 2 * two_steps))
-        os.kill(pid, signal.SIGKILL)
-        if finish(pid) == 0:
-            return left
-        left.append(state_of(folder / "killed"))
-
-
 def failed_on_one_rank(folder: Path) -> None:
     """The second rank cannot write the second checkpoint; started again, it can."""
     arguments = {"save_steps": 2, "save_total_limit": 1, "ddp_backend": "gloo"}
@@ -187,9 +161,8 @@ def main() -> None:
     way, folder = sys.argv[1], Path(sys.argv[2])
     if way == "on-one-rank":
         failed_on_one_rank(folder)
-        return
-    left = {"at-each-write": killed_at_each_write, "at-random-times": killed_at_random_times}[way](folder)
-    (folder / "left.json").write_text(json.dumps(left))
+    else:
+        (folder / "left.json").write_text(json.dumps(killed_at_each_write(folder)))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from .reference import (
     recorded,
     with_weights,
 )
-from .training_utils import MASK, make_trainer, token_rows, training_model, weights
+from .training_utils import MASK, PlannedTrainer, make_trainer, token_rows, training_model, weights
 
 
 EXPLICIT = {"num_pre_layers": 2, "num_fixed_point_layers": 0, "num_post_layers": 1}
@@ -206,20 +206,9 @@ def test_adapters_train_alone(tmp_path):
 # --- the stopping rule -----------------------------------------------------------------------------------------------
 
 
-class Planned(ConsistencyTrainer):
-    """Evaluations give the perplexities `planned` by step."""
-
-    planned: dict[int, float] = {}
-
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics[f"{metric_key_prefix}_perplexity"] = self.planned[self.state.global_step]
-        return output
-
-
-def planned_trainer(folder, planned, **arguments) -> Planned:
+def planned_trainer(folder, planned, **arguments) -> PlannedTrainer:
     defaults = {"max_steps": 6, "eval_dataset": token_rows(4), "eval_steps": 1, "ema_decay": 0.5}
-    trainer = make_trainer(folder, None, Planned, ConsistencyConfig, **{**defaults, **arguments})
+    trainer = make_trainer(folder, None, PlannedTrainer, ConsistencyConfig, **{**defaults, **arguments})
     trainer.planned = planned
     return trainer
 

@@ -23,18 +23,7 @@ from fpmgm.trainers import (
 
 from .same_run import contents, differences
 from .test_image_tokenizer_trainer import tokenizer_trainer
-from .training_utils import CallOnce, make_trainer, token_rows, training_model
-
-
-class PlannedTrainer(ConsistencyTrainer):
-    """Its evaluations give planned perplexities by step, and the first a number of its own each time."""
-
-    planned, before = {}, [100.0]
-
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics[f"{metric_key_prefix}_perplexity"] = self.planned[self.state.global_step]
-        return output
+from .training_utils import CallOnce, PlannedTrainer, make_trainer, token_rows, training_model
 
 
 EXPLICIT = {"num_pre_layers": 4, "num_fixed_point_layers": 0, "num_post_layers": 0}

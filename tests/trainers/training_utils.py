@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from fpmgm import FPMDLMForMaskedDiffusion
-from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
+from fpmgm.trainers import ConsistencyTrainer, MGMTrainer, MGMTrainingConfig
 
 from ..testing_utils import tiny_model
 
@@ -108,6 +108,17 @@ def record_calls(model: nn.Module) -> list[tuple[dict, object]]:
 
     model.register_forward_hook(hook, with_kwargs=True)
     return calls
+
+
+class PlannedTrainer(ConsistencyTrainer):
+    """Its evaluations give the perplexities `planned` by step."""
+
+    planned: dict[int, float] = {}
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics[f"{metric_key_prefix}_perplexity"] = self.planned[self.state.global_step]
+        return output
 
 
 class RecordWeights(TrainerCallback):
