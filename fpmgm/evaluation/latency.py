@@ -61,12 +61,16 @@ def measure_latency(
     }
     store = ResultStore(cache_dir, protocol)
 
+    def timed(batch: int) -> float:
+        rows = range(batch * batch_size, (batch + 1) * batch_size)
+        return timed_batch(model, seed, rows, length, options)["seconds"]
+
     def run(index: int) -> list[float]:
         if not warm:
             for batch in range(warmup_batches):
-                timed_batch(model, _seeds(seed, timed_batches + batch, batch_size), length, options)
+                timed(timed_batches + batch)
             warm.append(True)
-        return [timed_batch(model, _seeds(seed, index, batch_size), length, options)["seconds"]]
+        return [timed(index)]
 
     warm: list[bool] = []
     keys = [str(index) for index in range(timed_batches)]
@@ -78,7 +82,3 @@ def measure_latency(
         "seconds_per_sequence": statistics.mean(seconds) / batch_size,
         "protocol": {**protocol, "timed_batches": timed_batches},
     }
-
-
-def _seeds(seed: int, batch: int, batch_size: int) -> list[int]:
-    return [(seed << 32) + row for row in range(batch * batch_size, (batch + 1) * batch_size)]

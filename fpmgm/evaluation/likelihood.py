@@ -102,7 +102,7 @@ def elbo_draws(
     check_whole("batch_size", batch_size, minimum=1, unit="sequences")
     if num_draws is not None:
         check_whole("num_draws", num_draws, minimum=1, unit="passes")
-    num_iterations = _iterations(num_iterations, model.config)
+    num_iterations = check_iterations("num_iterations", num_iterations, model.config)
     protocol = {
         "metric": "negative ELBO per token",
         "model": model.name_or_path,
@@ -156,16 +156,15 @@ def _check_rows(rows: list[list[int]], scored: list[list[bool]], config) -> None
             )
 
 
-def _iterations(num_iterations: int | None, config) -> int | None:
+def check_iterations(name: str, iterations: int | None, config) -> int | None:
+    """Fixed-point iterations, which messages call `name`; `None`: the configuration's, or none without such layers."""
     if config.num_fixed_point_layers == 0:
-        if num_iterations is not None:
-            raise ValueError(
-                f"`num_iterations`={num_iterations}, but the model has no fixed-point layers: leave it out."
-            )
+        if iterations is not None:
+            raise ValueError(f"`{name}`={iterations!r}, but the model has no fixed-point layers: leave it out.")
         return None
-    if num_iterations is None:
+    if iterations is None:
         return config.num_fixed_point_iterations
-    return check_whole("num_iterations", num_iterations, minimum=1, unit="fixed-point iterations")
+    return check_whole(name, iterations, minimum=1, unit="fixed-point iterations")
 
 
 def _draws_needed(nats: torch.Tensor, lengths: torch.Tensor) -> int:

@@ -92,8 +92,8 @@ def sample_sequences(
 
     def run(index: int) -> list[dict]:
         ran.append(index)
-        seeds = [(seed << 32) + row for row in range(*spans[index])]
-        return [{**timed_batch(model, seeds, length, options), "warms_up": len(ran) == 1}]
+        batch = timed_batch(model, seed, range(*spans[index]), length, options)
+        return [{**batch, "warms_up": len(ran) == 1}]
 
     title = f"sampling {', '.join(f'{name} {value}' for name, value in options.items())}"
     found = finish(store, [[key] for key in keys], run, title if progress_bar else None)
@@ -173,9 +173,13 @@ def of_one_length(model: PreTrainedModel, options: dict[str, Any]) -> dict[str, 
     return {**options, "stop_at_eos": False} if getattr(model.generation_config, "stop_at_eos", False) else options
 
 
-def timed_batch(model: PreTrainedModel, seeds: list[int], length: int | None, options: dict[str, Any]) -> dict:
-    """One call of `generate` by the clock, as plain values: from masked ids to the last token, nothing else."""
-    options = of_one_length(model, options)
+def timed_batch(
+    model: PreTrainedModel, seed: int, rows: range, length: int | None, options: dict[str, Any]
+) -> dict[str, Any]:
+    """One call of `generate` by the clock, as plain values: from masked ids to the last token, nothing else.
+
+    Each of the `rows` of all that is sampled from `seed` has a seed of its own, whatever the batches."""
+    options, seeds = of_one_length(model, options), [(seed << 32) + row for row in rows]
     _wait(model.device)
     start = time.perf_counter()
     out = model.generate(batch_size=len(seeds), length=length, seed=seeds, return_dict_in_generate=True, **options)

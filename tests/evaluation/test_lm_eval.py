@@ -18,27 +18,22 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.tasks import TaskManager
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from fpmgm.data import train_tokenizer
 from fpmgm.evaluation.lm_eval import MGMLM, PROTOCOLS, loading, make_table, scoring
 from fpmgm.evaluation.lm_eval.__main__ import main
 from fpmgm.models.noise import stream_generator
 
-from ..testing_utils import tiny_model
+from ..testing_utils import tiny_model, word_tokenizer
 
 
 EOS, MASK = 0, 10
 WORDS = "abcdefghi"  # ids 1 … 9
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer():
     """One token per letter."""
-    vocabulary = {"<eos>": EOS, "<mask>": MASK, **{word: i for i, word in enumerate(WORDS, 1)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", mask_token="<mask>")
+    return word_tokenizer(["<eos>", *WORDS, "<mask>"], eos_token="<eos>", mask_token="<mask>")
 
 
 def evaluated(model=None, **arguments) -> MGMLM:
@@ -353,7 +348,7 @@ def merged(model):
 def test_a_tokenizer_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"`tokenizer` has 11 tokens, the model's `vocab_size` is 7"):
         evaluated(tiny_model(vocab_size=7, mask_token_id=6))
-    with pytest.raises(ValueError, match=r"`iterations`=3 is for fixed-point layers"):
+    with pytest.raises(ValueError, match="`iterations`=3, but the model has no fixed-point layers"):
         evaluated(tiny_model(num_fixed_point_layers=0), iterations=3)
 
 

@@ -198,11 +198,11 @@ def test_a_difference_counts_beyond_two_standard_errors():
 def test_latency_leaves_out_the_warm_up_and_an_interruption_repeats_no_timed_batch(tmp_path, monkeypatch):
     model, clock, runs = tiny_model(), iter(range(1, 99)), []
 
-    def timed(model, seeds, length, options):
+    def timed(model, seed, rows, length, options):
         if len(runs) == 6 and not stopped:
             stopped.append(True)
             raise KeyboardInterrupt
-        runs.append(tuple(seeds))
+        runs.append(rows)
         return {"seconds": float(next(clock))}
 
     stopped = [True]
@@ -212,7 +212,7 @@ def test_latency_leaves_out_the_warm_up_and_an_interruption_repeats_no_timed_bat
     assert found["seconds_per_sequence"] == found["seconds_per_batch"] / 4
     assert found["seconds_per_batch_standard_error"] == pytest.approx(np.std([3, 4, 5, 6, 7], ddof=1) / 5**0.5)
     assert found["protocol"]["options"] == {"budget": 12} and found["protocol"]["warmup_batches"] == 2
-    assert len(set(runs)) == 7 and all(len(seeds) == 4 for seeds in runs)
+    assert len(set(runs)) == 7 and all(len(rows) == 4 for rows in runs)
 
     straight = runs[2:]
     del runs[:], stopped[:]

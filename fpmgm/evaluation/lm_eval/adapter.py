@@ -24,6 +24,7 @@ from transformers.utils import logging
 from ...models.budget import check_whole
 from ...models.noise import stream_generator
 from ...models.text_input import boundary_ids, encode_marked, encode_text, tokenizer_contents
+from ..likelihood import check_iterations
 from ..samples import check_setting, sampling_protocol
 from ..store import code, digest
 from .chat import render_chat
@@ -31,7 +32,6 @@ from .loading import (
     DEFAULT_BATCH_SIZE,
     check_batch_size,
     check_device,
-    check_iterations,
     check_max_length,
     check_seed,
     check_tokenizer,
@@ -132,7 +132,7 @@ class MGMLM(TemplateLM):
         self.tokenizer = load_tokenizer(tokenizer, pretrained, revision, trust_remote_code)
         check_tokenizer(self.tokenizer, self.model.config, self.protocol.joint)
         self.max_length = check_max_length(max_length, self.model.config)
-        self.iterations = check_iterations(iterations, self.model.config)
+        self.iterations = check_iterations("iterations", iterations, self.model.config)
         self.denoiser = Denoiser(self.model, self.iterations)
         generation = {"budget": budget, "num_steps": num_steps, "reuse": reuse}
         self.generation = {name: value for name, value in generation.items() if value is not None}

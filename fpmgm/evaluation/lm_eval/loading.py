@@ -117,17 +117,6 @@ def check_max_length(max_length: int | None, config) -> int:
     return max_length
 
 
-def check_iterations(iterations: int | None, config) -> int | None:
-    """Fixed-point iterations; `None`: the configuration's, or none without fixed-point layers."""
-    if config.num_fixed_point_layers == 0:
-        if iterations is not None:
-            raise ValueError(f"`iterations`={iterations} is for fixed-point layers, which the model has not: omit it.")
-        return None
-    if iterations is None:
-        return config.num_fixed_point_iterations
-    return check_whole("iterations", iterations, minimum=1, unit="fixed-point iterations")
-
-
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config, needs_eos: bool) -> None:
     """Whether the tokenizer fits the model."""
     if len(tokenizer) > config.vocab_size:
