@@ -46,6 +46,7 @@ from fpmgm.evaluation.report import short_names, table, write_report
 from fpmgm.evaluation.store import ResultStore, configuration, digest, fingerprint, finish
 from fpmgm.models.reuse import REUSE_STATES, REUSES
 from fpmgm.models.text_input import read_tokenizer
+from judged_samples import device_of
 
 
 STATES = {"changed": "newly revealed", "masked": "still masked", "unchanged": "visible", "remasked": "masked again"}
@@ -96,8 +97,7 @@ class AnalysisArguments:
 def main(argv: list[str] | None = None) -> dict:
     """Measure, draw; returns what the JSON file holds."""
     (args,) = parse_arguments((AnalysisArguments,), __doc__, argv)
-    state = PartialState(cpu=args.device == "cpu")
-    device, folder = args.device or str(state.device), Path(args.output_dir)
+    device, folder = device_of(args), Path(args.output_dir)
     names = short_names("model", args.model)
     opened = (AutoModel.from_pretrained(path).to(device).eval() for path in args.model)
     models = dict(zip(names, opened, strict=True))
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> dict:
             "similarity": rounded(similarities[name]),
             "boundary": strongest_boundary(similarities[name]),
         }
-    if state.is_main_process:
+    if PartialState().is_main_process:
         write_report(folder / "analysis.json", found, markdown(found))
         draw(folder, models, solvers, divergences, similarities, args)
         print(f"\n{markdown(found)}\n{folder}/analysis.json and pictures")

@@ -136,7 +136,6 @@ class CostArguments:
     sampling_batch_size: int = field(default=1, metadata={"help": "Sequences sampled at once."})
     vocab_size: int = field(default=50258, metadata={"help": "For a YAML whose tokenizer has a name: GPT-2's."})
     json: bool = field(default=False, metadata={"help": "Print JSON, with every number, instead of tables."})
-    plain: bool = field(default=False, metadata={"help": "Print tables for a terminal instead of Markdown."})
 
     def __post_init__(self):
         for name in ("gpus", "batch_size", "sampling_batch_size", "length", "steps"):
@@ -170,8 +169,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if args.json:
         print(json.dumps({"arguments": asdict(args), "hardware": hardware._asdict(), "models": estimates}, indent=1))
     else:
-        show = plain if args.plain else table
-        print("\n\n".join("\n\n".join([f"## {e['model']}", *tables(e, args, show)]) for e in estimates))
+        print("\n\n".join("\n\n".join([f"## {e['model']}", *tables(e, args)]) for e in estimates))
     return estimates
 
 
@@ -371,7 +369,7 @@ def sampling(
 # --- the tables ---------------------------------------------------------------------------------------------------
 
 
-def tables(found: dict, args: CostArguments, show) -> list[str]:
+def tables(found: dict, args: CostArguments) -> list[str]:
     """The sections of one model's report."""
     parameters = {name: n for name, n in found["parameters"].items() if n}
     step, gib = found["step"], 2**30
@@ -418,24 +416,17 @@ def tables(found: dict, args: CostArguments, show) -> list[str]:
     cost = [] if args.price is None else ["cost"]
     return [
         "Parameters (exact)",
-        show(list(parameters), [[f"{n:,}" for n in parameters.values()]]),
+        table(list(parameters), [[f"{n:,}" for n in parameters.values()]]),
         f"A training step of {args.batch_size} sequences, the mean over times and iterations (bytes estimated)",
-        show(["part", "TFLOPs", "share", "GB moved"], work_rows),
+        table(["part", "TFLOPs", "share", "GB moved"], work_rows),
         f"Memory of a GPU at the peak, GiB (estimated): {where}, micro-batch {args.micro_batch_size}",
-        show(["engine", "checkpointing", *parts, "largest micro-batch", "sent per step"], memory_rows),
+        table(["engine", "checkpointing", *parts, "largest micro-batch", "sent per step"], memory_rows),
         f"Runs (estimated): {where}, utilisation {args.utilisation}",
-        show(["run", "steps", "FLOPs", "seconds per step", "hours", "GPU hours", *cost], run_rows),
+        table(["run", "steps", "FLOPs", "seconds per step", "hours", "GPU hours", *cost], run_rows),
         f"A sampled sequence (estimated): one {args.hardware}, {args.dtype}, batch {args.sampling_batch_size}, "
         f"utilisation {args.utilisation}",
-        show(["budget", "steps", "TFLOPs", "GB moved", "seconds"], sampling_rows),
+        table(["budget", "steps", "TFLOPs", "GB moved", "seconds"], sampling_rows),
     ]
-
-
-def plain(columns: list[str], rows: list[list]) -> str:
-    """Columns of a terminal."""
-    lines = [[str(cell) for cell in line] for line in [columns, *rows]]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines)
 
 
 if __name__ == "__main__":

@@ -86,8 +86,8 @@ class JudgedSamplesArguments:
         }
 
 
-def device_of(args: JudgedSamplesArguments) -> str:
-    """The device asked for, or the one there is."""
+def device_of(args) -> str:
+    """The `device` asked for, or the one there is."""
     state = PartialState(cpu=args.device == "cpu")
     return args.device or str(state.device)
 
@@ -204,6 +204,7 @@ def shown_perplexity(row: dict) -> str:
 def markdown(found: dict, rows: str) -> str:
     """The table, the text given, and how the numbers were made."""
     row = found["rows"][0]
+    times = f" ms: generation only, on {timed_on(found['rows'])}." if "ms per" in rows else ""
     protocol, sampling = row["protocol"]["generative_perplexity"], row["sampling"]
     lines = [rows]
     if "text" in found:
@@ -213,7 +214,7 @@ def markdown(found: dict, rows: str) -> str:
         f"Gen. PPL ± standard error over texts: under {protocol['judge']}, mean over texts first (equation 4); "
         f"special tokens {protocol['special_tokens']}, at most {protocol['max_length']} tokens. Each row: "
         f"{protocol['num_samples']} texts of {sampling['length']} tokens, in batches of {sampling['batch_size']}, the "
-        f"same seeds in all. Entropy: nats, of the model's tokens. ms: generation only, on "
-        f"{timed_on(found['rows'])}. `{found['provenance']['command']}`, on {found['provenance']['device']}.\n"
+        f"same seeds in all. Entropy: nats, of the model's tokens.{times} "
+        f"`{found['provenance']['command']}`, on {found['provenance']['device']}.\n"
     )
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import fpmgm  # noqa: F401  (registers the models)
 from fpmgm.command_line import DatasetName, LocalPath, ModelName, parse_arguments
@@ -21,7 +21,7 @@ from fpmgm.data import load_text, pack
 from fpmgm.evaluation import elbo_perplexity, plus_minus, provenance
 from fpmgm.evaluation.report import short_names, table, write_report
 from fpmgm.models.budget import check_whole
-from fpmgm.models.text_input import read_tokenizer
+from judged_samples import device_of, open_model
 
 
 @dataclass
@@ -59,14 +59,12 @@ class LikelihoodArguments:
 def main(argv: list[str] | None = None) -> dict:
     """A row for each model, corpus and number of iterations; returns what the JSON file holds."""
     (args,) = parse_arguments((LikelihoodArguments,), __doc__, argv)
-    state = PartialState(cpu=args.device == "cpu")
-    device, folder = args.device or str(state.device), Path(args.output_dir)
+    device, folder = device_of(args), Path(args.output_dir)
     rows = []
     for name, path in zip(short_names("model", args.model), args.model, strict=True):
-        tokenizer, model = read_tokenizer(path), AutoModel.from_pretrained(path).to(device).eval()
-        rows += measure(name, model, tokenizer, args)
+        rows += measure(name, *open_model(path, device), args)
     found = {"rows": rows, "arguments": asdict(args), "provenance": provenance(device)}
-    if state.is_main_process:
+    if PartialState().is_main_process:
         write_report(folder / "likelihood.json", found, markdown(rows))
         print(f"\n{markdown(rows)}")
     return found

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, TrainingArguments
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModel, PreTrainedTokenizerFast, TrainingArguments
 
 from fpmgm import FPMaskGITConfig, FPMaskGITModel, FPMDLMConfig, FPMDLMForMaskedDiffusion
 from fpmgm.models.modeling_xqgan import XQGANConfig, XQGANModel
@@ -83,6 +84,13 @@ def tiny_image_tokenizer(seed: int = 0, scale: float = 0.3, **overrides) -> XQGA
         "codebook_dim": 4,
     }
     return _shaken(XQGANModel, XQGANConfig(**{**defaults, **overrides}), seed, scale)
+
+
+def word_tokenizer(words: list[str], **special: str) -> PreTrainedTokenizerFast:
+    """A token for each word, whose id is its place; the first stands for unknown ones. `special`: `eos_token` etc."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def saved_adapter(folder: Path, base: torch.nn.Module, **options) -> torch.nn.Module:

@@ -9,13 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
 
 from fpmgm import convert_to_fixed_point, load_mdlm
 from fpmgm.conversion import mdlm, sources
 
-from ..testing_utils import SHARED, needs_shared
+from ..testing_utils import SHARED, needs_shared, word_tokenizer
 from .test_mdlm import assert_equal_logits, explicit_model, original_config, original_state, write_folder
 
 
@@ -295,9 +293,8 @@ def test_a_file_that_is_no_whole_file_is_named_with_what_it_is(tmp_path, name, c
 
 
 def save_tokenizer(folder: Path, mask: str | None) -> None:
-    words = {word: i for i, word in enumerate(["a", "b", "c", "[MASK]", "d", "[UNK]"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", mask_token=mask).save_pretrained(folder)
+    words = ["a", "b", "c", "[MASK]", "d", "[UNK]"]
+    word_tokenizer(words, unk_token="[UNK]", mask_token=mask).save_pretrained(folder)
 
 
 def test_the_mask_id_is_the_tokenizers_the_one_given_or_the_last(tmp_path):

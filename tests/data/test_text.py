@@ -3,15 +3,15 @@
 
 import gzip
 import json
+from functools import partial
 from pathlib import Path
 
 import datasets
 import pytest
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from fpmgm.data import load_text, pack, train_tokenizer
+from tests.testing_utils import word_tokenizer
 
 
 DOCUMENTS = ["one two  three", "a line\n\nand one after an empty line\n", "žluťoučký kůň 😀", "end"]
@@ -22,12 +22,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
-def word_tokenizer(**special) -> PreTrainedTokenizerFast:
-    """`w7` is token 7; `<eos>` 998, `<bos>` 999."""
-    vocabulary = {f"w{i}": i for i in range(998)} | {"<eos>": 998, "<bos>": 999}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+numbered = partial(word_tokenizer, [*(f"w{i}" for i in range(998)), "<eos>", "<bos>"])  # `w7` is token 7
 
 
 def token_documents(count: int) -> list[list[int]]:
@@ -58,7 +53,7 @@ def packed(documents: list[list[int]], length: int, bos: int, eos: int) -> list[
 @pytest.mark.parametrize("streaming", [False, True])
 def test_blocks_are_bos_then_the_documents_joined_by_eos_then_eos(count, bos, streaming):
     documents, length = token_documents(count), 10
-    tokenizer = word_tokenizer(eos_token="<eos>", **({"bos_token": "<bos>"} if bos else {}))
+    tokenizer = numbered(eos_token="<eos>", **({"bos_token": "<bos>"} if bos else {}))
     data = as_text(documents)
     blocks = pack(data.to_iterable_dataset() if streaming else data, tokenizer, length)
     assert [row["input_ids"] for row in blocks] == packed(documents, length, bos or 998, 998)
@@ -68,14 +63,14 @@ def test_blocks_are_bos_then_the_documents_joined_by_eos_then_eos(count, bos, st
 
 def test_blocks_do_not_depend_on_the_other_columns_and_on_missing_texts():
     data = Dataset.from_dict({"text": ["w1 w2", None, "", "w3"], "id": [1, 2, 3, 4]})
-    rows = list(pack(data, word_tokenizer(eos_token="<eos>"), 4))
+    rows = list(pack(data, numbered(eos_token="<eos>"), 4))
     assert rows == [{"input_ids": [998, 1, 2, 998]}, {"input_ids": [998, 998, 3, 998]}]
 
 
 def test_packing_refuses_what_it_cannot_pack():
-    data, tokenizer = as_text([[1, 2, 3]]), word_tokenizer(eos_token="<eos>")
+    data, tokenizer = as_text([[1, 2, 3]]), numbered(eos_token="<eos>")
     with pytest.raises(ValueError, match="EOS"):
-        pack(data, word_tokenizer(), 4)
+        pack(data, numbered(), 4)
     with pytest.raises(ValueError, match="`dataset` is of type list: give a `Dataset`"):
         pack(["w1 w2"], tokenizer, 4)
     with pytest.raises(ValueError, match=r"`dataset` has the columns \['content'\], and no \"text\""):
@@ -105,7 +100,7 @@ def test_the_mask_tokens_name_in_a_document_is_text(streaming):
 def test_a_row_that_holds_no_text_is_named():
     data = Dataset.from_list([{"text": "w1 w2"}] * 1100).to_list()
     with pytest.raises(ValueError, match=r"row 1050 of the text is 1.5, of type float"):
-        list(pack(floats(data, 1050), word_tokenizer(eos_token="<eos>"), 4))
+        list(pack(floats(data, 1050), numbered(eos_token="<eos>"), 4))
 
 
 def floats(rows: list[dict], at: int) -> datasets.IterableDataset:
@@ -142,7 +137,7 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path, kind, streaming):
 @pytest.mark.parametrize("kind", ["txt", "jsonl.gz", "parquet"])
 def test_streamed_files_give_the_blocks_of_cached_ones(tmp_path, kind):
     documents = [row["text"] for row in as_text(token_documents(40)) if row["text"]]
-    files, tokenizer = write(tmp_path, kind, documents), word_tokenizer(eos_token="<eos>")
+    files, tokenizer = write(tmp_path, kind, documents), numbered(eos_token="<eos>")
     cached, streamed = (
         list(pack(load_text(files, streaming=streaming), tokenizer, 12)) for streaming in (False, True)
     )

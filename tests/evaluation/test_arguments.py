@@ -16,8 +16,6 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import fpmgm.data
 import fpmgm.evaluation
@@ -56,7 +54,7 @@ from fpmgm.evaluation import (
     unigram_entropy,
 )
 from tests.evaluation.helpers import tiny_judge
-from tests.testing_utils import tiny_config, tiny_model
+from tests.testing_utils import tiny_config, tiny_model, word_tokenizer
 
 
 ELSEWHERE = {  # of pictures, or values without behaviour
@@ -105,11 +103,9 @@ def tokenizer():
 
 
 @cache
-def words() -> PreTrainedTokenizerFast:
+def words():
     """Another tokenizer with as many tokens."""
-    made = Tokenizer(models.WordLevel({f"w{i}": i for i in range(260)}, unk_token="w0"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="w259")
+    return word_tokenizer([f"w{i}" for i in range(260)], eos_token="w259")
 
 
 @cache

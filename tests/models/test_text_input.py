@@ -12,6 +12,7 @@ from transformers import BertTokenizer, ByT5Tokenizer, CanineTokenizer, PreTrain
 
 from fpmgm.data import train_tokenizer
 from fpmgm.models.text_input import boundary_ids, encode_text, read_tokenizer, text_list, token_rows
+from tests.testing_utils import word_tokenizer
 
 
 PIECES = ["▁", "a", "b", "<", ">", "mask", "/s", "</s>"]
@@ -26,9 +27,7 @@ def unigram(unk: str | None = "<unk>") -> PreTrainedTokenizerFast:
 
 
 def words() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2, "<mask>": 3}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token="<mask>", unk_token="<unk>")
+    return word_tokenizer(["<unk>", "a", "b", "<mask>"], mask_token="<mask>", unk_token="<unk>")
 
 
 def word_pieces() -> BertTokenizer:

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models
-from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 import budget_report
 import sample_world
@@ -21,10 +20,11 @@ from fpmgm import FPMDLMConfig
 from fpmgm.evaluation import load_judge
 from study import release, run, train
 from study.plan import load_plan
+from tests.testing_utils import word_tokenizer
 
 
 TINY = Path(run.__file__).parent / "tiny.yaml"
-VOCABULARY = {"<s>": 0, **{f"t{i}": i for i in range(1, 12)}}
+WORDS = ["<s>", *(f"t{i}" for i in range(1, 12))]
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,7 @@ def truth(tmp_path_factory) -> str:
         max_position_embeddings=32, bos_token_id=0, eos_token_id=None, initializer_range=0.5,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<s>"))
-    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>").save_pretrained(folder)
+    word_tokenizer(WORDS, bos_token="<s>").save_pretrained(folder)
     return folder
 
 

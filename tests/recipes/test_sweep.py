@@ -95,6 +95,9 @@ def test_gammas_are_pooled_over_budgets_and_compared_with_the_checkpoints_on_new
         sweep.main([word if word != "0.9" else "1.5" for word in argv])
 
 
+SHOWN = ("judge", "num_samples", "special_tokens", "max_length")
+
+
 def judged(scores: dict, entropies: dict, error: float):
     """In place of `sweep`: rows with the perplexity of (seed, γ of revealed tokens) and the entropy of (budget, γ)."""
 
@@ -104,8 +107,8 @@ def judged(scores: dict, entropies: dict, error: float):
                 "generative_perplexity": scores[seed, s["gamma_changed"]],
                 "generative_perplexity_standard_error": error,
                 "unigram_entropy": entropies.get((s["budget"], s["gamma_changed"]), 3.0),
-                "protocol": {"generative_perplexity": {"judge": "tables", "num_samples": 1}},
-                "sampling": {"options": s, "length": 8},
+                "protocol": {"generative_perplexity": dict.fromkeys(SHOWN, "tables")},
+                "sampling": {"options": s, "length": 8, "batch_size": 1},
             }
             for s in settings
         ]

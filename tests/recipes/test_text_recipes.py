@@ -5,13 +5,13 @@ import json
 
 import pytest
 from datasets import Dataset
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers
 from transformers import BertTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import sample
 import train_owt
 from fpmgm.data import pack, train_tokenizer
-from tests.testing_utils import tiny_model
+from tests.testing_utils import tiny_model, word_tokenizer
 from text_data import DataArguments, load_blocks, load_tokenizer
 
 
@@ -74,10 +74,7 @@ def test_line_ends_before_a_blank_stay_and_the_tokenizers_own_mask_is_a_blank():
 
 
 def test_sampling_needs_neither_bos_nor_eos(tmp_path):
-    vocabulary = {"<unk>": 0, **{word: i for i, word in enumerate("abcdefghi", 1)}, "<mask>": 10}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token="<mask>").save_pretrained(tmp_path)
+    word_tokenizer(["<unk>", *"abcdefghi", "<mask>"], mask_token="<mask>").save_pretrained(tmp_path)
     tiny_model().save_pretrained(tmp_path)
     options = ["--model", str(tmp_path), "--budget", "12", "--device", "cpu"]
     options += ["--output", str(tmp_path / "texts.jsonl")]

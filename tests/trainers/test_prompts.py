@@ -25,7 +25,7 @@ from fpmgm.trainers import (
     encode_prompts,
 )
 
-from ..testing_utils import tiny_image_model
+from ..testing_utils import tiny_image_model, word_tokenizer
 from .reference import (
     PROMPTED,
     SEED,
@@ -54,14 +54,11 @@ def byte_pairs() -> PreTrainedTokenizerFast:
 
 def framed() -> PreTrainedTokenizerFast:
     """BERT's kind, of words: CLS and SEP around a text, no EOS."""
-    words = {
-        word: i for i, word in enumerate(["[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({*" ".join(TEXTS).split()})])
-    }
-    made = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
     names = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-    return PreTrainedTokenizerFast(tokenizer_object=made, **names)
+    tokenizer = word_tokenizer([*names.values(), *sorted({*" ".join(TEXTS).split()})], **names)
+    frame = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    tokenizer.backend_tokenizer.post_processor = frame
+    return tokenizer
 
 
 def beginning() -> PreTrainedTokenizerFast:
