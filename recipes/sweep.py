@@ -245,7 +245,8 @@ def run_gammas(args: GammasArguments, judge, device: str) -> dict:
     rows = measure(tried, args.seed)
     pooled = pool_settings(rows, default, args.entropy_slack)
     winner = pooled[0]["setting"]
-    fresh = pool_settings(measure([default, winner], args.seed + 1), default, args.entropy_slack)
+    both = [default] if winner == default else [default, winner]
+    fresh = pool_settings(measure(both, args.seed + 1), default, args.entropy_slack)
     kept = any(pooled["setting"] == winner and pooled["better"] and pooled["allowed"] for pooled in fresh)
     if args.write and kept and PartialState().is_main_process:
         target = args.model if Path(args.model).is_dir() else args.output_dir

@@ -51,6 +51,8 @@ def evaluate_budgets(
 def under_budgets(budgets: Iterable[int], settings: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each setting under each budget, as [`evaluate_budgets`] samples them."""
     budgets = [check_whole("budgets", budget, minimum=1, unit="block evaluations each") for budget in budgets]
+    if len(set(budgets)) < len(budgets):
+        raise ValueError(f"`budgets`={budgets} have one twice: give each once.")
     settings = list_settings(settings)
     for setting in settings:
         if "budget" in setting:
@@ -64,12 +66,21 @@ def budget_table(rows: Iterable[dict[str, Any]], name: str) -> str:
     Args:
         rows (`Iterable[dict]`): Rows of one or several settings.
         name (`str`): The model's.
+
+    Raises:
+        `ValueError`: for two rows of one setting and budget, as of two models.
     """
     rows = list(rows)
     budgets = sorted({row["budget"] for row in rows})
     groups: dict[str, dict[int, dict]] = {}
     for row in rows:
-        groups.setdefault(setting_name(row, name), {})[row["budget"]] = row
+        group = groups.setdefault(setting_name(row, name), {})
+        if row["budget"] in group:
+            raise ValueError(
+                f"two rows are {setting_name(row, name)!r} at budget {row['budget']}: give those of one model and one "
+                "seed, and each setting once."
+            )
+        group[row["budget"]] = row
     lines = [
         f"| Method | Metric | {' | '.join(map(str, budgets))} |",
         f"|---|---|{'---|' * len(budgets)}",

@@ -65,7 +65,7 @@ def compare_values(rows: Iterable[dict[str, Any]], name: str) -> list[dict[str, 
         other value is clearly better (by two standard errors of the difference), and `settings`, how many there are.
 
     Raises:
-        `ValueError`: if a setting of the others lacks a value, or no row sets `name`.
+        `ValueError`: if a setting of the others lacks a value or has one twice, or no row sets `name`.
 
     Example:
 
@@ -119,7 +119,7 @@ def pool_settings(
         the default's, by two standard errors of the difference), `entropy_loss` (the largest) and `allowed`.
 
     Raises:
-        `ValueError`: if the grid is not full, or lacks the default.
+        `ValueError`: if the grid is not full, has a setting twice, or lacks the default.
     """
     rows = list(rows)
     scores, values = _groups(rows, list(default))
@@ -169,7 +169,10 @@ def _groups(
         chosen = {name: options[name] for name in names}
         rest = {name: value for name, value in options.items() if name not in names}
         values[json.dumps(chosen)] = chosen
-        groups.setdefault(json.dumps(rest, sort_keys=True), {})[json.dumps(chosen)] = row[measure]
+        group = groups.setdefault(json.dumps(rest, sort_keys=True), {})
+        if json.dumps(chosen) in group:
+            raise ValueError(f"two rows have the setting {options}: compare those of one model and one seed.")
+        group[json.dumps(chosen)] = row[measure]
     for rest, group in groups.items():
         lacking = [value for key, value in values.items() if key not in group]
         if lacking:

@@ -125,12 +125,15 @@ def sweep(
 
 
 def list_settings(settings: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`settings` as a list of one or more."""
+    """`settings` as a list of one or more, each of them once."""
     if isinstance(settings, str | Mapping) or not isinstance(settings, Iterable):
         raise ValueError(f"`settings`={settings!r}: give several, such as [{{'reuse': '3sr'}}].")
     settings = list(settings)
     if not settings:
         raise ValueError("`settings` is empty: give at least one, such as {}, the checkpoint's defaults.")
+    twice = next((setting for i, setting in enumerate(settings) if setting in settings[:i]), None)
+    if twice is not None:
+        raise ValueError(f"`settings` have {twice} twice: give each once.")
     return settings
 
 

@@ -137,6 +137,12 @@ def test_the_report_measures_each_setting_at_each_budget(tmp_path):
     assert json.loads(json.dumps(rows)) == rows
     assert evaluate_budgets(model, judge.tokenizer, judge, [6, 12], settings, **options) == rows  # times are kept too
 
+    with pytest.raises(ValueError, match="two rows are 'tiny, reuse none' at budget 6"):  # of another model, say
+        budget_table([*rows, *rows], "tiny")
+    with pytest.raises(ValueError, match=r"`settings` have .*'reuse': 'none'.* twice"):
+        evaluate_budgets(model, judge.tokenizer, judge, [6], [*settings, settings[0]], **options)
+    with pytest.raises(ValueError, match=r"`budgets`=\[6, 6\] have one twice"):
+        evaluate_budgets(model, judge.tokenizer, judge, [6, 6], settings, **options)
     table = budget_table(rows, "tiny").splitlines()
     assert table[0] == "| Method | Metric | 6 | 12 |"
     measured = [(row["generative_perplexity"], row["generative_perplexity_standard_error"]) for row in rows[2:]]

@@ -163,6 +163,8 @@ def test_values_are_compared_by_mean_and_rank_over_everything_else():
     means = [value["mean_generative_perplexity"] for value in compare_values(table(perplexity), "allocation")]
     assert means == sorted(means)
     del perplexity["fixed", 96, "full"]
+    with pytest.raises(ValueError, match="two rows have the setting"):  # of another model, say: which one counts?
+        compare_values([*table(perplexity), *table(perplexity)], "allocation")
     with pytest.raises(ValueError, match=r"the rows lack \[\{'allocation': 'fixed'\}\]: compare over a full grid"):
         compare_values(table(perplexity), "allocation")
     with pytest.raises(ValueError, match=r"does not set \['num_steps'\]"):
