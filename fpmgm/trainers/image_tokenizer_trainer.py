@@ -5,7 +5,6 @@ Shapes: B batch, K codebook size, E codebook dimension.
 """
 
 import math
-from collections.abc import Sized
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -183,11 +182,8 @@ class ImageTokenizerTrainer(CheckedRowsTrainer):
         pixels = self._prepare_inputs(inputs)["pixel_values"]
         with torch.no_grad(), self.compute_loss_context_manager():
             output = model(pixels)
-        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        rows = (self._eval_batch * ranks + rank) * self.args.eval_batch_size + torch.arange(len(pixels))
-        self._eval_batch += 1
-        # accelerate fills the last batch with pictures that were evaluated already
-        fresh = to_device(rows < self._eval_rows, pixels.device)
+        _, fresh = self.rows_of_batch(len(pixels))
+        fresh = to_device(fresh, pixels.device)
         self._codes += output.codes[fresh].flatten().bincount(minlength=len(self._codes))
         self._quality += torch.stack([psnr(output.pixel_values, pixels)[fresh].sum(), fresh.sum()]).double()
         wanted = (None, None) if prediction_loss_only else (output.pixel_values, pixels)
@@ -195,8 +191,7 @@ class ImageTokenizerTrainer(CheckedRowsTrainer):
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         """As in `Trainer`, with the quality of the reconstructions and the use of the codebook."""
-        dataset = dataloader.dataset
-        self._eval_batch, self._eval_rows = 0, len(dataset) if isinstance(dataset, Sized) else math.inf
+        self.start_evaluation(dataloader.dataset)
         self._codes = torch.zeros(self._tokenizer.codebook_size, dtype=torch.long, device=self.args.device)
         self._quality = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)

@@ -10,7 +10,7 @@ Shapes: B batch of one micro-batch, L length.
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -264,10 +264,7 @@ class MGMTrainer(CheckedRowsTrainer):
         masked."""
         inputs, logits, labels = self._prepare_inputs(inputs), None, None
         size, length = inputs["input_ids"].shape
-        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        rows = (self._eval_batch * ranks + rank) * self.args.eval_batch_size + torch.arange(size)
-        self._eval_batch += 1
-        fresh = rows < self._eval_rows  # accelerate fills the last batch with rows that were evaluated already
+        rows, fresh = self.rows_of_batch(size)
         scored = maskable(inputs)
         totals = torch.zeros_like(self._eval_totals)
         totals[2] = int(scored[fresh].sum()) * len(self._eval_draws)
@@ -298,19 +295,20 @@ class MGMTrainer(CheckedRowsTrainer):
         """Evaluate the EMA weights: text by the negative ELBO per scored token, images by the cross-entropy per masked
         token; and its exponential, of text a bound of the perplexity, with its standard error."""
         start, dataset = time.perf_counter(), dataloader.dataset
-        self._eval_rows = len(dataset) if isinstance(dataset, Sized) else math.inf
         self._eval_totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
         loop = partial(super().evaluation_loop, dataloader, description, metric_key_prefix=metric_key_prefix)
         with self._averaged():
             draws = self.args.eval_num_draws or 1
-            self._eval_batch, self._eval_draws = 0, range(draws)
+            self._eval_draws = range(draws)
+            self.start_evaluation(dataset)
             output = loop(prediction_loss_only=prediction_loss_only, ignore_keys=ignore_keys)
             totals = self.accelerator.reduce(self._eval_totals).tolist()
             if totals[2] == 0:
                 raise ValueError("the evaluation data has nothing to score: all of its `labels` are -100.")
             if self.args.eval_num_draws is None and draws_needed(*totals) > 1:
                 draws = draws_needed(*totals)
-                self._eval_batch, self._eval_draws = 0, range(1, draws)
+                self._eval_draws = range(1, draws)
+                self.start_evaluation(dataset)
                 loop(prediction_loss_only=True)
                 totals = self.accelerator.reduce(self._eval_totals).tolist()
         results = summary(*totals, draws)

@@ -2,7 +2,8 @@
 """Rows of training and evaluation data: read with their numbers, collated, and checked before they are copied to a
 device."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -115,6 +116,24 @@ class CheckedRowsTrainer(AtomicCheckpointTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*self.columns]
+
+    def start_evaluation(self, dataset: Any) -> None:
+        """Count the rows of `dataset` from the first batch on, in [`rows_of_batch`]."""
+        self._eval_batch, self._eval_rows = 0, len(dataset) if isinstance(dataset, Sized) else math.inf
+
+    def rows_of_batch(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places in the evaluation data of the next batch of this process, (B,), of `size` B, and which of its rows
+        are there for the first time, (B,) bool: accelerate fills the last batch with rows that were evaluated already.
+        """
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        first, places = self._eval_batch * ranks * self.args.eval_batch_size, torch.arange(size)
+        self._eval_batch += 1
+        if self._eval_rows < math.inf:
+            rows = first + rank * self.args.eval_batch_size + places
+            return rows, rows < self._eval_rows
+        # Of a stream each process gets an equal part of what is left, and accelerate tells how much that is.
+        places, left = rank * size + places, self.accelerator.gradient_state.remainder
+        return first + places, places < (left if left > 0 else math.inf)
 
     def _get_eval_sampler(self, eval_dataset):
         """In order, also where training groups rows by length: noise and predictions belong to a row's place."""

@@ -2,6 +2,8 @@
 """What rows may hold: types that are cast, columns that are dropped, positions that are left out of the loss, and rows
 that are refused with their number and column."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -200,3 +202,26 @@ def test_data_that_is_no_dataset_is_refused(tmp_path):
         make_trainer(tmp_path, train_dataset=(row for row in rows())).train()
     with pytest.raises(ValueError, match=r"the training data has the parts \['train', 'test'\]: give one"):
         make_trainer(tmp_path, train_dataset=DatasetDict(train=token_rows(4), test=token_rows(4))).train()
+
+
+def dealt(count: int, ranks: int, batch_size: int) -> list[list[tuple[int, int]]]:
+    """For each batch of all ranks, what accelerate's main process deals out of a stream of `count` rows: each rank's
+    number of rows, and what is left of the stream."""
+    whole = ranks * batch_size
+    batches = [min(whole, count - start) for start in range(0, count, whole)]
+    return [[(-(-left // ranks), left if i == len(batches) - 1 else -1)] * ranks for i, left in enumerate(batches)]
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(12, 1), (5, 2), (6, 2), (7, 2), (8, 2), (13, 3), (1, 4)])
+def test_each_row_of_a_stream_counts_once_on_several_processes(tmp_path, count, ranks):
+    seen = []
+    for rank in range(ranks):
+        trainer = make_trainer(tmp_path, per_device_eval_batch_size=2)
+        trainer.start_evaluation(iter(()))  # of no known length
+        for batch in dealt(count, ranks, 2):
+            size, left = batch[rank]
+            state = SimpleNamespace(remainder=left)
+            trainer.accelerator = SimpleNamespace(num_processes=ranks, process_index=rank, gradient_state=state)
+            rows, fresh = trainer.rows_of_batch(size)
+            seen += rows[fresh].tolist()
+    assert sorted(seen) == list(range(count))
