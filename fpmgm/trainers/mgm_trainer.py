@@ -166,6 +166,11 @@ class MGMTrainer(CheckedRowsTrainer):
             samples = [shortened(batch, share) for batch in samples]
         self._global_batch = place(samples, (self.args.seed, "train", self.state.global_step), self.accelerator)
         self._micro_batch = 0
+        if self._global_batch.positions == 0:
+            logger.warning_once(
+                f"Nothing is learned in step {self.state.global_step + 1}: all `labels` of its rows are -100. Leave "
+                "out rows that have nothing to learn."
+            )
         self._tokens += self._global_batch.tokens
         return samples, None
 

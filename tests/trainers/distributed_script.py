@@ -68,7 +68,8 @@ def plain(folder: Path, ranks: int) -> dict:
     return {
         "evaluations": {
             name: trainer.evaluate(token_rows(*rows, seed=1))["eval_loss"] for name, rows in EVALUATION_SETS.items()
-        },
+        }
+        | {"stream": trainer.evaluate(token_rows(11, seed=1).to_iterable_dataset())["eval_loss"]},
         "logs": losses(trainer),
         "times": [kwargs["timesteps"].tolist() for kwargs, _ in calls],
         "iterations": [[kwargs["num_no_grad_iterations"], kwargs["num_iterations"]] for kwargs, _ in calls],

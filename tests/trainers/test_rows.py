@@ -2,6 +2,7 @@
 """What rows may hold: types that are cast, columns that are dropped, positions that are left out of the loss, and rows
 that are refused with their number and column."""
 
+import logging
 from types import SimpleNamespace
 
 import numpy as np
@@ -93,9 +94,12 @@ def test_what_a_collator_pads_is_no_data_and_its_labels_are_honoured(tmp_path):
 # --- labels of -100 --------------------------------------------------------------------------------------------------
 
 
-def test_a_step_without_a_label_changes_nothing_and_an_evaluation_without_one_is_refused(tmp_path):
+def test_a_step_without_a_label_changes_nothing_and_an_evaluation_without_one_is_refused(tmp_path, caplog):
     data = [{**row, "labels": [-100] * LENGTH} for row in rows()]
-    assert trained(tmp_path, data) == [0.0, 0.0]
+    logging.Logger.warning_once.cache_clear()
+    with caplog.at_level("WARNING"):
+        assert trained(tmp_path, data) == [0.0, 0.0]
+    assert "Nothing is learned in step 1: all `labels` of its rows are -100" in caplog.text
     with pytest.raises(ValueError, match="nothing to score"):
         make_trainer(tmp_path, eval_dataset=data).evaluate()
 
