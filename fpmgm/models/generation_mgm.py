@@ -385,13 +385,15 @@ class MGMGenerationMixin:
 
 
 def check_dropout(model: nn.Module) -> None:
-    """Raise a `ValueError` for dropouts that are not the model's own and would act: an adapter's in training mode."""
-    dropouts = ((name, x) for name, x in model.named_modules() if x.training and "Dropout" in type(x).__name__)
-    acting = [name for name, x in dropouts if getattr(x, "p", 1) > 0]
+    """Raise a `ValueError` for what draws at random in training mode and is not the model's own: an adapter's dropout,
+    or noise that a trainer adds to embeddings (NEFTune)."""
+    training = [(name, x) for name, x in model.named_modules() if x.training]
+    acting = [name for name, x in training if "Dropout" in type(x).__name__ and getattr(x, "p", 1) > 0]
+    acting += [name for name, x in training if getattr(x, "neftune_noise_alpha", None)]
     if acting:
         raise ValueError(
-            f"`generate` changes no module's mode, and these dropouts would act: {shown(acting)}. Call `model.eval()` "
-            "before it, and `model.train()` after it if the model is in training."
+            f"`generate` changes no module's mode, and the dropout or noise of these would act: {shown(acting)}. Call "
+            "`model.eval()` before it, and `model.train()` after it if the model is in training."
         )
 
 

@@ -416,7 +416,7 @@ def test_generate_runs_without_dropout_beside_a_training_that_goes_on():
 def test_dropout_that_is_not_the_models_own_is_refused():
     model = tiny_model().train()
     model.embed_tokens = nn.Sequential(model.embed_tokens, nn.Dropout(0.5))
-    with pytest.raises(ValueError, match=r"these dropouts would act: \['embed_tokens.1'\].*`model.eval\(\)`"):
+    with pytest.raises(ValueError, match=r"of these would act: \['embed_tokens.1'\].*`model.eval\(\)`"):
         model.generate(budget=12)
     assert model.eval().generate(budget=12, seed=0).shape == (1, 8)
 

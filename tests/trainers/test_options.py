@@ -27,7 +27,7 @@ from fpmgm.trainers import (
 from fpmgm.trainers.options import REFUSED, REFUSED_BY_MGM
 
 from ..testing_utils import CHECKPOINTING, RENAMED, tiny_image_tokenizer
-from .training_utils import LENGTH, make_trainer, token_rows, training_model
+from .training_utils import LENGTH, CallOnce, make_trainer, token_rows, training_model
 
 
 # Our code stands between these and `Trainer`: the test that shows what they do.
@@ -373,6 +373,15 @@ def test_noise_of_embeddings_is_drawn_in_training_alone(tmp_path):
     assert [training for training, _ in seen] == [False, True]
     errors = [(h - model.embed_tokens.weight[ids]).abs().max() for (_, h), ids in zip(seen, embedded, strict=True)]
     assert errors[0] == 0 < errors[1] <= 5.0 / (LENGTH * 16) ** 0.5
+
+    def sample(model):
+        with pytest.raises(ValueError, match=r"noise of these would act: \['embed_tokens'\].*`model.eval\(\)`"):
+            model.generate(budget=24, seed=0)
+        assert torch.equal(*(model.eval().generate(budget=24, seed=0) for _ in range(2)))
+
+    trainer = make_trainer(tmp_path, neftune_noise_alpha=5.0, max_steps=2, callbacks=[CallOnce(2, sample)])
+    trainer.train()
+    assert torch.equal(*(trainer.model.generate(budget=24, seed=0) for _ in range(2)))  # the noise is gone
 
 
 def test_streams_need_a_number_of_steps(tmp_path):
