@@ -15,6 +15,7 @@ from transformers import AutoModel
 
 import fpmgm  # noqa: F401  (registers the models)
 from fpmgm.command_line import ModelName, parse_arguments
+from fpmgm.models.end_of_text import known_ends
 from fpmgm.models.prompt import encode_prompt
 from fpmgm.models.text_input import boundary_ids, read_tokenizer
 
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> list[str]:
     model = AutoModel.from_pretrained(args.model).to(args.device)
     own = ("model", "prompt", "num_samples", "length", "seed", "output", "device")
     options = {name: x for name, x in vars(args).items() if name not in own and x is not None}
-    if options.get("stop_at_eos"):
+    if options.get("stop_at_eos") and not known_ends(model.generation_config, model.config):
         options["eos_token_id"] = boundary_ids(tokenizer)[1]
     prompt = None
     if args.prompt is not None:

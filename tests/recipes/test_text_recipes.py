@@ -4,6 +4,7 @@
 import json
 
 import pytest
+import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, normalizers
 from transformers import BertTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -107,6 +108,31 @@ def test_a_tokenizer_of_bert_begins_and_ends_texts_by_cls_and_sep():
 def test_options_that_would_do_nothing_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         DataArguments(text_files=["b.txt"], **options)
+
+
+def test_a_text_ends_where_the_model_says_or_else_the_tokenizer(tmp_path):
+    tokenizer = trained()
+    letter = tokenizer("t", add_special_tokens=False)["input_ids"][0]
+    model = tiny_model(vocab_size=len(tokenizer), mask_token_id=tokenizer.mask_token_id)
+    with torch.no_grad():
+        model.lm_head.bias[letter] += 100  # all that it writes
+    tokenizer.save_pretrained(tmp_path)
+    for ends, expected in (([letter, 7], "t"), (None, "t" * 5)):
+        model.generation_config.eos_token_id = ends
+        model.save_pretrained(tmp_path)
+        argv = [
+            "--model",
+            str(tmp_path),
+            "--length",
+            "5",
+            "--stop_at_eos",
+            "True",
+            "--budget",
+            "12",
+            "--device",
+            "cpu",
+        ]
+        assert sample.main(argv) == [expected]
 
 
 @pytest.mark.parametrize(("given", "model"), [("tokenizer", None), ("model_name_or_path", "folder")])
