@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import datasets
 import torch
+from torch import nn
 from torch.utils.data import Dataset, IterableDataset, SequentialSampler
 
 from .atomic_trainer import AtomicCheckpointTrainer
@@ -116,6 +117,12 @@ class CheckedRowsTrainer(AtomicCheckpointTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*self.columns]
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Of matrices and kernels alone: transformers goes by names, which norms such as `norm1` escape."""
+        named = model.named_parameters(remove_duplicate=False)
+        shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in named}  # ZeRO-3 may have split it
+        return [name for name in super().get_decay_parameter_names(model) if len(shapes[name]) > 1]
 
     def start_evaluation(self, dataset: Any) -> None:
         """Count the rows of `dataset` from the first batch on, in [`rows_of_batch`]."""

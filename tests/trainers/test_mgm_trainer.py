@@ -305,6 +305,17 @@ def test_evaluation_is_the_elbo_per_token_under_fixed_noise(tmp_path, kind):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_weight_decay_shrinks_matrices_and_no_norm_bias_or_gate(tmp_path):
+    fresh, runs = training_model().state_dict(), []
+    for decay in (0.0, 0.5):
+        trainer = make_trainer(tmp_path / str(decay), weight_decay=decay, max_steps=1, ema_decay=None)
+        trainer.train()
+        runs.append({name: p.detach() for name, p in trainer.model.named_parameters()})
+    for name, start in fresh.items():  # one step of AdamW differs by -rate · decay · weight
+        expected = -1e-2 * 0.5 * start if start.dim() > 1 else torch.zeros_like(start)
+        torch.testing.assert_close(runs[1][name] - runs[0][name], expected, rtol=0, atol=1e-7, msg=name)
+
+
 def test_evaluation_leaves_the_global_random_stream_alone(tmp_path):
     trainer = make_trainer(tmp_path, training_model(dropout=0.5), eval_dataset=token_rows(8))
     state = torch.get_rng_state()
