@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from study.release import write_card
+import release_digits
+from study import release
 
 
 FOLDERS = sorted(path.parent for path in (Path(__file__).parents[1] / "model_cards").glob("*/results.json"))
@@ -29,12 +30,13 @@ def test_it_writes_the_tokens_that_it_wrote(folder, results):
     model = AutoModel.from_pretrained(folder)
     assert model.dtype == torch.float32 and model.num_parameters() == results["parameters"]
     assert model.generate(batch_size=2, budget=24, seed=0).tolist() == results["tokens_of_budget_24"]
-    assert AutoTokenizer.from_pretrained(folder).mask_token_id == model.config.mask_token_id
+    if (folder / "tokenizer.json").exists():
+        assert AutoTokenizer.from_pretrained(folder).mask_token_id == model.config.mask_token_id
 
 
 def test_its_card_says_what_its_results_say(folder, results, tmp_path):
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    write_card(tmp_path, results)
+    (release_digits if folder.name == "digits" else release).write_card(tmp_path, results)
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == (folder / "README.md").read_text(encoding="utf-8")
 
 

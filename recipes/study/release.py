@@ -71,14 +71,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def save_rounded(model_class: type, export: Path, folder: Path, generation: dict | None = None) -> None:
     """The model with its weights in bfloat16, which load as float32, and `generation` as defaults of `generate`; its
-    tokenizer and code beside them."""
+    tokenizer, where it has one, and code beside them."""
     model = model_class.from_pretrained(export)
     if generation:  # checked, as those of a call are
         model.generation_config = model.generation_config.updated(**generation)
     for code in folder.glob("*.py"):
         code.unlink()  # the links of an earlier release: written through, they would be the package itself
     model.to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(export).save_pretrained(folder)
+    if (export / "tokenizer_config.json").exists():
+        AutoTokenizer.from_pretrained(export).save_pretrained(folder)
     link_code(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
