@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass, field
 
+from ..models.arguments import check_whole
 from .mgm_config import MGMTrainingConfig, check_choice, check_gap, check_positive
 
 
@@ -94,6 +95,7 @@ class ConsistencyConfig(MGMTrainingConfig):
                 f"`consistency_loss`='hidden_mse', not {self.consistency_loss!r}. Leave it out."
             )
         check_positive("consistency_weight", self.consistency_weight)
+        check_whole("consistency_warmup_steps", self.consistency_warmup_steps, minimum=0, unit="steps")
         check_gap(self.gap_range)
         if self.stop_at_perplexity_increase == 0:
             self.stop_at_perplexity_increase = None

@@ -114,7 +114,8 @@ class ConsistencyTrainer(MGMTrainer):
         if divergence is None:
             distance = (self.distances(student, target, weights) * weights).sum()
             loss = loss + weight * distance
-        self.record(consistency=distance / noise.share_of_sequences)
+        share = noise.share_of_sequences
+        self.record(share, consistency=distance / share)
         return loss, student
 
     def distances(self, student: ModelOutput, target: ModelOutput, weights: torch.Tensor) -> torch.Tensor:
@@ -129,7 +130,8 @@ class ConsistencyTrainer(MGMTrainer):
             return 1 - F.cosine_similarity(h, h_target, dim=-1)
         squares = (h - h_target).square().sum(dim=-1)  # (P,)
         relative = squares / h_target.square().sum(dim=-1).clamp(min=torch.finfo(h.dtype).tiny)
-        self.record(relative_consistency=(relative * weights).sum() / weights.sum().clamp(min=1e-12))
+        compared = weights.sum()
+        self.record(compared, relative_consistency=(relative * weights).sum() / compared.clamp(min=1e-12))
         return {"sum": squares, "mean": squares / h.shape[-1], "relative": relative}[self.args.consistency_reduction]
 
     def _without_gradient(self, drawn: dict[str, int | None]) -> dict[str, int]:

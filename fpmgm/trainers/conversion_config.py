@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass, field
 
+from ..models.arguments import check_whole
 from .mgm_config import MGMTrainingConfig, check_gap, check_positive
 
 
@@ -35,5 +36,6 @@ class ConversionConfig(MGMTrainingConfig):
     def __post_init__(self):
         check_positive("distillation_weight", self.distillation_weight)
         check_positive("distillation_temperature", self.distillation_temperature)
+        check_whole("distillation_warmup_steps", self.distillation_warmup_steps, minimum=0, unit="steps")
         check_gap(self.gap_range)
         super().__post_init__()

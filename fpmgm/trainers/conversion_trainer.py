@@ -103,5 +103,6 @@ class ConversionTrainer(MGMTrainer):
             **noisy.supervised(), **noise.iterations, num_items_in_batch=noise.num_items,
             logits_loss=divergence, logits_loss_weight=weight,
         )  # fmt: skip
-        self.record(divergence=output.logits_loss / noise.share_of_sequences)
+        share = noise.share_of_sequences
+        self.record(share, divergence=output.logits_loss / share)
         return output.loss, output

@@ -182,7 +182,7 @@ class MGMTrainer(CheckedRowsTrainer):
         noise = self._draw(inputs)
         self._micro_batch += 1
         loss, output = self.micro_batch_loss(model, drop_classes(inputs, noise, self.model.config), noise)
-        self._record_output(output)
+        self._record_output(output, noise.share_of_sequences)
         return (loss, output) if return_outputs else loss
 
     def micro_batch_loss(self, model, batch: dict, noise: Noise) -> tuple[torch.Tensor, ModelOutput]:
@@ -326,29 +326,31 @@ class MGMTrainer(CheckedRowsTrainer):
     def log(self, logs, start_time=None):
         """Add the means since the last log line, over ranks: accuracy, residual, iterations, state norm, tokens/s."""
         if "loss" in logs and self._metrics:
-            means = {name: torch.stack(values).mean() for name, values in sorted(self._metrics.items())}
-            gathered = self.accelerator.gather(torch.stack(list(means.values())).unsqueeze(0)).mean(dim=0)
-            logs.update({name: value.item() for name, value in zip(means, gathered, strict=True)})
+            sums = {name: torch.stack(values).sum(dim=0) for name, values in sorted(self._metrics.items())}
+            totals, shares = self.accelerator.gather(torch.stack(list(sums.values())).unsqueeze(0)).sum(dim=0).T
+            means = totals / shares.clamp(min=1e-12)
+            logs.update({name: value.item() for name, value in zip(sums, means, strict=True)})
             logs["tokens_per_second"] = round(self._tokens / (time.perf_counter() - self._clock), 1)
             self._metrics.clear()
             self._warn_if_growing(logs)
             self._clock, self._tokens = time.perf_counter(), 0
         super().log(logs, start_time)
 
-    def record(self, **values: torch.Tensor) -> None:
-        """Note scalars, whose means the next log line shows."""
+    def record(self, share: float | torch.Tensor, **values: torch.Tensor) -> None:
+        """Note scalars of a micro-batch, whose means over steps the next log line shows; within a step each counts by
+        the `share` of its sequences that the micro-batch has."""
         for name, value in values.items():
-            self._metrics[name].append(value.detach())
+            self._metrics[name].append(torch.stack([value.detach() * share, torch.ones_like(value) * share]))
 
     def since_log(self) -> dict[str, list[torch.Tensor]]:
         """Also the values whose means the line adds."""
-        return super().since_log() | {f"mean.{name}": list(values) for name, values in self._metrics.items()}
+        return super().since_log() | {f"sums.{name}": list(values) for name, values in self._metrics.items()}
 
     def go_on_since_log(self, collected: dict[str, list[torch.Tensor]]) -> None:
         """Also with the values whose means the line adds."""
         super().go_on_since_log(collected)
-        means = {name: values for name, values in collected.items() if name.startswith("mean.")}
-        self._metrics.update({name.removeprefix("mean."): values for name, values in means.items()})
+        sums = {name: values for name, values in collected.items() if name.startswith("sums.")}
+        self._metrics.update({name.removeprefix("sums."): values for name, values in sums.items()})
 
     def forget_steps(self) -> None:
         """Also the values whose means the line adds."""
@@ -357,12 +359,13 @@ class MGMTrainer(CheckedRowsTrainer):
         self._clock, self._tokens = time.perf_counter(), 0
 
     @torch.no_grad()
-    def _record_output(self, output: ModelOutput) -> None:
+    def _record_output(self, output: ModelOutput, share: float) -> None:
         if output.masked_accuracy is not None:
-            self.record(masked_accuracy=output.masked_accuracy)
+            self.record(share, masked_accuracy=output.masked_accuracy)
         if output.residuals is not None:
             residuals = output.residuals.mean(dim=1)  # (N,)
             self.record(
+                share,
                 residual=residuals[-1],
                 residual_ratio=residuals[-1] / residuals[max(len(residuals) - 2, 0)].clamp(min=1e-12),
                 iterations=residuals.new_full((), len(residuals)),

@@ -26,7 +26,9 @@ MUST_STAY = {
         "seed", "data_seed", "dataloader_drop_last", "train_sampling_strategy", "length_column_name",
         "sequences_per_step",
     ),
-    "the rounds that are over were made with it": ("steps_per_round", "teacher_steps", "first_step_size"),
+    "which teacher a step has follows from it": (
+        "rounds", "steps_per_round", "teacher_steps", "first_step_size",
+    ),
     "its state in the checkpoint is in another form": ("engine",),
 }  # fmt: skip
 # Where things are written, shown and pushed; `Trainer` itself warns of the three numbers of steps.

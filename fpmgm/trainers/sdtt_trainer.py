@@ -108,7 +108,8 @@ class SDTTTrainer(MGMTrainer):
             hidden, head.weight, head.bias, weights, self.model.config.mask_token_id, kind="reverse_kl"
         )
         output = model(**state.seen(), **noise.iterations, logits_loss=divergence)
-        self.record(divergence=output.logits_loss / noise.share_of_sequences)
+        share = noise.share_of_sequences
+        self.record(share, divergence=output.logits_loss / share)
         return output.loss, output
 
     @torch.no_grad()

@@ -129,17 +129,17 @@ class RecordSteps(TrainerCallback):
 
 
 def recorded(make: Callable, folder: Path, kind: Kind, model: nn.Module, batch: int, **options) -> tuple:
-    """The trainer that `make` gives, run on six rows by plain gradient descent, and its steps: on four rows, then on
-    two, in micro-batches of `batch` rows and with the logits of three positions at a time."""
+    """The trainer that `make` gives, run on seven rows by plain gradient descent, and its steps: on four rows, then
+    on three, in micro-batches of `batch` rows and with the logits of three positions at a time."""
     run = {
-        "train_dataset": kind.rows(6), "per_device_train_batch_size": batch, "learning_rate": 0.05, "optim": "sgd",
+        "train_dataset": kind.rows(7), "per_device_train_batch_size": batch, "learning_rate": 0.05, "optim": "sgd",
         "gradient_accumulation_steps": 4 // batch, "max_grad_norm": 0.0, "max_steps": 2, "seed": SEED, **options,
     }  # fmt: skip
     record = RecordSteps()
     with patch.object(head, "chunk_rows", lambda *_: 3):
         trainer = record.watch(make(folder, model, **run))
         trainer.train()
-    assert [len(step.rows) for step in record.steps] == [4, 2] * (len(record.steps) // 2)
+    assert [len(step.rows) for step in record.steps] == [4, 3] * (len(record.steps) // 2)
     return trainer, record.steps
 
 

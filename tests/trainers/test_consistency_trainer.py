@@ -48,7 +48,7 @@ def recorded_states(model) -> list[dict]:
 # --- the loss --------------------------------------------------------------------------------------------------------
 
 
-# Options, the model, sequences in a micro-batch: four make an optimizer step, the last two of the six rows another.
+# Options, the model, sequences in a micro-batch: four make an optimizer step, the last three of seven rows another.
 LOSSES = {
     "mse": ({}, {}, 4),
     "mse_in_time": ({"loss_weighting": "uniform", "gap_range": [0.2, 0.4]}, {"time_conditioning": True}, 2),
@@ -97,7 +97,7 @@ def test_loss_and_gradient_are_those_of_the_formula(tmp_path, name):
         ema_decay=0.5, **options,
     )  # fmt: skip
     averaged = averages([step.weights for step in steps], decay=0.5)
-    empty = 0
+    empty, both = 0, trainer.args.consistency_positions == "both"
     for k, step in enumerate(steps):
         student = with_weights(model, step.weights)
         teacher = with_weights(model, averaged[k] if trainer.args.teacher == "ema" else step.weights)
@@ -106,17 +106,18 @@ def test_loss_and_gradient_are_those_of_the_formula(tmp_path, name):
         total = sum(step.iterations.values())
         targets = of_teacher(teacher, noisy, num_iterations=total)
         beliefs = of_student(student, noisy, step)
-        distance = mean_of_means(
-            [distances(trainer.args, student, b, t) for b, t in zip(beliefs, targets, strict=True)],
-            noisy,
-            lambda n: n.still_masked if trainer.args.consistency_positions == "both" else n.masked,
-        )
+        compared = [n.still_masked if both else n.masked for n in noisy]
+        found = [distances(trainer.args, student, b, t) for b, t in zip(beliefs, targets, strict=True)]
+        distance = mean_of_means(found, noisy, lambda n: n.still_masked if both else n.masked)
         base = cross_entropy(beliefs, noisy, 2.0 if "loss_weighting" in options else None)
         loss = base + 6.0 * (k + 1) / 3 * distance
         assert_gradient(student, loss, step.gradient, tolerance=1e-5 if trainer.args.teacher == "ema" else 1e-6)
         line = trainer.state.log_history[k]
         assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
         assert line["consistency"] == pytest.approx(distance.item(), rel=1e-5)
+        if trainer.args.consistency_reduction == "relative":
+            share = sum(bool(c.any()) for c in compared) / len(noisy)
+            assert line["relative_consistency"] == pytest.approx(distance.item() / share, rel=1e-5)
     if kind is TEXT:
         assert empty > 0
     if "class_dropout" in architecture:

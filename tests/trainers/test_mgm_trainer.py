@@ -84,7 +84,7 @@ def test_every_parameter_learns_from_a_fresh_start(tmp_path, name):
     assert [name for name, old in before.items() if torch.equal(old, model.get_parameter(name))] == []
 
 
-# Options, the model, sequences in a micro-batch: four make an optimizer step, the last two of the six rows another.
+# Options, the model, sequences in a micro-batch: four make an optimizer step, the last three of seven rows another.
 LOSSES = {
     "whole": ({}, {}, 4),
     "split": ({}, {"time_conditioning": True}, 1),

@@ -125,6 +125,15 @@ def test_weights_that_no_checkpoint_holds_are_compared(tmp_path):
             make_trainer(folder, None, kind, config, teacher=training_model(seed=1), **options).train(True)
 
 
+def test_rounds_are_not_added_to_a_run_whose_last_one_made_no_teacher(tmp_path):
+    # The student of the last round teaches nobody: a further round would go on with that round's own teacher.
+    options = {"rounds": 1, "steps_per_round": 1, "first_step_size": 0.1, **EVERY_STEP}
+    make_trainer(tmp_path, None, SDTTTrainer, SDTTConfig, **options, max_steps=1).train()
+    longer = make_trainer(tmp_path, None, SDTTTrainer, SDTTConfig, **{**options, "rounds": 2}, max_steps=2)
+    with pytest.raises(ValueError, match=r"`rounds`=2, not 1 \(which teacher a step has follows from it"):
+        longer.train(resume_from_checkpoint=True)
+
+
 def test_a_checkpoint_without_a_record_goes_on_with_a_warning(run, tmp_path, caplog):
     shutil.copytree(run / "checkpoint-2", tmp_path / "moved/checkpoint-2")
     listed = json.loads((tmp_path / "moved/checkpoint-2/checkpoint_files.json").read_text())

@@ -96,7 +96,7 @@ def test_loss_and_gradient_are_those_of_an_ancestral_teacher(tmp_path, name):
         beliefs = of_student(student, noisy, step)
         distances = [divergence(b.logits, t) for b, t in zip(beliefs, targets, strict=True)]  # KL(student ‖ target)
         loss = mean_of_means(distances, noisy)
-        assert_gradient(student, loss, step.gradient, tolerance=1e-6 if k < 2 else 1e-5)  # the average is in float32
+        assert_gradient(student, loss, step.gradient, tolerance=1e-6 if k < 2 else 2e-5)  # the average is in float32
         line = trainer.state.log_history[k]
         assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
         assert line["divergence"] == pytest.approx(loss.item(), rel=1e-5)
