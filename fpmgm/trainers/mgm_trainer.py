@@ -327,8 +327,8 @@ class MGMTrainer(CheckedRowsTrainer):
         """Add the means since the last log line, over ranks: accuracy, residual, iterations, state norm, tokens/s."""
         if "loss" in logs and self._metrics:
             sums = {name: torch.stack(values).sum(dim=0) for name, values in sorted(self._metrics.items())}
-            totals, shares = self.accelerator.gather(torch.stack(list(sums.values())).unsqueeze(0)).sum(dim=0).T
-            means = totals / shares.clamp(min=1e-12)
+            totals, weights = self.accelerator.gather(torch.stack(list(sums.values())).unsqueeze(0)).sum(dim=0).T
+            means = totals / weights.clamp(min=1e-12)
             logs.update({name: value.item() for name, value in zip(sums, means, strict=True)})
             logs["tokens_per_second"] = round(self._tokens / (time.perf_counter() - self._clock), 1)
             self._metrics.clear()
@@ -336,11 +336,11 @@ class MGMTrainer(CheckedRowsTrainer):
             self._clock, self._tokens = time.perf_counter(), 0
         super().log(logs, start_time)
 
-    def record(self, share: float | torch.Tensor, **values: torch.Tensor) -> None:
-        """Note scalars of a micro-batch, whose means over steps the next log line shows; within a step each counts by
-        the `share` of its sequences that the micro-batch has."""
+    def record(self, weight: float | torch.Tensor, **values: torch.Tensor) -> None:
+        """Note scalars of a micro-batch, whose means by `weight` the next log line shows; by its share of the
+        sequences of its step, these are means over steps however the batch is split."""
         for name, value in values.items():
-            self._metrics[name].append(torch.stack([value.detach() * share, torch.ones_like(value) * share]))
+            self._metrics[name].append(torch.stack([value.detach() * weight, torch.ones_like(value) * weight]))
 
     def since_log(self) -> dict[str, list[torch.Tensor]]:
         """Also the values whose means the line adds."""
@@ -361,7 +361,7 @@ class MGMTrainer(CheckedRowsTrainer):
     @torch.no_grad()
     def _record_output(self, output: ModelOutput, share: float) -> None:
         if output.masked_accuracy is not None:
-            self.record(share, masked_accuracy=output.masked_accuracy)
+            self.record(len(output.last_hidden_state), masked_accuracy=output.masked_accuracy)  # of P positions
         if output.residuals is not None:
             residuals = output.residuals.mean(dim=1)  # (N,)
             self.record(
