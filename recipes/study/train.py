@@ -23,6 +23,7 @@ from fpmgm.trainers import (
     last_checkpoint,
 )
 from fpmgm.trainers.checkpoints import checkpoint_step
+from fpmgm.trainers.run_record import Origin, describe_files
 from sample_world import World
 from study.plan import Plan, Row
 
@@ -45,7 +46,7 @@ def train_row(plan: Plan, row: Row, folder: Path, device: str) -> Path:
     check_same_row(plan, row, export)
     if (export / "training.json").exists():
         return export
-    args, texts = training_arguments(plan, row, export, device), plan.texts(row)
+    args, texts, start = training_arguments(plan, row, export, device), plan.texts(row), start_weights(row, export)
     set_seed(row.seed)  # before fresh weights are drawn
     model, teachers = start_model(plan, row, folder)
     trainer = TRAINERS[row.trainer][0](
@@ -54,16 +55,18 @@ def train_row(plan: Plan, row: Row, folder: Path, device: str) -> Path:
         train_dataset=World(folder / "world", len(texts), skip=texts.start),
         eval_dataset=World(folder / "held_out", plan.world["validation_texts"]),
         processing_class=AutoTokenizer.from_pretrained(folder / "world"),
+        origin=Origin(options={"start": start}),
         **teachers,
     )
     last = last_checkpoint(args.output_dir)
-    start, cpu = time.perf_counter(), time.process_time()
+    clock, cpu = time.perf_counter(), time.process_time()
     trainer.train(resume_from_checkpoint=last)
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    seconds, cpu = time.perf_counter() - clock, time.process_time() - cpu
     trainer.save_model()
     found = {
         "name": row.name,
         "asked": asked(plan, row),
+        "start_weights": start,
         "steps": trainer.state.global_step,
         "first_step": checkpoint_step(last) if last else 0,  # of the last start, as the seconds are
         "seconds": seconds,
@@ -95,16 +98,27 @@ def asked(plan: Plan, row: Row) -> dict:
     }
 
 
+def start_weights(row: Row, export: Path) -> list[dict]:
+    """What the files hold that a row goes on from; nothing for fresh weights, or where they are not there."""
+    return [] if row.start is None else describe_files(sorted((export.parent / row.start).glob("*.safetensors")))
+
+
 def check_same_row(plan: Plan, row: Row, export: Path) -> None:
-    """Raise a `ValueError` for a run that was trained as another plan asked."""
+    """Raise a `ValueError` for a run that was trained as another plan asked, or from other weights than there are."""
     path = export / "training.json"
-    held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    held = held.get("asked", {})  # an earlier version did not note it: nothing to compare
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    held = known.get("asked", {})  # an earlier version did not note it: nothing to compare
     wrong = {name: (held[name], value) for name, value in asked(plan, row).items() if held.get(name, value) != value}
     if wrong:
         raise ValueError(
             f"{export} was trained by another `plan` (what it was asked, what `plan` asks): {wrong}. Give the former "
             "plan, another name to the row, or delete the folder to train it again."
+        )
+    start = start_weights(row, export)
+    if start and known.get("start_weights", start) != start:
+        raise ValueError(
+            f"{export} went on from other weights than {export.parent / row.start} holds now: delete the folder to "
+            "train it again, or put those back."
         )
 
 

@@ -142,6 +142,23 @@ def test_the_same_command_repeats_nothing_and_makes_what_is_missing_as_before(st
     assert [s["excess"] for s in samples(rows / "fp_mdlm.json")] == [s["excess"] for s in before["samples"]]
 
 
+def test_a_row_whose_start_was_trained_again_since_is_refused(tmp_path):
+    plan, export = load_plan(TINY), tmp_path / "cofre"
+    row = plan.row("cofre")
+    weights = tmp_path / row.start / "model.safetensors"
+    for folder in (export, weights.parent):
+        folder.mkdir()
+    weights.write_bytes(b"first")
+    known = {"asked": train.asked(plan, row), "start_weights": train.start_weights(row, export)}
+    (export / "training.json").write_text(json.dumps(known))
+    train.check_same_row(plan, row, export)
+    weights.write_bytes(b"other")
+    with pytest.raises(ValueError, match=f"cofre went on from other weights than .*{row.start} holds now"):
+        train.check_same_row(plan, row, export)
+    (export / "training.json").write_text(json.dumps({"asked": known["asked"]}))  # an earlier version's
+    train.check_same_row(plan, row, export)
+
+
 def samples(path: Path) -> list[dict]:
     return json.loads(path.read_text())["samples"]
 
