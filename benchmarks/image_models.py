@@ -38,6 +38,7 @@ from fpmgm.evaluation.report import table, write_report
 from fpmgm.models.noise import arccos_ratio, mask_tokens, mask_uniforms, sequential_times
 from fpmgm.pictures import make_grid, to_pil
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
+from fpmgm.trainers.run_record import describe_files
 from made_models import ROOT, Run, arguments_of, folder_of, make, parameters_of, run_recipe
 from training_cost import ITERATIONS, QUIET, step, timed_steps
 
@@ -194,7 +195,9 @@ def held_out(args: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
 def sample(name: str, reuse: str, budget: int, args: Arguments) -> tuple[torch.Tensor, dict]:
     """(N, L) codes, the classes in turn, and what they cost."""
     protocol = {key: getattr(args, key) for key in ("num_samples", "guidance_scale", "seed")}
-    path = Path(args.work_dir) / "samples" / f"{folder_of(name, args.work_dir).name}_{reuse}_{budget}.json"
+    folder = folder_of(name, args.work_dir)
+    protocol["weights"] = describe_files([folder / "model.safetensors"])
+    path = Path(args.work_dir) / "samples" / f"{folder.name}_{reuse}_{budget}.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if found.get("protocol") != protocol:
         found = {"protocol": protocol, **generate(name, reuse, budget, args)}
