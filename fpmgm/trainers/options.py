@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of `TrainingArguments` and of `Trainer` that our trainers cannot honour are refused by name."""
 
+import math
 from dataclasses import fields
 from pathlib import PurePath
 from typing import Any
@@ -77,7 +78,7 @@ def plan_length(args: TrainingArguments) -> None:
 
 def warn_of_warmup(args: TrainingArguments, num_steps: int) -> None:
     """Warn of a run that ends within a warm-up, so that it never has the learning rate, or the weight of a loss, that
-    is asked for."""
+    is asked for; or before its last round has."""
     warmup = args.get_warmup_steps(num_steps)
     if warmup >= num_steps and args.lr_scheduler_type not in ("constant", "reduce_lr_on_plateau"):
         logger.warning(
@@ -90,6 +91,12 @@ def warn_of_warmup(args: TrainingArguments, num_steps: int) -> None:
                 f"`{name}`={getattr(args, name)}, but the run has {num_steps} steps: the weight of that loss is never "
                 "reached. Give fewer."
             )
+    rounds, each = getattr(args, "rounds", 0), getattr(args, "steps_per_round", 0)
+    if num_steps < rounds * each:
+        logger.warning(
+            f"`rounds`={rounds} of `steps_per_round`={each} take {rounds * each} steps, but the run has {num_steps} "
+            f"and ends in round {math.ceil(num_steps / each)}. Give fewer, or leave `max_steps` out."
+        )
 
 
 def check_arguments(trainer: Trainer, args: Any, config_class: type, given: dict[str, Any]) -> None:

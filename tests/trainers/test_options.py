@@ -345,6 +345,14 @@ def test_a_loss_whose_weight_is_never_reached_is_told(tmp_path, caplog, warmup, 
     assert (f"`consistency_warmup_steps`={warmup}, but the run has 1 steps" in caplog.text) == warned
 
 
+@pytest.mark.parametrize(("steps", "told"), [(3, True), (4, False), (5, False)])
+def test_a_run_that_ends_before_its_rounds_do_is_told(tmp_path, caplog, steps, told):
+    options = {"rounds": 2, "steps_per_round": 2, "first_step_size": 0.1, "max_steps": steps}
+    with caplog.at_level("WARNING"):
+        make_trainer(tmp_path, None, SDTTTrainer, SDTTConfig, **options).train()
+    assert (f"take 4 steps, but the run has {steps} and ends in round 2" in caplog.text) == told
+
+
 def test_rows_grouped_by_length_are_evaluated_in_order(tmp_path):
     data = token_rows(12, ragged=True)
     plain = make_trainer(tmp_path, eval_dataset=data).evaluate()["eval_loss"]
