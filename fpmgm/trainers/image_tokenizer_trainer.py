@@ -155,10 +155,20 @@ class ImageTokenizerTrainer(CheckedRowsTrainer):
         super().forget_steps()
         self._used, self._latents, self._restarted_at, self._step = None, None, 0, -1
 
+    @torch.no_grad()
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `Trainer`. The codebook is written on the unit sphere; a checkpoint (an internal call) leaves that of
+        the training where it is, so that what is learned does not depend on when it is saved."""
+        own = self._tokenizer.codebook.clone()
+        super().save_model(output_dir, _internal_call)
+        if _internal_call:
+            self._tokenizer.codebook.copy_(own)
+
     def save_beside(self, folder: Path) -> None:
-        """Also what the next restart needs of this rank."""
+        """Also the codebook as it is, and what the next restart needs of this rank."""
         super().save_beside(folder)
-        save_file({"used": self._used, "latents": self._latents.contiguous()}, self._restart_file(folder))
+        state = {"used": self._used, "latents": self._latents, "codebook": self._tokenizer.codebook.detach()}
+        save_file({name: value.contiguous() for name, value in state.items()}, self._restart_file(folder))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -166,6 +176,8 @@ class ImageTokenizerTrainer(CheckedRowsTrainer):
             with reading(checkpoint, "the use of the codes by this process"):
                 state = load_file(self._restart_file(Path(checkpoint)))  # it does not know a process's `cpu:0`
                 self._used, self._latents = (state[name].to(self.args.device) for name in ("used", "latents"))
+                if "codebook" in state:  # not in an earlier version's
+                    self._tokenizer.codebook.data.copy_(state["codebook"])
 
     def _restart_file(self, folder: Path) -> Path:
         return folder / f"restart_{self.args.process_index}.safetensors"

@@ -46,6 +46,20 @@ def test_codes_that_nothing_uses_are_moved_to_latents(tmp_path):
     assert used[0] < 6 / 24 and used[-1] > 9 / 24
 
 
+def test_saving_changes_nothing_that_is_learned(tmp_path):
+    quiet, saving = (
+        tokenizer_trainer(tmp_path / strategy, save_strategy=strategy, save_steps=1, learning_rate=1e-2)
+        for strategy in ("no", "steps")
+    )
+    for trainer in (quiet, saving):
+        trainer.train()
+    for name, parameter in quiet.model.named_parameters():
+        assert torch.equal(saving.model.get_parameter(name), parameter)
+    saved = load_image_tokenizer(tmp_path / "steps/checkpoint-4").codebook
+    torch.testing.assert_close(saved, torch.nn.functional.normalize(quiet.model.codebook, dim=-1))
+    assert (quiet.model.codebook.norm(dim=-1) - 1).abs().max() > 0.1
+
+
 @torch.no_grad()
 def test_the_metrics_are_those_of_the_exported_tokenizer(tmp_path):
     trainer = tokenizer_trainer(tmp_path, restart_every=1)
