@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .models.generation_mgm import GenerationStep
 from .models.image_tokenizer import ImageTokenizerMixin, to_uint8
+from .models.modes import evaluating
 
 
 if TYPE_CHECKING:
@@ -163,5 +164,7 @@ def _known_pixels(codes: torch.LongTensor, tokenizer: ImageTokenizerMixin, batch
         known = part < tokenizer.codebook_size
         latents = codebook[part.where(known, 0)] * known[..., None]  # (b, H, W, E)
         shown = known.repeat_interleave(patch, dim=1).repeat_interleave(patch, dim=2)[:, None]  # (b, 1, S, S)
-        pictures.append(to_uint8(tokenizer.pixels(latents).where(shown, GREY)).cpu())
+        with evaluating(tokenizer):
+            pixels = tokenizer.pixels(latents)
+        pictures.append(to_uint8(pixels.where(shown, GREY)).cpu())
     return torch.cat(pictures)

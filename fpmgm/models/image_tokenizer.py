@@ -13,6 +13,8 @@ import torch
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
+from .modes import evaluating
+
 
 COMMITMENT = 0.25  # weight of the pull of latents towards their codes, against the pull of codes towards latents
 PIXEL_SLACK = 1e-3  # normalisation in float32 may leave [-1, 1] by its rounding
@@ -51,7 +53,7 @@ class ImageTokenizerMixin:
 
     @torch.no_grad()
     def encode(self, pixel_values: torch.Tensor) -> torch.LongTensor:
-        """Codes of images.
+        """Codes of images, without dropout, whatever mode the model is in.
 
         Args:
             pixel_values (`torch.Tensor`): (B, C, S, S) in [-1, 1].
@@ -63,11 +65,12 @@ class ImageTokenizerMixin:
             `ValueError`: for another shape or pixels outside [-1, 1].
         """
         self._check_pixels(pixel_values)
-        return nearest_codes(F.normalize(self.latents(pixel_values), dim=-1), self.codebook)
+        with evaluating(self):
+            return nearest_codes(F.normalize(self.latents(pixel_values), dim=-1), self.codebook)
 
     @torch.no_grad()
     def decode(self, codes: torch.LongTensor) -> torch.Tensor:
-        """Images of codes.
+        """Images of codes, without dropout, whatever mode the model is in.
 
         Args:
             codes (`torch.LongTensor`): (B, H, W), or (B, H·W) in row-major order.
@@ -79,7 +82,8 @@ class ImageTokenizerMixin:
             `ValueError`: for another shape or codes outside [0, K).
         """
         codes = self._checked_codes(codes)  # (B, H, W)
-        return self.pixels(F.normalize(self.codebook, dim=-1)[codes]).clamp(-1, 1)
+        with evaluating(self):
+            return self.pixels(F.normalize(self.codebook, dim=-1)[codes]).clamp(-1, 1)
 
     def forward(self, pixel_values: torch.Tensor) -> ImageTokenizerOutput:
         """Encode and decode with gradients: those of the quantised latents pass straight through to the latents.

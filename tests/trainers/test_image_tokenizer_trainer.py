@@ -152,3 +152,17 @@ def test_rows_that_are_no_pictures_are_named_and_predictions_are_reconstructions
     with torch.no_grad():
         expected = trainer.model.eval()(pixels).pixel_values
     torch.testing.assert_close(torch.tensor(found.predictions), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_codes_and_pictures_have_no_dropout_in_the_midst_of_a_training(tmp_path):
+    model, pixels = tokenizer_trainer(tmp_path).model, torch.stack([row["pixel_values"] for row in rows(4)])
+    dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    codes = model.eval().encode(pixels)
+    pictures = model.decode(codes)
+    for module in dropouts:
+        module.p = 0.5
+    model.train()
+    assert dropouts and not model(pixels).codes.equal(codes)  # the training's own pass has it
+    assert model.encode(pixels).equal(codes) and model.decode(codes).equal(pictures)
+    assert all(module.training for module in model.modules())
