@@ -156,13 +156,14 @@ def check_head(model: nn.Module) -> None:
 
 
 def check_teacher(teacher: nn.Module, model: nn.Module) -> None:
-    """Raise a `ValueError` unless `teacher` speaks the model's vocabulary and is whole on this process."""
-    for name in ("model_type", "vocab_size", "mask_token_id"):
+    """Raise a `ValueError` unless `teacher` speaks the model's vocabulary, has as many classes (what stands for none
+    is the id behind them), and is whole on this process."""
+    for name in ("model_type", "vocab_size", "mask_token_id", "num_classes"):
         theirs, ours = getattr(teacher.config, name), getattr(model.config, name)
         if theirs != ours:
             raise ValueError(
                 f"`teacher` has `{name}`={theirs!r}, but the model has {ours!r}: both must be of one kind and "
-                "read the same tokens."
+                "read the same tokens and classes."
             )
     if any(parameter.numel() == 0 for parameter in teacher.parameters()):
         raise ValueError(

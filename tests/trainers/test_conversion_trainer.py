@@ -14,6 +14,7 @@ from fpmgm.models import head
 from fpmgm.trainers import ConversionConfig, ConversionTrainer
 from fpmgm.trainers.distillation import warmed_up
 
+from ..testing_utils import tiny_image_model
 from .reference import (
     assert_gradient,
     corrupt,
@@ -26,7 +27,7 @@ from .reference import (
     recorded,
     with_weights,
 )
-from .training_utils import LENGTH, MASK, make_trainer, token_rows, training_model, weights
+from .training_utils import LENGTH, MASK, image_rows, make_trainer, token_rows, training_model, weights
 
 
 EXPLICIT = {"num_pre_layers": 4, "num_fixed_point_layers": 0, "num_post_layers": 0}
@@ -152,6 +153,13 @@ def test_a_teacher_of_other_tokens_is_refused(tmp_path, sizes):
     (name,) = sizes
     with pytest.raises(ValueError, match=f"`teacher` has `{name}`={sizes[name]}"):
         conversion_trainer(tmp_path, teacher=training_model(**sizes))
+
+
+def test_a_teacher_of_other_classes_is_refused(tmp_path):
+    # What stands for no class in the student would be a class to the teacher.
+    student, teacher = tiny_image_model(), tiny_image_model(num_classes=5)
+    with pytest.raises(ValueError, match="`teacher` has `num_classes`=5, but the model has 3"):
+        conversion_trainer(tmp_path, student, teacher=teacher, train_dataset=image_rows(4))
 
 
 def test_a_teacher_that_is_split_over_processes_is_refused(tmp_path):
