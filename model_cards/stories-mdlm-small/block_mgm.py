@@ -1,0 +1,1 @@
+../../fpmgm/models/block_mgm.py

@@ -1,0 +1,1 @@
+../../fpmgm/models/blocks.py

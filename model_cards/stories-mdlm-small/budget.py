@@ -1,0 +1,1 @@
+../../fpmgm/models/budget.py

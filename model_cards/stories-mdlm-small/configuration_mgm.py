@@ -1,0 +1,1 @@
+../../fpmgm/models/configuration_mgm.py

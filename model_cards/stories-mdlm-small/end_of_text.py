@@ -1,0 +1,1 @@
+../../fpmgm/models/end_of_text.py

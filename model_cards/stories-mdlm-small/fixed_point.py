@@ -1,0 +1,1 @@
+../../fpmgm/models/fixed_point.py

@@ -1,0 +1,1 @@
+../../fpmgm/models/frozen_states.py

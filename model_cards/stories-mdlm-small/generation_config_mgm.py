@@ -1,0 +1,1 @@
+../../fpmgm/models/generation_config_mgm.py

@@ -1,0 +1,1 @@
+../../fpmgm/models/generation_inputs.py

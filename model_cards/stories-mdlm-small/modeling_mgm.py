@@ -1,0 +1,1 @@
+../../fpmgm/models/modeling_mgm.py

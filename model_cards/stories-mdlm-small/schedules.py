@@ -1,0 +1,1 @@
+../../fpmgm/models/schedules.py
