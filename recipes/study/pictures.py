@@ -12,22 +12,21 @@ from study.tables import curves, labelled
 
 def plot_excess(rows: Sequence[dict], truth_entropy: float, path: Path) -> None:
     """A line of panels for each group of judged rows, a panel for each budget: excess against unigram entropy, with
-    one standard error. A line goes through the temperatures of a row and setting; the truth's own texts lie at the
-    dashed line's foot."""
+    one standard error. A line goes through the temperatures of a row and setting (settings at one temperature are in
+    the tables alone); the truth's own texts lie at the dashed line's foot."""
     judged = [row for row in rows if "samples" in row]
-    groups = list(dict.fromkeys(row["group"] for row in judged))
-    budgets = sorted({sample["budget"] for row in judged for sample in row["samples"]})
-    if not groups:
+    lines = {}  # of each group: what it is called, and its samples
+    for row in judged:
+        for setting, samples in curves(row).items():
+            if len(samples) > len({sample["budget"] for sample in samples}):
+                lines.setdefault(row["group"], []).append((labelled(row, setting), samples))
+    drawn = [sample for members in lines.values() for _, samples in members for sample in samples]
+    budgets = sorted({sample["budget"] for sample in drawn})
+    if not lines:
         return
-    figure = new_figure(4 * len(budgets) + 4, 3.6 * len(groups))
-    panels = figure.subplots(len(groups), len(budgets) + 1, squeeze=False, sharey="row")
-    for (*line, legend), group in zip(panels, groups, strict=True):
-        members = [
-            (labelled(row, setting), samples)
-            for row in judged
-            if row["group"] == group
-            for setting, samples in curves(row).items()
-        ]
+    figure = new_figure(4 * len(budgets) + 4, 3.6 * len(lines))
+    panels = figure.subplots(len(lines), len(budgets) + 1, squeeze=False, sharey="row")
+    for (*line, legend), (group, members) in zip(panels, lines.items(), strict=True):
         for axes, budget in zip(line, budgets, strict=True):
             for place, (label, samples) in enumerate(members):
                 names = ("unigram_entropy", "excess", "excess_standard_error")
