@@ -92,7 +92,8 @@ class ConversionTrainer(MGMTrainer):
         # 1. a noisier state for the student, a cleaner one for the teacher
         noisy, clean, masked, _ = nested_states(batch, noise, args.gap_range, self.kind, self.hide)
         # 2. the frozen teacher, up to its head
-        hidden = denoise(self.teacher, **clean.seen()).normed_hidden_state  # (P, D)
+        with self.accelerator.autocast():  # which only the student is wrapped in
+            hidden = denoise(self.teacher, **clean.seen()).normed_hidden_state  # (P, D)
         # 3. the student, its logits beside the teacher's
         weights = to_device(mean_over_sequences(masked, noise), hidden.device)  # (P,)
         divergence = divergence_from(

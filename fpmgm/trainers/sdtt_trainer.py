@@ -126,7 +126,8 @@ class SDTTTrainer(MGMTrainer):
         for step in range(self.args.teacher_steps):
             t, after = ((noise.t - k * self.step_size).clamp(min=0) for k in (step, step + 1))
             now = replace(state, input_ids=tokens, t=to_device(t, device))
-            hidden = denoise(self.teacher, **now.seen()).normed_hidden_state  # (P, D)
+            with self.accelerator.autocast():  # which only the student is wrapped in
+                hidden = denoise(self.teacher, **now.seen()).normed_hidden_state  # (P, D)
             targets = hidden if targets is None else torch.where(to_device(waiting, device)[:, None], hidden, targets)
             revealed = waiting & (uniforms >= self.kind.masked_probability(after)[rows])
             waiting = waiting & ~revealed
@@ -140,7 +141,8 @@ class SDTTTrainer(MGMTrainer):
         """Tokens of the teacher at flat `positions`, each drawn from its sequence's own stream."""
         length, streams = noise.uniforms.shape[1], noise.streams("draw")
         uniforms = torch.cat([torch.rand(length, generator=g, dtype=torch.float64) for g in streams])
-        logits = self.teacher.get_output_embeddings()(hidden)
+        head = self.teacher.get_output_embeddings()
+        logits = head(hidden.to(head.weight.dtype))
         return draw_tokens(logits, to_device(uniforms[positions], hidden.device), self.model.config.mask_token_id)[0]
 
     @property

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from fpmgm import convert_to_fixed_point
 from fpmgm.models import head
-from fpmgm.trainers import ConversionConfig, ConversionTrainer
+from fpmgm.trainers import ConversionConfig, ConversionTrainer, SDTTConfig, SDTTTrainer
 from fpmgm.trainers.distillation import warmed_up
 
 from ..testing_utils import tiny_image_model
@@ -124,6 +124,15 @@ def test_the_teacher_is_left_as_it_is_but_for_its_dropout(tmp_path):
     assert all(torch.equal(parameter, before[name]) for name, parameter in teacher.named_parameters())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in teacher.parameters())
     assert [name for name, old in start.items() if torch.equal(student.get_parameter(name), old)] == []
+
+
+@pytest.mark.parametrize("kind", [(ConversionTrainer, ConversionConfig), (SDTTTrainer, SDTTConfig)])
+def test_under_bf16_a_teacher_runs_in_bf16_too(tmp_path, kind):
+    teacher, types = training_model(1, **EXPLICIT), []
+    trainer = make_trainer(tmp_path, training_model(2, **EXPLICIT), *kind, teacher=teacher, bf16=True, max_steps=1)
+    teacher.pre_layers[0].up_proj.register_forward_hook(lambda module, args, output: types.append(output.dtype))
+    trainer.train()
+    assert set(types) == {torch.bfloat16} and teacher.dtype == torch.float32
 
 
 def test_adapters_alone_learn_from_the_teacher(tmp_path):
