@@ -31,7 +31,7 @@ from installed_english import paragraphs
 
 
 MODEL_CARDS = Path(__file__).parents[1] / "model_cards"
-STORYTELLERS = ("stories-mdlm", "stories-cofre")
+STORYTELLERS = ("stories-mdlm", "stories-mdlm-small", "stories-cofre")
 PROMPT = "Once upon a time, there was a", "They were happy.", 40  # what is given before and after that many blanks
 SAMPLERS = ("ancestral", "none"), ("ancestral", "3sr"), ("halton", "none")  # order of revealing, reuse
 

@@ -188,8 +188,9 @@ def stories(tmp_path, text_file) -> Path:
     folder = tmp_path / "cards"
     tokenizer = train_tokenizer(load_text(text_files=[str(text_file)])["text"], 280)
     ids = {"vocab_size": len(tokenizer), "mask_token_id": tokenizer.mask_token_id}
-    for name, layers in (("stories-mdlm", {"num_pre_layers": 3, "num_fixed_point_layers": 0, "num_post_layers": 0}),
-                         ("stories-cofre", {"input_injection": "diagonal"})):  # fmt: skip
+    explicit = {"num_pre_layers": 3, "num_fixed_point_layers": 0, "num_post_layers": 0}
+    for name in quickstart.STORYTELLERS:
+        layers = {"input_injection": "diagonal"} if name == "stories-cofre" else explicit
         tiny_model(**ids, **layers, max_position_embeddings=128).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     judge = LlamaConfig(
@@ -205,7 +206,7 @@ def test_the_quickstart_tells_stories_and_trains_a_model_that_loads(tmp_path, te
     options = "--vocab_size 280 --length 16 --hidden_size 16 --max_steps 3 --batch_size 4 --budgets 24 48"
     options += f" --num_samples 3 --eval_blocks 20 --num_stories 2 --stories {stories}"
     results = quickstart.main([*options.split(), "--text_files", str(text_file), "--output_dir", str(tmp_path)])
-    assert [row["model"] for row in results["stories"]["rows"]] == ["stories-mdlm", "stories-cofre"] * 2
+    assert [row["model"] for row in results["stories"]["rows"]] == [*quickstart.STORYTELLERS] * 2
     samplers = [("ancestral", "none"), ("ancestral", "3sr"), ("halton", "none")]
     assert [(row["order"], row["reuse"]) for row in results["samples"]] == samplers * 2
     assert all(row["block_evaluations"] <= row["budget"] for row in (*results["stories"]["rows"], *results["samples"]))
