@@ -250,15 +250,15 @@ def sample_texts(truth: PreTrainedModel, keys: Sequence[tuple], length: int) -> 
     uniforms = torch.stack([torch.rand(length, generator=g, dtype=torch.float64) for g in streams]).to(device)
     cache, token = DynamicCache(config=truth.config), torch.full((len(keys), 1), start, device=device)
     tokens, surprise = [], torch.zeros(len(keys), dtype=torch.float64, device=device)
-    for position in range(length):
-        with evaluating(truth):
+    with evaluating(truth):
+        for position in range(length):
             logits = truth(token, past_key_values=cache, use_cache=True).logits[:, -1].double()  # (B, V)
-        log_p = logits.log_softmax(dim=-1)
-        sums = log_p.exp().cumsum(dim=-1)
-        drawn = uniforms[:, position, None] * sums[:, -1:]  # of the total in its own rounding
-        token = torch.searchsorted(sums, drawn, right=True).clamp(max=logits.shape[-1] - 1)  # (B, 1)
-        surprise -= log_p.gather(1, token).squeeze(1)
-        tokens.append(token)
+            log_p = logits.log_softmax(dim=-1)
+            sums = log_p.exp().cumsum(dim=-1)
+            drawn = uniforms[:, position, None] * sums[:, -1:]  # of the total in its own rounding
+            token = torch.searchsorted(sums, drawn, right=True).clamp(max=logits.shape[-1] - 1)  # (B, 1)
+            surprise -= log_p.gather(1, token).squeeze(1)
+            tokens.append(token)
     return torch.cat(tokens, dim=1), surprise
 
 
