@@ -24,6 +24,7 @@ TENSORS = (torch.Tensor, torch.nn.Parameter)
 # codec whose time is quadratic.
 COSTLY = (b"\nbytearray\n", b"punycode")
 DAMAGED = "it is damaged, cut off or of another kind: get it again"
+NO_MODEL = "its sizes are those of no model"
 SIGNATURES = {
     b"version https://git-lfs": "it is a Git LFS pointer in place of the file: run `git lfs pull` where it comes from",
     b"<": "it is a web page or XML: download the file itself",

@@ -4,7 +4,6 @@
 Their weights are under licences of their own; XQGAN's is for non-commercial research only.
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,24 @@ from transformers import JanusVQVAEConfig
 from ..models.configuration_xqgan import XQGANConfig
 from ..models.modeling_vqgan import VQGANModel
 from ..models.modeling_xqgan import XQGANModel
-from .checkpoint import check_file, check_tensors, few, one_line, read_checkpoint, read_json, read_tensors, reading
+from .checkpoint import (
+    NO_MODEL,
+    check_file,
+    check_tensors,
+    one_line,
+    read_checkpoint,
+    read_json,
+    read_tensors,
+    reading,
+)
 from .pretrained import load_pretrained
 from .sources import FILE_SUFFIXES, SAFETENSORS, fetch
-from .state_dict import count_layers, fitting, unwrapped
+from .state_dict import check_there, count_layers, filled, renamed, unwrapped
 
 
 IMAGE_TOKENIZERS = {"janus_vqgan": VQGANModel, "xqgan": XQGANModel}  # by `model_type`
 
-# Parameter names of LlamaGen → `JanusVQVAE`'s; all rules apply, in this order.
+# Parameter names of LlamaGen → `JanusVQVAE`'s.
 LLAMAGEN_RENAMES = [
     (r"^encoder\.conv_blocks\.(\d+)\.res\.", r"encoder.down.\1.block."),
     (r"^encoder\.conv_blocks\.", r"encoder.down."),
@@ -33,7 +41,7 @@ LLAMAGEN_RENAMES = [
     (r"^(encoder|decoder)\.mid\.1\.", r"\1.mid.attn_1."),
     (r"^(encoder|decoder)\.mid\.2\.", r"\1.mid.block_2."),
 ]
-# Parameter names of XQGAN → ours, likewise.
+# Parameter names of XQGAN → ours.
 XQGAN_RENAMES = [
     (r"^encoder\.model\.patch_embed\.proj\.", "encoder.patch_embed."),
     (r"^decoder\.to_pixel\.model\.", "decoder.to_pixels."),
@@ -52,7 +60,8 @@ XQGAN_RENAMES = [
 XQGAN_PARTS = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")  # others serve its training
 COUNTERS = (".codebook_used", ".ema_vocab_hit_SV", ".lvl1LC")  # buffers that count codes or can be computed
 DINO_HEAD_SIZE = 64  # of every DINOv2 size
-NO_MODEL = "its sizes are those of no model"
+CODEBOOK = "quantize.embedding.weight"  # of both
+LLAMAGEN, XQGAN = "a VQ model of LlamaGen", "an XQGAN of vision transformers"
 HUB = ("revision", "token", "cache_dir", "local_files_only")  # options of a download
 
 
@@ -130,14 +139,11 @@ def load_xqgan(path: str | Path, use_ema: bool = True) -> XQGANModel:
 
 
 def _llamagen(state: dict[str, torch.Tensor], path: str | Path, image_size: int) -> VQGANModel:
-    codebook = "quantize.embedding.weight"
-    with reading(path, "a VQ model of LlamaGen", NO_MODEL):
+    with reading(path, LLAMAGEN, NO_MODEL):
         config = JanusVQVAEConfig(**_llamagen_sizes(state, path, image_size))
-        with torch.device("meta"):
-            model = VQGANModel(config)
-        ours = {_renamed(name, LLAMAGEN_RENAMES): tensor for name, tensor in state.items()}
-        ours[codebook] = F.normalize(ours[codebook].float(), dim=-1)
-    return _filled(model, ours, path)
+        ours = {renamed(name, LLAMAGEN_RENAMES): tensor for name, tensor in state.items()}
+        ours[CODEBOOK] = F.normalize(ours[CODEBOOK].float(), dim=-1)
+    return filled(lambda: VQGANModel(config), ours, path, LLAMAGEN)
 
 
 def _xqgan(state: dict[str, torch.Tensor], path: str | Path) -> XQGANModel:
@@ -147,11 +153,11 @@ def _xqgan(state: dict[str, torch.Tensor], path: str | Path) -> XQGANModel:
             "needs the one of a single codebook, XQGAN-4096."
         )
     parts = {name: tensor for name, tensor in state.items() if name.startswith(XQGAN_PARTS)}
-    with reading(path, "an XQGAN of vision transformers", NO_MODEL):
+    with reading(path, XQGAN, NO_MODEL):
         config = XQGANConfig(**_xqgan_sizes(parts, path))
-        with torch.device("meta"):
-            model = XQGANModel(config)
-    return _filled(model, {_renamed(name, XQGAN_RENAMES): x for name, x in parts.items()}, path)
+    return filled(
+        lambda: XQGANModel(config), {renamed(name, XQGAN_RENAMES): x for name, x in parts.items()}, path, XQGAN
+    )
 
 
 def _tensors(path: Path, use_ema: bool) -> dict[str, torch.Tensor]:
@@ -168,14 +174,9 @@ def _tensors(path: Path, use_ema: bool) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in unwrapped(state, path).items() if not name.endswith(COUNTERS)}
 
 
-def _filled(model: torch.nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> torch.nn.Module:
-    model.load_state_dict(fitting(model, state, path), assign=True)
-    return model.requires_grad_(True).eval()
-
-
 def _llamagen_sizes(state: dict[str, torch.Tensor], path: str | Path, image_size: int) -> dict:
-    needed = ("encoder.conv_in.weight", "encoder.conv_out.weight", "quant_conv.weight", "quantize.embedding.weight")
-    _need(state, (*needed, "encoder.conv_blocks.0.res.0.conv1.weight"), path, "a VQ model of LlamaGen")
+    needed = ("encoder.conv_in.weight", "encoder.conv_out.weight", "quant_conv.weight", CODEBOOK)
+    check_there(state, (*needed, "encoder.conv_blocks.0.res.0.conv1.weight"), path, LLAMAGEN)
     base, latent, embed = (len(state[name]) for name in needed[:3])
     levels = count_layers(state, "encoder.conv_blocks.", path)
     if image_size < 1 or image_size % 2 ** (levels - 1):
@@ -187,7 +188,7 @@ def _llamagen_sizes(state: dict[str, torch.Tensor], path: str | Path, image_size
         "num_res_blocks": count_layers(state, "encoder.conv_blocks.0.res.", path),
         "latent_channels": latent,
         "embed_dim": embed,
-        "num_embeddings": len(state["quantize.embedding.weight"]),
+        "num_embeddings": len(state[CODEBOOK]),
         "num_patches": image_size // 2 ** (levels - 1),
     }
 
@@ -195,12 +196,10 @@ def _llamagen_sizes(state: dict[str, torch.Tensor], path: str | Path, image_size
 def _xqgan_sizes(state: dict[str, torch.Tensor], path: str | Path) -> dict:
     model = "encoder.model."
     needed = (f"{model}patch_embed.proj.weight", f"{model}pos_embed", f"{model}blocks.0.mlp.fc1.weight")
-    _need(
-        state, (*needed, "encoder.latent_tokens", "quantize.embedding.weight"), path, "an XQGAN of vision transformers"
-    )
+    check_there(state, (*needed, "encoder.latent_tokens", CODEBOOK), path, XQGAN)
     width, _, _, patch = state[needed[0]].shape
     side = round((state[needed[1]].shape[1] - 1) ** 0.5)
-    codebook_size, codebook_dim = state["quantize.embedding.weight"].shape
+    codebook_size, codebook_dim = state[CODEBOOK].shape
     return {
         "image_size": side * patch,
         "patch_size": patch,
@@ -211,15 +210,3 @@ def _xqgan_sizes(state: dict[str, torch.Tensor], path: str | Path) -> dict:
         "codebook_size": codebook_size,
         "codebook_dim": codebook_dim,
     }
-
-
-def _need(state: dict[str, torch.Tensor], names: tuple[str, ...], path: str | Path, what: str) -> None:
-    missing = [name for name in names if name not in state]
-    if missing:
-        raise ValueError(f"`path`={str(path)!r} is not {what}: it has no {missing}; it has {few(list(state))}.")
-
-
-def _renamed(name: str, rules: list[tuple[str, str]]) -> str:
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name

@@ -8,8 +8,8 @@ import torch
 
 from ..models.configuration_fpmaskgit import FPMaskGITConfig
 from ..models.modeling_fpmaskgit import FPMaskGITModel
-from .checkpoint import check_file, check_tensors, few, read_checkpoint, read_tensors, reading
-from .state_dict import count_layers, fitting, renamed, unwrapped
+from .checkpoint import NO_MODEL, check_file, check_tensors, read_checkpoint, read_tensors, reading
+from .state_dict import check_there, count_layers, filled, renamed, unwrapped
 
 
 # Halton-MaskGIT's parameter names → ours; `transformer.layers.` is our `pre_layers.`: it is a pre-stack alone.
@@ -30,6 +30,7 @@ RENAMES = [
     (r"^transformer\.layers\.(\d+)\.ff\.w3\.", r"pre_layers.\1.up_proj."),
 ]
 LAYERS = "transformer.layers."
+KIND = "a Halton-MaskGIT checkpoint"
 HEADS = {384: 6, 512: 6, 768: 12, 1024: 16, 1152: 16}  # by width, of the published sizes: no weight tells them
 
 
@@ -62,14 +63,9 @@ def load_halton_maskgit(path: str | Path, config: dict | None = None) -> FPMaskG
     state = _read(path)
     found = _arguments_from_shapes(state, path)
     heads = _check_arguments(found, config or {}, path)
-    with reading(path, "a Halton-MaskGIT checkpoint", "its sizes are those of no model"):
+    with reading(path, KIND, NO_MODEL):
         ours = {renamed(name, RENAMES): tensor for name, tensor in _joined(state).items()}
-        with torch.device("meta"):
-            model = FPMaskGITModel(_our_config(state, found, heads))
-    state = fitting(model, ours, path)
-    model.load_state_dict(state, assign=True)
-    model.tie_weights()
-    return model.requires_grad_(True).eval()
+    return filled(lambda: FPMaskGITModel(_our_config(state, found, heads)), ours, path, KIND)
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
@@ -79,7 +75,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     else:
         checkpoint = read_checkpoint(path, "save `{'model_state_dict': ...}` alone and load that")
         if not isinstance(checkpoint, dict) or "model_state_dict" not in checkpoint:
-            raise ValueError(f"`path`={str(path)!r} is not a Halton-MaskGIT checkpoint: it has no `model_state_dict`.")
+            raise ValueError(f"`{path}` is not {KIND}: it has no `model_state_dict`.")
         state = checkpoint["model_state_dict"]
     check_tensors(state, path)
     return unwrapped(state, path)
@@ -88,13 +84,9 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 def _arguments_from_shapes(state: dict[str, torch.Tensor], path: Path) -> dict[str, int]:
     """The original constructor's arguments, but for the heads."""
     needed = ("tok_emb.weight", "pos_emb.weight", "cls_emb.weight", "transformer.layers.0.ff.w1.weight")
-    missing = [name for name in needed if name not in state]
-    if missing:
-        raise ValueError(
-            f"`path`={str(path)!r} is not a Halton-MaskGIT checkpoint: it has no {missing}; it has {few(list(state))}."
-        )
+    check_there(state, needed, path, KIND)
     if any(state[name].dim() != 2 for name in needed):
-        raise ValueError(f"`path`={str(path)!r} is not a Halton-MaskGIT checkpoint: {needed} must be matrices.")
+        raise ValueError(f"`{path}` is not {KIND}: {needed} must be matrices.")
     ids, hidden_dim = state["tok_emb.weight"].shape
     return {
         "input_size": math.isqrt(len(state["pos_emb.weight"])),

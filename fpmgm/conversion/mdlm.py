@@ -17,9 +17,9 @@ from transformers.utils import logging
 from ..models.configuration_fpmdlm import FPMDLMConfig
 from ..models.modeling_fpmdlm import FPMDLMForMaskedDiffusion
 from ..models.text_input import read_tokenizer
-from .checkpoint import check_tensors, few, one_line, read_checkpoint, read_json, read_tensors, reading, setting
+from .checkpoint import check_tensors, few, one_line, read_checkpoint, read_json, read_tensors, setting
 from .sources import PICKLES, SAFETENSORS, fetch, weight_files
-from .state_dict import count_layers, fitting, renamed, unwrapped
+from .state_dict import check_there, count_layers, filled, fitting, renamed, unwrapped
 
 
 logger = logging.get_logger(__name__)
@@ -119,15 +119,12 @@ def load_mdlm(
     given = {"max_position_embeddings": max_position_embeddings, "time_conditioning": time_conditioning}
     config = _our_config(original, path_or_repo, {name: x for name, x in given.items() if x is not None})
     config["mask_token_id"] = _mask_token_id(mask_token_id, original.folder, config["vocab_size"])
-    with reading(path_or_repo, "an MDLM", "its sizes are those of no model"), torch.device("meta"):
-        model = FPMDLMForMaskedDiffusion(FPMDLMConfig(**config))
     state = {renamed(name, RENAMES): tensor for name, tensor in original.state.items() if name != FREQUENCIES}
-    state = fitting(model, state, path_or_repo)
+    model = filled(lambda: FPMDLMForMaskedDiffusion(FPMDLMConfig(**config)), state, path_or_repo, "an MDLM")
     if original.average is not None:
         average = _named_average(original.average, state, path_or_repo)
-        state = fitting(model, average, f"{path_or_repo} (EMA)")
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_(True).eval()
+        model.load_state_dict(fitting(model, average, f"{path_or_repo} (EMA)"), assign=True)
+    return model
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -185,8 +182,7 @@ def _network(state: dict[str, Any], roots: tuple[str, ...]) -> dict[str, Any]:
 
 def _check_network(state: dict[str, torch.Tensor], source: str | Path) -> None:
     """Raise a `ValueError` unless these are weights of the network, at a glance."""
-    if missing := [name for name in MATRICES if name not in state]:
-        raise ValueError(f"`{source}` is not an MDLM's: it has no {missing}; it has {few(list(state))}.")
+    check_there(state, MATRICES, source, "an MDLM's")
     if any(state[name].dim() != 2 or not state[name].numel() for name in MATRICES):
         raise ValueError(f"`{source}` is not an MDLM's: {MATRICES} must be matrices.")
 

@@ -2,12 +2,12 @@
 """State dicts of others: their names without wrappers, their layers counted, and whether they fit a model of ours."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
-from .checkpoint import MOST_NAMED, few
+from .checkpoint import MOST_NAMED, NO_MODEL, few, reading
 
 
 # What a wrapper puts into the names of what it wraps: `torch.compile`, DDP, DeepSpeed, FSDP, activation checkpointing.
@@ -33,12 +33,17 @@ def unwrapped(state: dict[str, torch.Tensor], source: str | Path) -> dict[str, t
 
 
 def renamed(name: str, rules: list[tuple[str, str]]) -> str:
-    """Our name of a weight: the first of `rules`, (pattern, replacement), that applies."""
+    """Our name of a weight: all of `rules`, (pattern, replacement), in their order."""
     for pattern, replacement in rules:
-        name, found = re.subn(pattern, replacement, name)
-        if found:
-            break
+        name = re.sub(pattern, replacement, name)
     return name
+
+
+def check_there(state: dict[str, torch.Tensor], names: Iterable[str], source: str | Path, what: str) -> None:
+    """Raise a `ValueError` unless `state` has weights of these `names`, by which `what` it should be is known."""
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise ValueError(f"`{source}` is not {what}: it has no {missing}; it has {few(list(state))}.")
 
 
 def count_layers(names: Iterable[str], prefix: str, source: str | Path) -> int:
@@ -57,6 +62,21 @@ def count_layers(names: Iterable[str], prefix: str, source: str | Path) -> int:
             f"of them: it has {len(found)}, {few(sorted(found, key=lambda i: (len(i), i)))}."
         )
     return len(found)
+
+
+def filled(
+    make: Callable[[], torch.nn.Module], state: dict[str, torch.Tensor], source: str | Path, what: str
+) -> torch.nn.Module:
+    """The model that `make` gives, without memory for weights of its own, in evaluation mode with those of `state`.
+
+    Raises:
+        `ValueError`: if `make` fails, since sizes that weights tell are those of no such model, and from [`fitting`].
+    """
+    with reading(source, what, NO_MODEL), torch.device("meta"):
+        model = make()
+    model.load_state_dict(fitting(model, state, source), assign=True)
+    model.tie_weights()
+    return model.requires_grad_(True).eval()
 
 
 def fitting(model: torch.nn.Module, state: dict[str, torch.Tensor], source: str | Path) -> dict[str, torch.Tensor]:
