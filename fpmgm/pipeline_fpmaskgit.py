@@ -23,7 +23,7 @@ from .conversion.image_tokenizers import load_image_tokenizer
 from .conversion.pretrained import load_pretrained
 from .conversion.sources import SAFETENSORS, fetch
 from .model_cards.escape import PLACES, one_line
-from .models.budget import check_whole
+from .models.arguments import check_whole
 from .models.image_processing import make_image_processor
 from .models.image_tokenizer import to_uint8
 from .models.modeling_fpmaskgit import FPMaskGITModel

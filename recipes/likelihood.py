@@ -20,7 +20,7 @@ from fpmgm.command_line import DatasetName, LocalPath, ModelName, parse_argument
 from fpmgm.data import load_text, pack
 from fpmgm.evaluation import elbo_perplexity, plus_minus, provenance
 from fpmgm.evaluation.report import short_names, table, write_report
-from fpmgm.models.budget import check_whole
+from fpmgm.models.arguments import check_whole
 from judged_samples import device_of, open_model
 
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers.utils import ModelOutput, logging
 
 from ..models.modes import evaluating
-from ..models.reuse import REUSE_STATES, REUSES, reuse_states, reuse_weights, visible_fraction
+from ..models.reuse import REUSE_STATES, REUSES, reuse_states, step_weights
 from .trajectory import Trajectory
 
 
@@ -103,7 +102,10 @@ def measure_solver(
         row = _movement(previous, solution, states) | {"solution_residuals": reached}
         starts, residuals = [], []
         for reuse in REUSES:
-            options = {} if before is None else reuse_options(model, reuse, before, ids, found[reuse])
+            options = {}
+            if before is not None and reuse != "none":
+                _, weights = step_weights(before, ids, model.config, reuse, model.generation_config)
+                options = {"fixed_point_state": found[reuse], "reuse_weights": weights}
             start, output = solve(model, **call, **options, num_iterations=num_iterations)
             found[reuse] = output.fixed_point_state
             starts.append(start)
@@ -151,27 +153,6 @@ def solve(model: nn.Module, input_ids: torch.Tensor, **options: Any) -> tuple[to
     finally:
         hook.remove()
     return starts[0], output
-
-
-def reuse_options(
-    model: nn.Module, reuse: str, before: torch.Tensor, input_ids: torch.Tensor, state: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """The options of `forward` that start the solver as `generate` does.
-
-    Args:
-        model (`PreTrainedModel`): Whose `generation_config` has the γ.
-        reuse (`str`): `"none"`, `"full"` or `"3sr"`.
-        before, input_ids (`torch.Tensor`): (B, L) tokens of the previous and of this step.
-        state (`torch.Tensor`): (B, L + R, D) what was found at the previous step.
-    """
-    if reuse == "none":
-        return {}
-    mask, config = model.config.mask_token_id, model.generation_config
-    registers = state.shape[1] - input_ids.shape[1]  # like positions that are masked still
-    states = reuse_states(*(F.pad(ids, (0, registers), value=mask) for ids in (before, input_ids)), mask)
-    gammas = (config.gamma_unchanged, config.gamma_masked, config.gamma_changed, config.gamma_remasked)
-    weights = reuse_weights(states, visible_fraction(input_ids, mask), reuse, *gammas)
-    return {"fixed_point_state": state, "reuse_weights": weights}
 
 
 def mean_by_state(values: torch.Tensor, states: torch.Tensor) -> torch.Tensor:

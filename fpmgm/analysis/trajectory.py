@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..models.budget import check_whole
+from ..models.arguments import check_whole
 from ..models.reveal import RevealTask
 from ..models.schedules import time_grid
 from ..models.text_input import token_rows

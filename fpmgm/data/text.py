@@ -9,7 +9,7 @@ from pathlib import Path
 from datasets import Dataset, IterableDataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..models.budget import check_whole
+from ..models.arguments import check_whole
 from ..models.text_input import boundary_ids, encode_text
 from .text_files import READERS, check_encoding, explain, kind, list_files
 

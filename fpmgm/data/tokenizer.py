@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..models.budget import check_whole
+from ..models.arguments import check_whole
 
 
 END_OF_TEXT = "<|endoftext|>"

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models.budget import check_whole
+from ..models.arguments import check_whole
 from .comparison import plus_minus
 from .sweep import AnyJudge, list_settings, sweep
 

@@ -6,7 +6,7 @@ Shapes: N and M features, D channels, S = N + M, P permutations.
 
 import numpy as np
 
-from ..models.budget import check_whole
+from ..models.arguments import check_whole
 
 
 def energy_distance(

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_gguf_available
 
-from ..models.budget import check_whole
+from ..models.arguments import check_whole
 from ..models.modes import evaluating
 from ..models.text_input import encode_text, read_tokenizer, text_list, tokenizer_contents
 from .store import ResultStore, configuration, digest, fingerprint, finish

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..models.budget import check_whole
+from ..models.arguments import check_whole
 from .provenance import device_name
 from .samples import sampling_protocol, timed_batch
 from .store import ResultStore, finish

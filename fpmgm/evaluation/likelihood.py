@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..models.budget import check_whole
+from ..models.arguments import check_whole
 from ..models.modes import evaluating
 from ..models.noise import (
     antithetic_times,

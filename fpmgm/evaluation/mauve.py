@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..models.budget import check_whole
+from ..models.arguments import check_whole
 from ..models.modes import evaluating
 from ..models.text_input import encode_text, text_list
 from .judge import Judge, check_positions, load_judge

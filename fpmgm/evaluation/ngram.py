@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..models.budget import check_whole
+from ..models.arguments import check_whole
 from ..models.text_input import token_rows
 from .judge import summary
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..models.budget import check_whole
+from ..models.arguments import check_whole
 from ..models.guidance import check_classes
 from .provenance import device_name
 from .store import ResultStore, configuration, fingerprint, finish

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ..models.budget import ALLOCATIONS, check_whole, plan_budget
+from ..models.arguments import check_whole
+from ..models.budget import ALLOCATIONS, plan_budget
 from ..models.reuse import REUSES
 
 

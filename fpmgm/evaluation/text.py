@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from ..models.budget import check_whole
+from ..models.arguments import check_whole
 from ..models.text_input import token_rows
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from ..models.budget import check_whole
+from ..models.arguments import check_whole
 from ..models.modes import evaluating
 from ..models.noise import stream_generator
 from ..models.text_input import token_rows

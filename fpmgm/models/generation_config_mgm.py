@@ -10,11 +10,10 @@ from .arguments import Allowed, check_names, checked, either, flag, list_of, num
 from .budget import ALLOCATIONS, MOST_BLOCK_EVALUATIONS, MOST_STEPS
 from .fixed_point import SOLVERS
 from .guidance import GUIDANCE_SCHEDULES
-from .reuse import REUSES
+from .reuse import GAMMAS, REUSES
 
 
 FINALS = ("sample", "argmax", "none")
-GAMMAS = ("gamma_unchanged", "gamma_masked", "gamma_changed", "gamma_remasked")
 FREEZING = ("refresh_every", "freeze_tolerance")  # details of `freeze`
 TUNABLE = ("num_steps", "allocation", "reuse", *GAMMAS, "tolerance", "solver", "freeze", *FREEZING)
 RETIRED = ("carry_over", "skip_idle_steps")  # in files of earlier versions, where they are off

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers.utils import logging
 
 from .arguments import check_names, checked, shown
@@ -34,7 +33,7 @@ from .generation_inputs import (
 from .guidance import check_classes, class_rows, guidance_scales, guided_logits
 from .ledger import GenerationStep, Ledger, MGMGenerationOutput
 from .loading import saved_generation_config
-from .reuse import REUSE_STATES, Solution, reuse_states, reuse_weights, visible_fraction
+from .reuse import REUSE_STATES, Solution, step_weights
 from .reveal import TEXT_ORDERS, RevealTask, check_order
 from .runs import Runs
 from .transfer import to_device
@@ -265,21 +264,10 @@ class MGMGenerationMixin:
 
     def _reuse_weights(self, solution, rows, attention_mask, config, ledger, runs) -> torch.Tensor:
         """γ of the next start, (R, L), registers behind; the shares of the tokens' reuse states go to the ledger."""
-        mask, registers = self.config.mask_token_id, self.config.num_register_tokens
-        # A register is like a position that is masked still.
-        ids = (F.pad(ids, (0, registers), value=mask) for ids in (solution.input_ids, rows))
-        states = reuse_states(*ids, mask)
+        states, weights = step_weights(solution.input_ids, rows, self.config, config.reuse, config, attention_mask)
         of_tokens = (states if runs is None else states[to_device(runs.ran, rows.device)])[:, : rows.shape[1]]
         ledger.reused.append(torch.stack([(of_tokens == i).float().mean() for i in range(len(REUSE_STATES))]))
-        return reuse_weights(
-            states,
-            visible_fraction(rows, mask, attention_mask),
-            config.reuse,
-            config.gamma_unchanged,
-            config.gamma_masked,
-            config.gamma_changed,
-            config.gamma_remasked,
-        )
+        return weights
 
     def _configure(self, generation_config, given: dict[str, Any]) -> tuple[MGMGenerationConfig, dict | None]:
         """The parameters of a call, with the values `given` in it, and the tuned plan where one is used."""

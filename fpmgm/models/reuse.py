@@ -7,12 +7,14 @@ again, or holds another token.
 Pure functions of the two token states and the two hidden states. Shapes: B batch, L length, D hidden size.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 
 REUSES = ("none", "full", "3sr")
+GAMMAS = ("gamma_unchanged", "gamma_masked", "gamma_changed", "gamma_remasked")
 REUSE_STATES = ("changed", "unchanged", "masked", "remasked")  # what happened to a position since the previous step
 
 
@@ -74,6 +76,29 @@ def visible_fraction(
     if attention_mask is None:
         return visible.mean(dim=1)
     return (visible * attention_mask).sum(dim=1) / attention_mask.sum(dim=1)
+
+
+def step_weights(
+    previous_ids: torch.Tensor,
+    input_ids: torch.Tensor,
+    model_config: Any,
+    reuse: str,
+    config: Any,
+    attention_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reuse states of a step and its γ, both (B, L + R): registers come last, like positions that are masked still.
+
+    Args:
+        previous_ids, input_ids (`torch.Tensor`): (B, L) token ids of the previous and of this step.
+        model_config: The model's.
+        reuse (`str`): `"full"` or `"3sr"`.
+        config ([`MGMGenerationConfig`]): Has the γ.
+        attention_mask (`torch.Tensor`, *optional*): (B, L), 0 at padding. `None`: there is none.
+    """
+    mask, registers = model_config.mask_token_id, model_config.num_register_tokens
+    states = reuse_states(*(F.pad(ids, (0, registers), value=mask) for ids in (previous_ids, input_ids)), mask)
+    visible = visible_fraction(input_ids, mask, attention_mask)
+    return states, reuse_weights(states, visible, reuse, **{name: getattr(config, name) for name in GAMMAS})
 
 
 def warm_start(

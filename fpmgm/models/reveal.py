@@ -17,7 +17,7 @@ Shapes: B batch, L length, V vocabulary, P candidate positions of a step, T step
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -246,9 +246,7 @@ class AdaptiveReveal:
         positions = now.flatten().nonzero().squeeze(1)
         return Turn(positions, rows_with(positions, tokens), masked & ~now)
 
-    def masked(self, step: int, tokens: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-        """(B, L) bool, on the CPU: what is masked in `tokens` (B, L)."""
-        return self.task.still_masked(tokens)
+    masked = ConfidenceReveal.masked
 
     def write(
         self, step: int, tokens: torch.Tensor, positions: torch.Tensor, logits: torch.Tensor
@@ -300,24 +298,10 @@ def image_confidence(task: RevealTask) -> ConfidenceReveal:
     return ConfidenceReveal(task, counts, task.uniforms(task.num_steps).flatten(1), task.clock)
 
 
-def entropy(task: RevealTask) -> AdaptiveReveal:
-    """The most certain positions whose tokens depend on each other by no more than `entropy_bound` nats."""
-    return _adaptive(task, negative_entropy, within_entropy, task.config.entropy_bound)
-
-
-def threshold(task: RevealTask) -> AdaptiveReveal:
-    """All positions whose most likely token has at least the probability `confidence_threshold`."""
-    return _adaptive(task, top_probability, certain_enough, task.config.confidence_threshold)
-
-
-def two_likeliest(task: RevealTask) -> AdaptiveReveal:
-    """All positions whose two most likely tokens differ by at least `margin_threshold` in probability."""
-    return _adaptive(task, margin, certain_enough, task.config.margin_threshold)
-
-
-def _adaptive(task: RevealTask, measure: Callable, choose: Callable, bound: float) -> AdaptiveReveal:
-    clock = Clock(task.num_steps, task.wanted)
-    return AdaptiveReveal(task, measure, choose, bound, task.uniforms(1).flatten(), clock)
+def adaptive(measure: Callable, choose: Callable, bound: str, task: RevealTask) -> AdaptiveReveal:
+    """The positions that are certain enough together by their `measure`, as the option `bound` has it."""
+    uniforms, clock = task.uniforms(1).flatten(), Clock(task.num_steps, task.wanted)
+    return AdaptiveReveal(task, measure, choose, getattr(task.config, bound), uniforms, clock)
 
 
 def halton(task: RevealTask) -> ScheduledReveal:
@@ -339,7 +323,13 @@ def _ranked(task: RevealTask, priority: torch.Tensor, draws: torch.Tensor) -> Sc
     return ScheduledReveal(task, schedule, draws.flatten(1), task.clock)
 
 
-ADAPTIVE_ORDERS = {"entropy": entropy, "threshold": threshold, "margin": two_likeliest}
+# How certain a position is, which are revealed together, and the option that bounds this.
+ADAPTIVE = {
+    "entropy": (negative_entropy, within_entropy, "entropy_bound"),
+    "threshold": (top_probability, certain_enough, "confidence_threshold"),
+    "margin": (margin, certain_enough, "margin_threshold"),
+}
+ADAPTIVE_ORDERS = {name: partial(adaptive, *how) for name, how in ADAPTIVE.items()}
 # The default first.
 TEXT_ORDERS = {"ancestral": ancestral, "halton": text_halton, "confidence": confidence, **ADAPTIVE_ORDERS}
 IMAGE_ORDERS = {"halton": halton, "random": random, "confidence": image_confidence, **ADAPTIVE_ORDERS}
@@ -354,10 +344,6 @@ def _write(tokens: torch.Tensor, positions: torch.Tensor, drawn: torch.Tensor) -
     written = tokens.flatten().index_copy(0, positions, drawn)
     revealed = torch.zeros_like(written, dtype=torch.bool).index_fill(0, positions, True)
     return written.view_as(tokens), revealed.view_as(tokens)
-
-
-# What is there for one order alone.
-BOUNDS = {"entropy_bound": "entropy", "confidence_threshold": "threshold", "margin_threshold": "margin"}
 
 
 def check_order(order: str, config: MGMGenerationConfig, given: Iterable[str], is_text: bool) -> None:
@@ -383,6 +369,6 @@ def check_order(order: str, config: MGMGenerationConfig, given: Iterable[str], i
             f"`stop_at_eos`=True and `remask`={config.remask!r} exclude each other: an end of text that is masked "
             "again would leave what is behind it unwritten. Give one of them."
         )
-    for name, whose in BOUNDS.items():
+    for whose, (_, _, name) in ADAPTIVE.items():
         if name in given and order != whose:
             raise ValueError(f"`{name}`={shown(getattr(config, name))} needs `order`={whose!r}, not {order!r}.")

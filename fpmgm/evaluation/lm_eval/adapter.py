@@ -21,7 +21,7 @@ from lm_eval.utils import simple_parse_args_string
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ...models.budget import check_whole
+from ...models.arguments import check_whole
 from ...models.noise import stream_generator
 from ...models.text_input import boundary_ids, encode_marked, encode_text, tokenizer_contents
 from ..likelihood import check_iterations

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
 
-from ...models.budget import check_whole
+from ...models.arguments import check_whole
 from ...models.text_input import boundary_ids, read_tokenizer
 
 
