@@ -29,45 +29,52 @@ SHARE = number(0, 1)
 TOKEN = whole(0, 2**31 - 1)
 ITERATIONS = whole(0, MOST_BLOCK_EVALUATIONS, "iterations at a step")
 EACH_STEP = list_of(ITERATIONS, 0, MOST_STEPS)
-ALLOWED = {
-    "budget": optional(whole(1, MOST_BLOCK_EVALUATIONS, "block evaluations"), "leaves the cost to `iterations`"),
-    "num_steps": optional(whole(1, MOST_STEPS, "denoising steps"), "derives them from the budget"),
-    "iterations": optional(either(ITERATIONS, EACH_STEP), "plans them from the budget"),
-    "iterations_per_step": whole(1, MOST_BLOCK_EVALUATIONS, "iterations at a step"),
-    "allocation": either(one_of(ALLOCATIONS), EACH_STEP),
-    "reuse": one_of(REUSES),
-    "gamma_unchanged": SHARE,
-    "gamma_masked": list_of(SHARE, 2, 2),
-    "gamma_changed": SHARE,
-    "gamma_remasked": SHARE,
-    "tolerance": optional(number(0, float("inf"), words="be at least 0"), "takes every iteration"),
-    "solver": one_of(SOLVERS),
-    "freeze": flag(),
-    "refresh_every": optional(whole(1, MOST_STEPS, "steps"), "computes all positions at the first step alone"),
-    "freeze_tolerance": optional(number(0, float("inf"), words="be at least 0"), "looks at no movement"),
-    "tuned_plans": Allowed(
-        f"be a dict of at most {MOST_TUNED_PLANS:,} plans",
-        lambda value: isinstance(value, dict) and len(value) <= MOST_TUNED_PLANS,
+# Of each parameter the default, and what it may be.
+PARAMETERS = {
+    "budget": (96, optional(whole(1, MOST_BLOCK_EVALUATIONS, "block evaluations"), "leaves the cost to `iterations`")),
+    "num_steps": (None, optional(whole(1, MOST_STEPS, "denoising steps"), "derives them from the budget")),
+    "iterations": (None, optional(either(ITERATIONS, EACH_STEP), "plans them from the budget")),
+    "iterations_per_step": (4, whole(1, MOST_BLOCK_EVALUATIONS, "iterations at a step")),
+    "allocation": ("decreasing", either(one_of(ALLOCATIONS), EACH_STEP)),
+    "reuse": ("3sr", one_of(REUSES)),
+    "gamma_unchanged": (1.0, SHARE),
+    "gamma_masked": ([0.75, 0.9], list_of(SHARE, 2, 2)),
+    "gamma_changed": (0.2, SHARE),
+    "gamma_remasked": (0.2, SHARE),
+    "tolerance": (None, optional(number(0, float("inf"), words="be at least 0"), "takes every iteration")),
+    "solver": ("picard", one_of(SOLVERS)),
+    "freeze": (False, flag()),
+    "refresh_every": (None, optional(whole(1, MOST_STEPS, "steps"), "computes all positions at the first step alone")),
+    "freeze_tolerance": (None, optional(number(0, float("inf"), words="be at least 0"), "looks at no movement")),
+    "tuned_plans": (
+        {},
+        Allowed(
+            f"be a dict of at most {MOST_TUNED_PLANS:,} plans",
+            lambda value: isinstance(value, dict) and len(value) <= MOST_TUNED_PLANS,
+        ),
     ),
-    "temperature": number(0, float("inf"), words="be a number >= 0 (0: most likely token)"),
-    "top_k": optional(whole(1, unit="tokens"), "keeps all tokens"),
-    "top_p": optional(number(0, 1, "(]"), "keeps all tokens"),
-    "order": optional(Allowed("be a word", lambda value: isinstance(value, str)), "is the model's own"),
-    "entropy_bound": number(0, float("inf"), words="be a number of nats >= 0"),
-    "confidence_threshold": SHARE,
-    "margin_threshold": SHARE,
-    "guidance_scale": number(0, float("inf"), words="be a number >= 0 (1: no guidance)"),
-    "guidance_schedule": one_of(GUIDANCE_SCHEDULES),
-    "remask": optional(number(0, 1, "(]"), "keeps what is revealed"),
-    "final": one_of(FINALS),
-    "block_length": optional(whole(1, 2**31 - 1, "tokens"), "makes no blocks"),
-    "stop_at_eos": flag(),
-    "bos_token_id": optional(TOKEN, "is not set"),
-    "eos_token_id": optional(either(TOKEN, list_of(TOKEN, 1, 64)), "is not set"),
-    "pad_token_id": optional(TOKEN, "is not set"),
-    "progress_bar": flag(),
-    "return_dict_in_generate": flag(),
+    "temperature": (1.0, number(0, float("inf"), words="be a number >= 0 (0: most likely token)")),
+    "top_k": (None, optional(whole(1, unit="tokens"), "keeps all tokens")),
+    "top_p": (None, optional(number(0, 1, "(]"), "keeps all tokens")),
+    "order": (None, optional(Allowed("be a word", lambda value: isinstance(value, str)), "is the model's own")),
+    "entropy_bound": (0.1, number(0, float("inf"), words="be a number of nats >= 0")),
+    "confidence_threshold": (0.9, SHARE),
+    "margin_threshold": (0.8, SHARE),
+    "guidance_scale": (1.0, number(0, float("inf"), words="be a number >= 0 (1: no guidance)")),
+    "guidance_schedule": ("constant", one_of(GUIDANCE_SCHEDULES)),
+    "remask": (None, optional(number(0, 1, "(]"), "keeps what is revealed")),
+    "final": ("sample", one_of(FINALS)),
+    "block_length": (None, optional(whole(1, 2**31 - 1, "tokens"), "makes no blocks")),
+    "stop_at_eos": (False, flag()),
+    "bos_token_id": (None, optional(TOKEN, "is not set")),
+    "eos_token_id": (None, optional(either(TOKEN, list_of(TOKEN, 1, 64)), "is not set")),
+    "pad_token_id": (None, optional(TOKEN, "is not set")),
+    "progress_bar": (False, flag()),
+    "return_dict_in_generate": (False, flag()),
 }
+DEFAULTS = {name: default for name, (default, _) in PARAMETERS.items()}
+ALLOWED = {name: allowed for name, (_, allowed) in PARAMETERS.items()}
+OF_THE_LOADER = ("_commit_hash", "_from_model_config", "_original_object_hash")  # set by the hub's
 
 
 class MGMGenerationConfig(GenerationConfig):
@@ -152,49 +159,13 @@ class MGMGenerationConfig(GenerationConfig):
     def __init__(self, **kwargs):
         # Not super().__init__(): the fields of left-to-right generation have no meaning here.
         check_one_cost(kwargs.get("budget"), kwargs.get("iterations"))
-        self.budget: int | None = kwargs.pop("budget", 96 if kwargs.get("iterations") is None else None)
-        self.num_steps: int | None = kwargs.pop("num_steps", None)
-        self.iterations: int | list[int] | None = kwargs.pop("iterations", None)
-        self.iterations_per_step: int = kwargs.pop("iterations_per_step", 4)
-        self.allocation: str | list[int] = kwargs.pop("allocation", "decreasing")
-        self.reuse: str = kwargs.pop("reuse", "3sr")
-        self.gamma_unchanged: float = kwargs.pop("gamma_unchanged", 1.0)
-        self.gamma_masked: list[float] = kwargs.pop("gamma_masked", [0.75, 0.9])
-        self.gamma_changed: float = kwargs.pop("gamma_changed", 0.2)
-        self.gamma_remasked: float = kwargs.pop("gamma_remasked", 0.2)
-        self.tolerance: float | None = kwargs.pop("tolerance", None)
-        self.solver: str = kwargs.pop("solver", "picard")
-        self.freeze: bool = kwargs.pop("freeze", False)
-        self.refresh_every: int | None = kwargs.pop("refresh_every", None)
-        self.freeze_tolerance: float | None = kwargs.pop("freeze_tolerance", None)
-        self.tuned_plans: dict[str, dict] = kwargs.pop("tuned_plans", {})
-
-        self.temperature: float = kwargs.pop("temperature", 1.0)
-        self.top_k: int | None = kwargs.pop("top_k", None)
-        self.top_p: float | None = kwargs.pop("top_p", None)
-        self.order: str | None = kwargs.pop("order", None)
-        self.entropy_bound: float = kwargs.pop("entropy_bound", 0.1)
-        self.confidence_threshold: float = kwargs.pop("confidence_threshold", 0.9)
-        self.margin_threshold: float = kwargs.pop("margin_threshold", 0.8)
-        self.guidance_scale: float = kwargs.pop("guidance_scale", 1.0)
-        self.guidance_schedule: str = kwargs.pop("guidance_schedule", "constant")
-        self.remask: float | None = kwargs.pop("remask", None)
-        self.final: str = kwargs.pop("final", "sample")
-
-        self.block_length: int | None = kwargs.pop("block_length", None)
-        self.stop_at_eos: bool = kwargs.pop("stop_at_eos", False)
-        self.progress_bar: bool = kwargs.pop("progress_bar", False)
-        self.return_dict_in_generate: bool = kwargs.pop("return_dict_in_generate", False)
-
-        self.bos_token_id: int | None = kwargs.pop("bos_token_id", None)
-        self.eos_token_id: int | None = kwargs.pop("eos_token_id", None)
-        self.pad_token_id: int | None = kwargs.pop("pad_token_id", None)
-
-        self.transformers_version: str | None = kwargs.pop("transformers_version", None)
-        for name in ("_commit_hash", "_from_model_config", "_original_object_hash"):  # set by the hub's loader
-            setattr(self, name, kwargs.pop(name, None))
+        of_loader = {name: kwargs.pop(name, None) for name in OF_THE_LOADER}
+        vars(self).update(**DEFAULTS, **of_loader, transformers_version=None)
         kwargs = {name: value for name, value in kwargs.items() if value or name not in RETIRED}
         check_names(kwargs, self.names(), "generation argument(s)", MISPLACED)
+        if kwargs.get("iterations") is not None:
+            self.budget = None
+        vars(self).update(kwargs)
         self.validate()
 
     def names(self) -> list[str]:
