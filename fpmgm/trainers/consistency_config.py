@@ -3,15 +3,22 @@
 
 from dataclasses import dataclass, field
 
-from ..models.arguments import check_whole
-from .mgm_config import MGMTrainingConfig, check_choice, check_gap, check_positive
+from ..models.arguments import one_of, optional, whole
+from .mgm_config import MGMTrainingConfig
+from .options import GAP, POSITIVE, check_values
 
 
-CONSISTENCY_LOSSES = ("hidden_mse", "hidden_cosine", "projected_cosine", "logit_kl")
-CONSISTENCY_AT = ("last", "normed")
-CONSISTENCY_POSITIONS = ("student", "both")
-REDUCTIONS = ("mean", "sum", "relative")
-TEACHERS = ("self", "ema")
+ALLOWED = {
+    "consistency_loss": one_of(("hidden_mse", "hidden_cosine", "projected_cosine", "logit_kl")),
+    "consistency_weight": POSITIVE,
+    "consistency_warmup_steps": whole(0, unit="steps"),
+    "consistency_at": one_of(("last", "normed")),
+    "consistency_positions": one_of(("student", "both")),
+    "consistency_reduction": one_of(("mean", "sum", "relative")),
+    "teacher": one_of(("self", "ema")),
+    "gap_range": GAP,
+    "stop_at_perplexity_increase": optional(POSITIVE, "takes all steps, as 0 does"),
+}
 
 
 @dataclass
@@ -79,11 +86,9 @@ class ConsistencyConfig(MGMTrainingConfig):
     )
 
     def __post_init__(self):
-        check_choice("consistency_loss", self.consistency_loss, CONSISTENCY_LOSSES)
-        check_choice("consistency_at", self.consistency_at, CONSISTENCY_AT)
-        check_choice("consistency_positions", self.consistency_positions, CONSISTENCY_POSITIONS)
-        check_choice("consistency_reduction", self.consistency_reduction, REDUCTIONS)
-        check_choice("teacher", self.teacher, TEACHERS)
+        if self.stop_at_perplexity_increase == 0:
+            self.stop_at_perplexity_increase = None
+        check_values(self, ALLOWED)
         if self.consistency_loss == "logit_kl" and self.consistency_at != "last":
             raise ValueError(
                 f"`consistency_at`={self.consistency_at!r} would be ignored: logits are made of the normed state. "
@@ -94,13 +99,6 @@ class ConsistencyConfig(MGMTrainingConfig):
                 f"`consistency_reduction`={self.consistency_reduction!r} would be ignored: it is for "
                 f"`consistency_loss`='hidden_mse', not {self.consistency_loss!r}. Leave it out."
             )
-        check_positive("consistency_weight", self.consistency_weight)
-        check_whole("consistency_warmup_steps", self.consistency_warmup_steps, minimum=0, unit="steps")
-        check_gap(self.gap_range)
-        if self.stop_at_perplexity_increase == 0:
-            self.stop_at_perplexity_increase = None
-        if self.stop_at_perplexity_increase is not None:
-            check_positive("stop_at_perplexity_increase", self.stop_at_perplexity_increase)
         self.evaluates_if_it_can = self.eval_strategy is None
         self.eval_strategy = "steps" if self.eval_strategy is None else self.eval_strategy
         super().__post_init__()

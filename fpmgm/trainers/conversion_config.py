@@ -3,8 +3,17 @@
 
 from dataclasses import dataclass, field
 
-from ..models.arguments import check_whole
-from .mgm_config import MGMTrainingConfig, check_gap, check_positive
+from ..models.arguments import whole
+from .mgm_config import MGMTrainingConfig
+from .options import GAP, POSITIVE, check_values
+
+
+ALLOWED = {
+    "distillation_weight": POSITIVE,
+    "distillation_warmup_steps": whole(0, unit="steps"),
+    "distillation_temperature": POSITIVE,
+    "gap_range": GAP,
+}
 
 
 @dataclass
@@ -34,8 +43,5 @@ class ConversionConfig(MGMTrainingConfig):
     )
 
     def __post_init__(self):
-        check_positive("distillation_weight", self.distillation_weight)
-        check_positive("distillation_temperature", self.distillation_temperature)
-        check_whole("distillation_warmup_steps", self.distillation_warmup_steps, minimum=0, unit="steps")
-        check_gap(self.gap_range)
+        check_values(self, ALLOWED)
         super().__post_init__()

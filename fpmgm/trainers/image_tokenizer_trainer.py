@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import TrainingArguments
 
+from ..models.arguments import check_whole
 from ..models.noise import stream_generator
 from ..models.transfer import to_device
 from .checkpoints import reading
@@ -54,8 +55,7 @@ class ImageTokenizerConfig(TrainingArguments):
     ignore_data_change: bool = field(default=False, metadata={"help": "Resume a run whose data has changed since."})
 
     def __post_init__(self):
-        if self.restart_every < 0:
-            raise ValueError(f"`restart_every`={self.restart_every} must be at least 0 (0: never).")
+        check_whole("restart_every", self.restart_every, minimum=0, unit="steps")
         paths_as_text(self)
         super().__post_init__()
         check_options(self, REFUSED)

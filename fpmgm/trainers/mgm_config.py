@@ -5,12 +5,20 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from ..models.arguments import check_whole
-from .options import REFUSED, REFUSED_BY_MGM, check_options, paths_as_text, plan_length
+from ..models.arguments import number, one_of, optional, whole
+from .options import REFUSED, REFUSED_BY_MGM, check_options, check_values, paths_as_text, plan_length
 from .prompts import LONG_ROWS
 
 
-LOSS_WEIGHTINGS = ("elbo", "uniform")
+ALLOWED = {
+    "ema_decay": optional(number(0, 1, "()"), "keeps no average, as 0 does"),
+    "loss_weighting": optional(one_of(("elbo", "uniform")), "is that of the kind of model"),
+    "num_kept_iterations": optional(whole(0, unit="iterations"), "keeps all"),
+    "eval_num_draws": optional(whole(1, unit="draws"), "takes as many as the error asks for"),
+    "completion_multiple": whole(1, unit="tokens"),
+    "long_rows": one_of(LONG_ROWS),
+    "random_length_share": number(0, 1),
+}
 
 
 @dataclass
@@ -109,18 +117,7 @@ class MGMTrainingConfig(TrainingArguments):
     def __post_init__(self):
         if self.ema_decay == 0:
             self.ema_decay = None
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"`ema_decay`={self.ema_decay} must lie in (0, 1); use 0 to switch the average off.")
-        if self.loss_weighting is not None:
-            check_choice("loss_weighting", self.loss_weighting, LOSS_WEIGHTINGS)
-        if self.eval_num_draws is not None and self.eval_num_draws < 1:
-            raise ValueError(f"`eval_num_draws`={self.eval_num_draws} must be at least 1; None: as many as it takes.")
-        check_whole("completion_multiple", self.completion_multiple, minimum=1, unit="tokens")
-        check_choice("long_rows", self.long_rows, LONG_ROWS)
-        if not 0 <= self.random_length_share <= 1:
-            raise ValueError(
-                f"`random_length_share`={self.random_length_share} must lie in [0, 1]: a share of the steps."
-            )
+        check_values(self, ALLOWED)
         paths_as_text(self)
         plan_length(self)
         if self.greater_is_better is None and str(self.metric_for_best_model).endswith("perplexity"):
@@ -133,29 +130,9 @@ class MGMTrainingConfig(TrainingArguments):
                 "itself, and swaps them for an evaluation too. Give `ema_decay=0`, or another optimizer."
             )
         self.dataloader_pin_memory &= self.device.type != "cpu"
-        if self.num_kept_iterations is not None:
-            if self.num_kept_iterations < 0:
-                raise ValueError(f"`num_kept_iterations`={self.num_kept_iterations} must be at least 0.")
-            if self.gradient_checkpointing:  # the older name of `activation_checkpointing`, and equal to it
-                raise ValueError(
-                    f"`num_kept_iterations`={self.num_kept_iterations} with `activation_checkpointing`=True, which "
-                    "runs all iterations again: give one of them."
-                )
-
-
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise a `ValueError` unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"`{name}`={value!r} must be one of {allowed}.")
-
-
-def check_positive(name: str, value: float) -> None:
-    """Raise a `ValueError` unless `value` is above 0."""
-    if not value > 0:
-        raise ValueError(f"`{name}`={value!r} must be above 0.")
-
-
-def check_gap(gap_range: list[float]) -> None:
-    """Raise a `ValueError` unless `gap_range` is [low, high] with 0 < low <= high < 1."""
-    if len(gap_range) != 2 or not 0 < gap_range[0] <= gap_range[1] < 1:
-        raise ValueError(f"`gap_range`={gap_range} must be two times [low, high] with 0 < low <= high < 1.")
+        # The older name of `activation_checkpointing`, and equal to it.
+        if self.num_kept_iterations is not None and self.gradient_checkpointing:
+            raise ValueError(
+                f"`num_kept_iterations`={self.num_kept_iterations} with `activation_checkpointing`=True, which runs "
+                "all iterations again: give one of them."
+            )

@@ -9,8 +9,13 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
+from ..models.arguments import Allowed, checked, number
+
 
 logger = logging.get_logger(__name__)
+
+POSITIVE = number(0, float("inf"), words="be above 0", ends="()")
+GAP = Allowed("be two times [low, high] with 0 < low <= high < 1", lambda x: len(x) == 2 and 0 < x[0] <= x[1] < 1)
 
 LIGER = "the head takes Liger's kernel by itself where it is installed: pip install 'fpmgm[liger]'"
 # By name: the values that are allowed, and why no other is.
@@ -31,6 +36,15 @@ REFUSED = {
 REFUSED_BY_MGM = {
     "logging_nan_inf_filter": ((False,), "a loss that is not finite ends the run, so that there is none to hide"),
 }
+
+
+def check_values(args: TrainingArguments, allowed: dict[str, Allowed]) -> None:
+    """Hold arguments against what they may be; they become what the code wants.
+
+    Raises:
+        `ValueError`: names the first that is not allowed.
+    """
+    vars(args).update(checked(allowed, {name: getattr(args, name) for name in allowed}))
 
 
 def paths_as_text(args: TrainingArguments) -> None:

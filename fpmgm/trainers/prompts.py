@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..models.arguments import check_whole
+from ..models.arguments import check_whole, one_of
 from ..models.text_input import boundary_ids, encode_marked, framing_ids
 from .random_states import kept_random_states
 
@@ -86,8 +86,7 @@ def encode_prompts(
     ```
     """
     check_whole("completion_multiple", completion_multiple, minimum=1, unit="tokens")
-    if long_rows not in LONG_ROWS:
-        raise ValueError(f"`long_rows`={long_rows!r} must be one of {LONG_ROWS}.")
+    one_of(LONG_ROWS).check("long_rows", long_rows)
     columns = columns_of_prompts(dataset, source)
     if columns is None:
         return dataset

@@ -3,7 +3,15 @@
 
 from dataclasses import dataclass, field
 
-from .mgm_config import MGMTrainingConfig, check_positive
+from ..models.arguments import whole
+from .mgm_config import MGMTrainingConfig
+from .options import POSITIVE, check_values
+
+
+ALLOWED = {
+    **dict.fromkeys(("rounds", "steps_per_round", "teacher_steps"), whole(1)),
+    "first_step_size": POSITIVE,
+}
 
 
 @dataclass
@@ -33,10 +41,7 @@ class SDTTConfig(MGMTrainingConfig):
     first_step_size: float = field(default=1 / 1024, metadata={"help": "Teacher's step in time in the first round."})
 
     def __post_init__(self):
-        for name in ("rounds", "steps_per_round", "teacher_steps"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"`{name}`={getattr(self, name)!r} must be a whole number of at least 1.")
-        check_positive("first_step_size", self.first_step_size)
+        check_values(self, ALLOWED)
         longest = self.first_step_size * self.teacher_steps**self.rounds
         if longest > 1:
             raise ValueError(

@@ -186,7 +186,7 @@ def test_split_batches_are_refused(tmp_path):
 
 
 REFUSED_OPTIONS = [
-    (MGMTrainingConfig, {"eval_num_draws": 0}, "`eval_num_draws`=0 must be at least 1"),
+    (MGMTrainingConfig, {"eval_num_draws": 0}, "`eval_num_draws`=0 must be a whole number of draws, at least 1"),
     (MGMTrainingConfig, {"ema_decay": 1.5}, r"`ema_decay`=1\.5"),
     (MGMTrainingConfig, {"ema_decay": 1.0}, r"`ema_decay`=1\.0"),
     (MGMTrainingConfig, {"ema_decay": -0.1}, r"`ema_decay`=-0\.1"),
