@@ -5,9 +5,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
-
-from transformers import AutoModel
 
 from fpmgm.evaluation.provenance import commit
 from fpmgm.evaluation.report import write_report
@@ -15,31 +12,6 @@ from fpmgm.trainers import last_checkpoint
 
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-class Run(NamedTuple):
-    """How a model is made, and how it is sampled."""
-
-    recipe: str
-    config: str | None  # its YAML in recipes/configs
-    start: str | None  # the run whose model it goes on from
-    overrides: str  # with {names} of numbers of steps
-    reuses: list[str]
-
-
-def folder_of(name: str, work_dir: str) -> Path:
-    """Where a run's model is."""
-    for found, put in ((", ", "_"), (" + ", "_"), (" ", "_"), ("/", "-")):
-        name = name.lower().replace(found, put)
-    return Path(work_dir) / name
-
-
-def arguments_of(run: Run, name: str, work_dir: str, shared: str, steps: dict[str, int]) -> list[str]:
-    """The recipe's arguments, but for its data."""
-    argv = ["--config", f"{ROOT}/recipes/configs/{run.config}.yaml"] if run.config else []
-    argv += ["--model_name_or_path", str(folder_of(run.start, work_dir))] if run.start else []
-    argv += [*shared.split(), *run.overrides.format(**steps).split()]
-    return [*argv, "--output_dir", str(folder_of(name, work_dir))]
 
 
 def run_recipe(recipe: str, argv: list[str]) -> None:
@@ -71,8 +43,3 @@ def make(recipe: str, argv: list[str], data: list[str], folder: Path, hidden: di
             "`work_dir`, or delete the folder to make it again."
         )
     return found
-
-
-def parameters_of(folder: Path) -> int:
-    """Of the model in `folder`."""
-    return int(AutoModel.from_pretrained(folder).num_parameters())

@@ -23,7 +23,7 @@ from fpmgm.command_line import parse_arguments
 from fpmgm.evaluation import provenance
 from fpmgm.evaluation.report import table, write_report
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
-from made_models import ROOT, make, parameters_of
+from made_models import ROOT, make
 
 
 MODELS = {  # overrides of the YAML
@@ -64,8 +64,7 @@ def train(name: str, args: Arguments, file: Path) -> tuple[Path, dict]:
     argv = ["--config", f"{ROOT}/recipes/configs/sft_small.yaml", *MODELS[name].split(), *QUIET.split()]
     argv += ["--max_steps", str(args.max_steps), "--seed", str(args.seed), "--output_dir", str(folder)]
     made = make("train_sft", argv, ["--text_files", str(file)], folder, {args.work_dir: "WORK"})
-    kept = {key: made[key] for key in ("command", "commit", "steps", "eval_loss")}
-    return folder, {**kept, "parameters": parameters_of(folder)}
+    return folder, {key: made[key] for key in ("command", "commit", "steps", "eval_loss")}
 
 
 def training_seconds(folder: Path, rows: list[dict], steps: int = 10) -> float:
@@ -174,6 +173,7 @@ def main() -> None:
         folder, measured = train(name, args, file)
         model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         tokenizer.pad_token = tokenizer.eos_token
+        measured["parameters"] = model.num_parameters()
         measured["cpu_seconds_per_training_step"] = training_seconds(folder, rows)
         result["models"][name] = {**measured, "answers": judge(model, tokenizer, others, args)}
     write_report(args.output, result, markdown(result))
