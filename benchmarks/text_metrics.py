@@ -11,28 +11,13 @@ measure orders these as it must, and writes the table with its provenance.
 import random
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
-import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-import fpmgm  # noqa: F401  (registers the models)
 from fpmgm.command_line import LocalPath, ModelName, parse_arguments
 from fpmgm.data import load_text, pack
-from fpmgm.evaluation import (
-    distinct_n,
-    elbo_perplexity,
-    generative_perplexity,
-    load_judge,
-    mauve_score,
-    provenance,
-    repetition_rate,
-    sample_sequences,
-    unigram_entropy,
-)
-from fpmgm.evaluation.judge import decode_for
+from fpmgm.evaluation import elbo_perplexity, load_judge, measure_samples, provenance, sample_sequences
 from fpmgm.evaluation.report import table, write_report
 from fpmgm.models.text_input import encode_text
 
@@ -70,10 +55,6 @@ class Arguments:
         default="gpt2-large", metadata={"help": "Causal language model: hub name, folder, .gguf file."}
     )
     num_samples: int = field(default=200, metadata={"help": "Texts on each line."})
-    num_judged: int = field(default=200, metadata={"help": "Of these, texts that the judge reads."})
-    featurizer: Literal["judge", "model"] = field(
-        default="judge", metadata={"help": "Whose hidden states MAUVE compares."}
-    )
     budgets: list[int] = field(default_factory=lambda: [96], metadata={"help": "Of the model's samples."})
     num_draws: int = field(default=4, metadata={"help": "Of the likelihood."})
     batch_size: int = field(default=16, metadata={"help": "Texts per call of the judge."})
@@ -99,28 +80,9 @@ def variants(blocks: list[list[int]], tokenizer: PreTrainedTokenizerBase, seed: 
 def measure(
     name: str, sequences: list[list[int]], references: list[str], model: PreTrainedModel, tokenizer, judge, args
 ) -> dict:
-    """One line of the table; the judge, which costs most, reads the first texts only."""
-    texts, special_tokens = decode_for(judge, tokenizer, sequences[: args.num_judged])
+    """One line of the table."""
     options = {"batch_size": args.batch_size, "max_length": args.max_length, "cache_dir": args.cache_dir}
-    row = generative_perplexity(texts, judge, **options)
-    row["protocol"] = {"generative_perplexity": {**row["protocol"], "special_tokens": special_tokens}}
-    row["unigram_entropy"], row["distinct_2"] = unigram_entropy(sequences), distinct_n(sequences, 2)
-    row["repetition_4"] = repetition_rate(sequences, 4)
-
-    length = model.config.max_position_embeddings
-
-    @torch.no_grad()
-    def mean_hidden_state(texts: list[str]) -> np.ndarray:
-        ids = [row[:length] for row in encode_text(tokenizer, texts)]
-        return np.stack(
-            [model(torch.tensor([row]).to(model.device)).last_hidden_state[0].mean(0).cpu() for row in ids]
-        )
-
-    plain = tokenizer.batch_decode(sequences, skip_special_tokens=True)
-    featurizer = judge if args.featurizer == "judge" else mean_hidden_state
-    judged = options if featurizer is judge else {}
-    found = mauve_score(plain, references, featurizer, num_samples=len(plain), **judged)
-    row["mauve"], row["protocol"]["mauve"] = found["mauve"], found["protocol"]
+    row = measure_samples(sequences, tokenizer, judge, references=references, **options)
     likelihood = elbo_perplexity(model, sequences, num_draws=args.num_draws, batch_size=32)
     row["protocol"]["elbo_perplexity"] = likelihood["protocol"]
     error = likelihood["standard_error_draws"]
@@ -145,9 +107,9 @@ def markdown(result: dict) -> str:
     rows = [[row["text"], *(f"{row[measure]:.4g}" for measure in MEASURES)] for row in result["rows"]]
     return (
         f"{table(['text', *MEASURES.values()], rows)}\n\n"
-        f"{mauve['num_samples']} texts of {result['length']} tokens of the model on every line, of which the judge "
-        f"{protocol['judge']} reads {protocol['num_samples']}. MAUVE against as many other human blocks (the usual "
-        f"number is 5,000), features: {mauve['featurizer']}. Model's PPL: ELBO, "
+        f"{mauve['num_samples']} texts of {result['length']} tokens of the model on every line, read by the judge "
+        f"{protocol['judge']}. MAUVE against as many other human blocks (the usual number is 5,000), features: "
+        f"{mauve['featurizer']}. Model's PPL: ELBO, "
         f"{result['arguments']['num_draws']} draws. {result['provenance']['device']}; "
         f"commit {result['provenance']['commit']}."
     )
