@@ -15,15 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fpmgm.models.ledger import Ledger
-from fpmgm.trainers import (
-    ConsistencyConfig,
-    ConsistencyTrainer,
-    ConversionConfig,
-    ConversionTrainer,
-    MGMTrainer,
-    SDTTConfig,
-    SDTTTrainer,
-)
+from fpmgm.trainers import ConsistencyTrainer, ConversionTrainer, MGMTrainer, SDTTTrainer
 from tests.testing_utils import checkpoint_activations, tiny_image_model, tiny_model
 from tests.trainers.training_utils import image_rows, make_trainer, training_model
 
@@ -120,12 +112,12 @@ def test_a_loss_on_text(tmp_path, checkpointing, kept):
 @pytest.mark.parametrize("consistency_loss", ["hidden_mse", "logit_kl"])
 def test_a_consistency_loss(tmp_path, consistency_loss):
     options = {"consistency_loss": consistency_loss, "stop_at_perplexity_increase": None}
-    check_loss(make_trainer(tmp_path, None, ConsistencyTrainer, ConsistencyConfig, **options))
+    check_loss(make_trainer(tmp_path, None, ConsistencyTrainer, **options))
 
 
-@pytest.mark.parametrize("classes", [(ConversionTrainer, ConversionConfig), (SDTTTrainer, SDTTConfig)])
-def test_a_loss_with_a_teacher(tmp_path, classes):
-    check_loss(make_trainer(tmp_path, None, *classes, teacher=training_model(seed=1)))
+@pytest.mark.parametrize("trainer_class", [ConversionTrainer, SDTTTrainer])
+def test_a_loss_with_a_teacher(tmp_path, trainer_class):
+    check_loss(make_trainer(tmp_path, None, trainer_class, teacher=training_model(seed=1)))
 
 
 def test_a_loss_on_images(tmp_path):

@@ -2,6 +2,9 @@
 """Tiny models and data that the tests share."""
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,8 @@ from fpmgm import FPMaskGITConfig, FPMaskGITModel, FPMDLMConfig, FPMDLMForMasked
 from fpmgm.models.modeling_xqgan import XQGANConfig, XQGANModel
 
 
-SHARED = Path(os.environ.get("FPMGM_SHARED", Path(__file__).parents[2] / "shared"))
+ROOT = Path(__file__).parents[1]
+SHARED = Path(os.environ.get("FPMGM_SHARED", ROOT.parent / "shared"))
 
 needs_shared = pytest.mark.skipif(
     not (SHARED / "parity").is_dir(), reason="needs the fixtures of the original implementations (FPMGM_SHARED)"
@@ -28,6 +32,30 @@ CHECKPOINTING = "activation_checkpointing" if RENAMED else "gradient_checkpointi
 def checkpoint_activations(model: torch.nn.Module, **options) -> None:
     """Make blocks run again in the backward pass."""
     getattr(model, f"{CHECKPOINTING}_enable")(**options)
+
+
+def refused(message: str, call: Callable, *arguments, **options) -> str:
+    """Assert that a call is a user's mistake, a plain `ValueError` whose text matches `message`; give that text."""
+    __tracebackhide__ = True
+    with pytest.raises(ValueError, match=message) as caught:
+        call(*arguments, **options)
+    assert type(caught.value) is ValueError  # and not one of a reader of JSON or Unicode
+    return str(caught.value)
+
+
+def run_python(*arguments: str, cwd: Path = ROOT, fails: bool = False, **environment: str):
+    """What Python prints in a process of its own, of one thread; that it succeeds, or fails, is asserted."""
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1200,
+    )  # fmt: skip
+    assert (done.returncode != 0) == fails, done.stdout[-2000:] + done.stderr[-6000:]
+    return done
+
+
+def stacks(pre: int, fixed_point: int = 0, post: int = 0) -> dict[str, int]:
+    """How many blocks each stack has, as fields of a configuration."""
+    return {"num_pre_layers": pre, "num_fixed_point_layers": fixed_point, "num_post_layers": post}
 
 
 def tiny_config(**overrides) -> FPMDLMConfig:

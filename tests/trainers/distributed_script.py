@@ -16,15 +16,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch import nn
 
-from fpmgm.trainers import (
-    ConsistencyConfig,
-    ConsistencyTrainer,
-    ConversionConfig,
-    ConversionTrainer,
-    MGMTrainer,
-    SDTTConfig,
-    SDTTTrainer,
-)
+from fpmgm.trainers import ConsistencyTrainer, ConversionTrainer, MGMTrainer, SDTTTrainer
 from fpmgm.trainers.shards import part_of
 
 from ..testing_utils import CHECKPOINTING
@@ -78,15 +70,15 @@ def plain(folder: Path, ranks: int) -> dict:
 
 POST_TRAINING = {
     "consistency": {
-        "trainer_class": ConsistencyTrainer, "config_class": ConsistencyConfig, "consistency_warmup_steps": 2,
+        "trainer_class": ConsistencyTrainer, "consistency_warmup_steps": 2,
         "consistency_loss": "projected_cosine", "teacher": "ema", "consistency_weight": 1.0, "ema_decay": 0.5,
     },
     "conversion": {
-        "trainer_class": ConversionTrainer, "config_class": ConversionConfig, "distillation_warmup_steps": 2,
+        "trainer_class": ConversionTrainer, "distillation_warmup_steps": 2,
         "distillation_weight": 10.0, "teacher": lambda: training_model(1, num_fixed_point_layers=0),
     },
     "sdtt": {
-        "trainer_class": SDTTTrainer, "config_class": SDTTConfig, "rounds": 2, "steps_per_round": 2,
+        "trainer_class": SDTTTrainer, "rounds": 2, "steps_per_round": 2,
         "first_step_size": 0.2, "ema_decay": 0.5,
     },
 }  # fmt: skip

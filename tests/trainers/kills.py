@@ -18,15 +18,7 @@ from pathlib import Path
 from peft import LoraConfig
 from transformers import Trainer
 
-from fpmgm.trainers import (
-    ConsistencyConfig,
-    ConsistencyTrainer,
-    ConversionConfig,
-    ConversionTrainer,
-    SDTTConfig,
-    SDTTTrainer,
-    last_checkpoint,
-)
+from fpmgm.trainers import ConsistencyTrainer, ConversionTrainer, SDTTTrainer, last_checkpoint
 from tests.testing_utils import tiny_image_model
 
 from . import faults
@@ -50,21 +42,17 @@ def images(folder: Path, steps: int) -> Trainer:
 
 def consistency(folder: Path, steps: int) -> Trainer:
     options = {"consistency_loss": "projected_cosine", "stop_at_perplexity_increase": 1e6}
-    return make_trainer(
-        folder, training_model(dropout=0.1), ConsistencyTrainer, ConsistencyConfig, max_steps=steps, **RUN, **options
-    )
+    return make_trainer(folder, training_model(dropout=0.1), ConsistencyTrainer, max_steps=steps, **RUN, **options)
 
 
 def conversion(folder: Path, steps: int) -> Trainer:
     teacher = training_model(1, **EXPLICIT)
-    return make_trainer(
-        folder, training_model(), ConversionTrainer, ConversionConfig, teacher=teacher, max_steps=steps, **RUN
-    )
+    return make_trainer(folder, training_model(), ConversionTrainer, teacher=teacher, max_steps=steps, **RUN)
 
 
 def sdtt(folder: Path, steps: int) -> Trainer:
     rounds = {"rounds": 3, "steps_per_round": -(-steps // 3), "max_steps": steps, "first_step_size": 0.05}
-    return make_trainer(folder, training_model(), SDTTTrainer, SDTTConfig, **RUN, **rounds)
+    return make_trainer(folder, training_model(), SDTTTrainer, **RUN, **rounds)
 
 
 def adapter(folder: Path, steps: int) -> Trainer:

@@ -7,8 +7,6 @@ import logging
 import os
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from transformers import TrainerCallback
 from fpmgm.trainers import last_checkpoint
 from fpmgm.trainers.checkpoints import checkpoint_to_resume
 from fpmgm.trainers.lock import LOCK_FILE
+from tests.testing_utils import refused, run_python
 
 from . import faults
 from .same_run import contents, differences
@@ -42,21 +41,9 @@ def half(straight, tmp_path) -> Path:
 # --- kills -----------------------------------------------------------------------------------------------------------
 
 
-def run_faults(*command: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", *command],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-
-
 @pytest.mark.slow
 def test_a_run_killed_at_each_write_of_a_checkpoint_equals_the_uninterrupted_one(tmp_path):
-    done = run_faults(faults.__name__, "at-each-write", str(tmp_path))
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_python("-m", faults.__name__, "at-each-write", str(tmp_path))
     left = json.loads((tmp_path / "left.json").read_text())
     assert len(left) > 12
     # Killed while it writes checkpoint-4, a run has checkpoint-2 alone; from the last rename on it has the new one.
@@ -117,14 +104,12 @@ def test_what_libraries_raise_for_a_file_that_cannot_grow_ends_as_clearly(half, 
 
 @pytest.mark.slow
 def test_a_rank_that_cannot_write_ends_all_and_a_restart_equals_the_uninterrupted_run(tmp_path):
-    command = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--module", faults.__name__)
-    failed = run_faults(*command, "on-one-rank", str(tmp_path))
-    assert failed.returncode != 0
+    command = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--module", faults.__name__)
+    failed = run_python(*command, "on-one-rank", str(tmp_path), fails=True)
     assert "checkpoint-4 could not be written: [Errno 28] No space left on device" in failed.stderr
     assert [path.name for path in (tmp_path / "failed").glob("checkpoint-*")] == ["checkpoint-2"]
     assert last_checkpoint(tmp_path / "failed") == str(tmp_path / "failed/checkpoint-2")
-    again = run_faults(*command, "on-one-rank", str(tmp_path))
-    assert again.returncode == 0, again.stderr[-3000:]
+    run_python(*command, "on-one-rank", str(tmp_path))
     runs = [contents(tmp_path / name / "checkpoint-4") for name in ("failed", "straight")]
     assert {"rng_state_0", "rng_state_1"} < runs[0].keys()
     assert differences(*runs) == []
@@ -173,8 +158,7 @@ def test_a_folder_without_a_whole_checkpoint_is_refused(half):
         (str(half / "checkpoint-2"), r"lacks optimizer\.pt.*holds no whole one"),
         (str(half / "checkpoint-3"), "does not exist"),
     ):
-        with pytest.raises(ValueError, match=words):
-            make_trainer(half).train(resume_from_checkpoint=resume)
+        refused(words, make_trainer(half).train, resume_from_checkpoint=resume)
 
 
 # --- which checkpoints stay ------------------------------------------------------------------------------------------
@@ -236,7 +220,8 @@ def test_a_checkpoint_of_the_model_alone_is_whole(tmp_path):
 def test_a_stream_that_has_begun_again_is_taken_up_where_it_was(tmp_path, step):
     def train(resume=None):
         trainer = make_trainer(
-            tmp_path, training_model(), max_steps=8, save_strategy="steps", save_steps=step,
+            tmp_path, training_model(dropout=0.1), max_steps=8, save_strategy="steps", save_steps=step,
+            per_device_train_batch_size=2, gradient_accumulation_steps=2,
             train_dataset=token_rows(12).to_iterable_dataset().shuffle(seed=0, buffer_size=12),  # three steps a pass
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=resume)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fpmgm.trainers import last_checkpoint
+from tests.testing_utils import refused
 
 from .test_checkpoints import listing
 from .training_utils import make_trainer, token_rows, training_model
@@ -87,11 +88,9 @@ def test_a_file_of_another_form_is_named_and_the_checkpoint_before_found(run, ca
     before, clock = {path: path.stat().st_size for path in run.rglob("*")}, time.process_time()
     assert last_checkpoint(run) == str(run / "checkpoint-2")
     assert time.process_time() - clock < 2
-    with pytest.raises(ValueError, match=rf"checkpoint-4' is .*{words}.*resume from {run}/checkpoint-2"):
-        resume(run, "checkpoint-4")
+    refused(rf"checkpoint-4' is .*{words}.*resume from {run}/checkpoint-2", resume, run, "checkpoint-4")
     shutil.rmtree(run / "checkpoint-2")
-    with pytest.raises(ValueError, match=rf"no whole checkpoint is in {run}: checkpoint-4 is .*{words}"):
-        resume(run)
+    refused(rf"no whole checkpoint is in {run}: checkpoint-4 is .*{words}", resume, run)
     assert {path for path in before if "checkpoint-2" not in str(path)} == {*run.rglob("*")}
 
 
@@ -142,6 +141,5 @@ def other_optimizer(folder: Path) -> None:
 def test_values_that_no_training_has_are_named_when_they_are_read(run, damage, words):
     damage(run / "checkpoint-2")
     before = listing(run)
-    with pytest.raises(ValueError, match=rf"checkpoint-2 is damaged: {words}.*resume from {run / 'checkpoint-4'}"):
-        resume(run, "checkpoint-2")
+    refused(rf"checkpoint-2 is damaged: {words}.*resume from {run / 'checkpoint-4'}", resume, run, "checkpoint-2")
     assert listing(run) == before

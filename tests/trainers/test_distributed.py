@@ -2,9 +2,6 @@
 """Runs in two processes, under every engine that has a configuration in `recipes/accelerate`, against one process."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,12 +12,12 @@ from safetensors.torch import load_file
 from fpmgm.trainers import last_checkpoint
 from fpmgm.trainers.ema import EMA_FILE
 
+from ..testing_utils import ROOT, run_python
 from . import distributed_script
 from .distributed_script import STEPS
 
 
 RANKS = 2
-ROOT = Path(__file__).parents[2]
 SPLIT = {  # what a rank holds a half of
     "ddp": set(),
     "zero1": {"optimizer"},
@@ -46,20 +43,9 @@ def single(tmp_path_factory):
 def runs(request, tmp_path_factory):
     """What each of two ranks reports, and the folder they wrote to."""
     folder = tmp_path_factory.mktemp(request.param)
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(RANKS)),
-        *("--config_file", str(ROOT / f"recipes/accelerate/{request.param}.yaml"), "--main_process_port", "0"),
-        *("--module", distributed_script.__name__, str(folder)),
-    ]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", str(RANKS), "--main_process_port", "0"]
+    launch += ["--config_file", str(ROOT / f"recipes/accelerate/{request.param}.yaml")]
+    run_python(*launch, "--module", distributed_script.__name__, str(folder), PYTHONFAULTHANDLER="1")
     ranks = [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(RANKS)]
     return SimpleNamespace(engine=request.param, folder=folder, ranks=ranks)
 

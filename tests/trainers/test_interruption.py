@@ -11,15 +11,7 @@ import torch
 from peft import LoraConfig
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from fpmgm.trainers import (
-    ConsistencyConfig,
-    ConsistencyTrainer,
-    ConversionConfig,
-    ConversionTrainer,
-    ImageTokenizerTrainer,
-    SDTTConfig,
-    SDTTTrainer,
-)
+from fpmgm.trainers import ConsistencyTrainer, ConversionTrainer, ImageTokenizerTrainer, SDTTTrainer
 
 from .same_run import contents, differences
 from .test_image_tokenizer_trainer import tokenizer_trainer
@@ -34,7 +26,7 @@ BEST = {"load_best_model_at_end": True, "metric_for_best_model": "perplexity"}
 def consistency(folder, planned=None, **options):
     options = {"eval_steps": 1, "ema_decay": 0.5, **SAVED, **options}
     kind = ConsistencyTrainer if planned is None else PlannedTrainer
-    trainer = make_trainer(folder, training_model(dropout=0.1), kind, ConsistencyConfig, **options)
+    trainer = make_trainer(folder, training_model(dropout=0.1), kind, **options)
     trainer.planned = planned
     return trainer
 
@@ -51,12 +43,12 @@ def early(folder, planned, **options):
 
 def conversion(folder, **options):
     options = {"teacher": training_model(7, **EXPLICIT), "distillation_warmup_steps": 3, **SAVED, **options}
-    return make_trainer(folder, training_model(dropout=0.1), ConversionTrainer, ConversionConfig, **options)
+    return make_trainer(folder, training_model(dropout=0.1), ConversionTrainer, **options)
 
 
 def sdtt(folder, **options):
     options = {"ema_decay": 0.5, "rounds": 3, "steps_per_round": 2, "first_step_size": 0.1, **SAVED, **options}
-    return make_trainer(folder, training_model(0, 0.3, dropout=0.1), SDTTTrainer, SDTTConfig, **options)
+    return make_trainer(folder, training_model(0, 0.3, dropout=0.1), SDTTTrainer, **options)
 
 
 class Noisy(list):

@@ -9,16 +9,15 @@ import os
 
 import pytest
 
+from ..testing_utils import run_python
 from . import kills
-from .test_checkpoints import run_faults
 
 
 KILLS, PAIRS = int(os.environ.get("FPMGM_KILLS", 14)), int(os.environ.get("FPMGM_PAIRS", 2))
 
 
 def seen(folder, *command: str):
-    done = run_faults(kills.__name__, *command, str(folder))
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_python("-m", kills.__name__, *command, str(folder))
     return json.loads((folder / "done.json").read_text())
 
 

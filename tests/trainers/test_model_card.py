@@ -16,7 +16,7 @@ from transformers import AutoModel, pipeline
 from fpmgm import FPMaskGITPipeline, convert_to_fixed_point
 from fpmgm.data import train_tokenizer
 from fpmgm.model_cards.escape import python_string
-from fpmgm.trainers import ConversionConfig, ConversionTrainer, SDTTConfig, SDTTTrainer
+from fpmgm.trainers import ConversionTrainer, SDTTTrainer
 from fpmgm.trainers.run_record import Origin
 from tests.testing_utils import tiny_image_model, tiny_image_tokenizer
 
@@ -152,7 +152,7 @@ def test_the_cards_of_converted_and_distilled_models_say_what_they_come_from(tmp
     explicit.save_pretrained(tmp_path / "mdlm")
     teacher = AutoModel.from_pretrained(tmp_path / "mdlm")
     student = convert_to_fixed_point(teacher, {"pre": [1], "fixed_point": [2, 3], "post": [4]})
-    trainer = make_trainer(tmp_path / "fp", student, ConversionTrainer, ConversionConfig, teacher=teacher)
+    trainer = make_trainer(tmp_path / "fp", student, ConversionTrainer, teacher=teacher)
     trainer.create_model_card()
     rows = dict(check(tmp_path / "fp/README.md", headings=3))
     assert rows["started from"] == rows["teacher"] == str(tmp_path / "mdlm")
@@ -160,7 +160,7 @@ def test_the_cards_of_converted_and_distilled_models_say_what_they_come_from(tmp
     assert "conversion" in rows["method"] and "λ = 0.1, τ = 1.5" in rows["method"]
     hub = Origin(base_model="someone/mdlm")
     options = {"rounds": 2, "steps_per_round": 3, "origin": hub}
-    make_trainer(tmp_path / "sdtt", training_model(), SDTTTrainer, SDTTConfig, **options).create_model_card()
+    make_trainer(tmp_path / "sdtt", training_model(), SDTTTrainer, **options).create_model_card()
     rows, card = dict(check(tmp_path / "sdtt/README.md", headings=3)), ModelCard.load(tmp_path / "sdtt/README.md")
     assert "2 rounds of 3 steps" in rows["method"] and rows["teacher"] == "someone/mdlm"
     assert (card.data.base_model, card.data.base_model_relation) == ("someone/mdlm", "finetune")

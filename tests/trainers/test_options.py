@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from fpmgm.trainers import (
@@ -26,8 +26,8 @@ from fpmgm.trainers import (
 )
 from fpmgm.trainers.options import REFUSED, REFUSED_BY_MGM
 
-from ..testing_utils import CHECKPOINTING, RENAMED, tiny_image_tokenizer
-from .training_utils import LENGTH, CallOnce, make_trainer, token_rows, training_model
+from ..testing_utils import CHECKPOINTING, RENAMED, refused, tiny_image_model, tiny_image_tokenizer
+from .training_utils import LENGTH, MASK, CallOnce, make_trainer, token_rows, training_model
 
 
 # Our code stands between these and `Trainer`: the test that shows what they do.
@@ -49,7 +49,7 @@ OURS = {
     "remove_unused_columns": "test_unknown_columns_that_are_kept_are_refused",
     "train_sampling_strategy": "test_rows_grouped_by_length_are_evaluated_in_order",
     "neftune_noise_alpha": "test_noise_of_embeddings_is_drawn_in_training_alone",
-    "accelerator_config": "test_split_batches_are_refused",
+    "accelerator_config": "test_what_a_trainer_cannot_honour_is_refused",
     "dataloader_num_workers": "test_rows_are_named_from_workers_too",
     "dataloader_pin_memory": "test_no_warning_is_left_that_a_user_cannot_act_on",
     "output_dir": "test_paths_and_names_are_taken",
@@ -175,14 +175,8 @@ def test_what_would_be_ignored_is_refused_by_name(tmp_path, name):
         if config is ImageTokenizerConfig and name in REFUSED_BY_MGM:
             config(**values)
             continue
-        with pytest.raises(ValueError, match=rf"`{name}`=.* cannot be honoured: .*Leave it out"):
-            config(**values)
+        refused(rf"`{name}`=.* cannot be honoured: .*Leave it out", config, **values)
     MGMTrainingConfig(output_dir=str(tmp_path), use_cpu=True, label_names=["labels"])
-
-
-def test_split_batches_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="`accelerator_config` with `split_batches`=True"):
-        make_trainer(tmp_path, accelerator_config={"split_batches": True})
 
 
 REFUSED_OPTIONS = [
@@ -234,40 +228,62 @@ REFUSED_OPTIONS = [
 
 @pytest.mark.parametrize(("config", "options", "message"), REFUSED_OPTIONS)
 def test_values_that_are_not_allowed_or_without_a_meaning_are_refused(tmp_path, config, options, message):
-    with pytest.raises(ValueError, match=message):
-        config(output_dir=str(tmp_path), use_cpu=True, **options)
+    refused(message, config, output_dir=str(tmp_path), use_cpu=True, **options)
 
 
-def test_a_model_without_fixed_point_layers_keeps_no_iterations(tmp_path):
-    with pytest.raises(ValueError, match="`num_kept_iterations`=2, but the model has no fixed-point layers"):
-        make_trainer(tmp_path, training_model(num_fixed_point_layers=0), num_kept_iterations=2)
+ON_THE_HEAD = LoraConfig(r=2, target_modules=["lm_head"])
+STREAM = token_rows(8).to_iterable_dataset()
+PROJECTED = {"trainer_class": ConsistencyTrainer, "consistency_loss": "projected_cosine"}
+REFUSED_ARGUMENTS = [
+    ({"accelerator_config": {"split_batches": True}}, "`accelerator_config` with `split_batches`=True"),
+    ({"train_dataset": STREAM, "max_steps": -1, "num_train_epochs": 2}, "max_steps has to be specified"),
+    ({"model": training_model(num_fixed_point_layers=0), "num_kept_iterations": 2}, "the model has no fixed-point"),
+    ({"model": tiny_image_model(), "loss_weighting": "elbo"}, r"`loss_weighting`='elbo' must be one of \(None, 'unif"),
+    *(
+        ({"trainer_class": kind, "teacher": training_model(**{name: size})}, f"`teacher` has `{name}`={size}")
+        for kind in (ConversionTrainer, SDTTTrainer)
+        for name, size in (("vocab_size", 30), ("mask_token_id", MASK - 1))
+    ),
+    (  # what stands for no class in the student would be a class to the teacher
+        {"trainer_class": ConversionTrainer, "model": tiny_image_model(), "teacher": tiny_image_model(num_classes=5)},
+        "`teacher` has `num_classes`=5, but the model has 3",
+    ),
+    ({"trainer_class": SDTTTrainer, "peft_config": ON_THE_HEAD}, "`target_modules` names the head"),
+    (
+        {"trainer_class": ConsistencyTrainer, "consistency_loss": "logit_kl", "peft_config": ON_THE_HEAD},
+        "`target_modules` names the head",
+    ),
+    ({**PROJECTED, "peft_config": LoraConfig(r=2)}, "projected_cosine"),
+    ({**PROJECTED, "model": get_peft_model(training_model(), LoraConfig(r=2))}, "projected_cosine"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED_ARGUMENTS)
+def test_what_a_trainer_cannot_honour_is_refused(tmp_path, arguments, message):
+    refused(message, make_trainer, tmp_path, **arguments)
 
 
 # --- how long --------------------------------------------------------------------------------------------------------
 
 
-def planned(config: type, rows: int, **options) -> int:
-    """Optimizer steps that a run of `rows` rows plans."""
-    trainer_class = next(trainer for trainer, its in TRAINERS.items() if its is config)
-    if config is ConversionConfig:
-        options["teacher"] = training_model(1)
-    trainer = make_trainer(
-        options.pop("folder"), None, trainer_class, config, train_dataset=token_rows(rows), **options
-    )
+def planned(trainer_class: type, folder: Path, **options) -> int:
+    """Optimizer steps that a run of 20 rows plans, in batches of 4 of which two make a step."""
+    teacher = {"teacher": training_model(1)} if trainer_class is ConversionTrainer else {}
+    options |= {"train_dataset": token_rows(20), "gradient_accumulation_steps": 2, **teacher}
+    trainer = make_trainer(folder, None, trainer_class, **options)
     return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
 
 
-@pytest.mark.parametrize("config", [*TRAINERS.values()])
-def test_epochs_plan_a_run_and_two_lengths_are_refused(tmp_path, config):
+@pytest.mark.parametrize(("kind", "config"), TRAINERS.items())
+def test_epochs_plan_a_run_and_two_lengths_are_refused(tmp_path, kind, config):
     default = {SDTTConfig: 70_000, ConsistencyConfig: 30_000, ConversionConfig: 40_000}.get(config, 1_000_000)
     own = {field.name: field.default for field in fields(config)}["max_steps"]
-    of_run = {"folder": tmp_path, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    assert planned(config, 20, max_steps=own, **of_run) == default
-    assert planned(config, 20, max_steps=own, num_train_epochs=3, **of_run) == 9  # 5 batches make 3 steps
-    assert planned(config, 20, max_steps=-1, num_train_epochs=0.5, **of_run) == 2
-    assert planned(config, 20, max_steps=7, **of_run) == 7
-    with pytest.raises(ValueError, match="`num_train_epochs`=3 and `max_steps`=7 plan two lengths"):
-        planned(config, 20, max_steps=7, num_train_epochs=3, **of_run)
+    assert planned(kind, tmp_path, max_steps=own) == default
+    assert planned(kind, tmp_path, max_steps=own, num_train_epochs=3) == 9  # 5 batches make 3 steps
+    assert planned(kind, tmp_path, max_steps=-1, num_train_epochs=0.5) == 2
+    assert planned(kind, tmp_path, max_steps=7) == 7
+    message = "`num_train_epochs`=3 and `max_steps`=7 plan two lengths"
+    refused(message, planned, kind, tmp_path, max_steps=7, num_train_epochs=3)
 
 
 def test_a_consistency_run_evaluates_where_it_can(tmp_path):
@@ -278,8 +294,7 @@ def test_a_consistency_run_evaluates_where_it_can(tmp_path):
     beside = ConsistencyTrainer(args=args, eval_dataset=token_rows(4), **options)  # the same arguments, unchanged
     assert (beside.args.eval_strategy, beside.args.eval_on_start) == ("steps", True)
     asked = ConsistencyConfig(output_dir=str(tmp_path), use_cpu=True, eval_strategy="steps")
-    with pytest.raises(ValueError, match="eval_dataset"):
-        ConsistencyTrainer(args=asked, **options)
+    refused("eval_dataset", ConsistencyTrainer, args=asked, **options)
 
 
 # --- what is given to a trainer --------------------------------------------------------------------------------------
@@ -294,14 +309,11 @@ def test_arguments_of_another_class_are_refused(tmp_path, trainer_class):
     others = {TrainingArguments, *TRAINERS.values(), ImageTokenizerConfig} - {config}
     for other in others:
         args = other(output_dir=str(tmp_path), use_cpu=True)
-        with pytest.raises(ValueError, match=rf"`args` is a {other.__name__}, but .* takes a {config.__name__}"):
-            trainer_class(args=args, **needed)
+        refused(rf"`args` is a {other.__name__}, but .* takes a {config.__name__}", trainer_class, args=args, **needed)
     args = config(output_dir=str(tmp_path), use_cpu=True)
     for name in ("model_init", "compute_loss_func"):
-        with pytest.raises(ValueError, match=f"`{name}` cannot be honoured"):
-            trainer_class(args=args, **needed, **{name: lambda: None})
-    with pytest.raises(ValueError, match="`model`="):
-        trainer_class(args=args, **{**needed, "model": tmp_path / "none"})
+        refused(f"`{name}` cannot be honoured", trainer_class, args=args, **needed, **{name: lambda: None})
+    refused("`model`=", trainer_class, args=args, **{**needed, "model": tmp_path / "none"})
 
 
 def test_paths_and_names_are_taken(tmp_path):
@@ -339,7 +351,7 @@ def test_a_run_that_ends_within_its_warmup_is_told(tmp_path, caplog, warmup, sch
 @pytest.mark.parametrize(("warmup", "warned"), [(1, False), (2, True)])
 def test_a_loss_whose_weight_is_never_reached_is_told(tmp_path, caplog, warmup, warned):
     options = {"max_steps": 1, "consistency_warmup_steps": warmup, "stop_at_perplexity_increase": None}
-    trainer = make_trainer(tmp_path, None, ConsistencyTrainer, ConsistencyConfig, **options)
+    trainer = make_trainer(tmp_path, None, ConsistencyTrainer, **options)
     with caplog.at_level("WARNING"):
         trainer.train()
     assert (f"`consistency_warmup_steps`={warmup}, but the run has 1 steps" in caplog.text) == warned
@@ -349,7 +361,7 @@ def test_a_loss_whose_weight_is_never_reached_is_told(tmp_path, caplog, warmup, 
 def test_a_run_that_ends_before_its_rounds_do_is_told(tmp_path, caplog, steps, told):
     options = {"rounds": 2, "steps_per_round": 2, "first_step_size": 0.1, "max_steps": steps}
     with caplog.at_level("WARNING"):
-        make_trainer(tmp_path, None, SDTTTrainer, SDTTConfig, **options).train()
+        make_trainer(tmp_path, None, SDTTTrainer, **options).train()
     assert (f"take 4 steps, but the run has {steps} and ends in round 2" in caplog.text) == told
 
 
@@ -374,7 +386,7 @@ def test_noise_of_embeddings_is_drawn_in_training_alone(tmp_path):
     )
     embedded = []
     trainer = make_trainer(
-        tmp_path, model, ConsistencyTrainer, ConsistencyConfig, neftune_noise_alpha=5.0, max_steps=1,
+        tmp_path, model, ConsistencyTrainer, neftune_noise_alpha=5.0, max_steps=1,
         stop_at_perplexity_increase=None, learning_rate=0.0,
     )  # fmt: skip
     model.register_forward_pre_hook(
@@ -386,16 +398,9 @@ def test_noise_of_embeddings_is_drawn_in_training_alone(tmp_path):
     assert errors[0] == 0 < errors[1] <= 5.0 / (LENGTH * 16) ** 0.5
 
     def sample(model):
-        with pytest.raises(ValueError, match=r"noise of these would act: \['embed_tokens'\].*`model.eval\(\)`"):
-            model.generate(budget=24, seed=0)
+        refused(r"noise of these would act: \['embed_tokens'\].*`model.eval\(\)`", model.generate, budget=24, seed=0)
         assert torch.equal(*(model.eval().generate(budget=24, seed=0) for _ in range(2)))
 
     trainer = make_trainer(tmp_path, neftune_noise_alpha=5.0, max_steps=2, callbacks=[CallOnce(2, sample)])
     trainer.train()
     assert torch.equal(*(trainer.model.generate(budget=24, seed=0) for _ in range(2)))  # the noise is gone
-
-
-def test_streams_need_a_number_of_steps(tmp_path):
-    stream = Dataset.from_list([{"input_ids": [1] * LENGTH}] * 8).to_iterable_dataset()
-    with pytest.raises(ValueError, match="max_steps has to be specified"):
-        make_trainer(tmp_path, train_dataset=stream, max_steps=-1, num_train_epochs=2)

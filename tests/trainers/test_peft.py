@@ -16,6 +16,7 @@ from transformers import AutoModel
 from fpmgm.models.kinds import KINDS
 from fpmgm.trainers import peft as ours
 from fpmgm.trainers.peft import LoraArguments
+from tests.testing_utils import refused, stacks
 
 from .training_utils import LENGTH, MASK, VOCABULARY, make_trainer, token_rows, training_model, weights
 
@@ -85,8 +86,7 @@ def test_a_registration_of_the_user_stays_and_peft_need_not_be_installed(monkeyp
 
 @pytest.mark.parametrize("layers", [(1, 1, 1), (4, 0, 0)])
 def test_every_linear_map_can_be_adapted(layers):
-    names = ("num_pre_layers", "num_fixed_point_layers", "num_post_layers")
-    overrides = dict(zip(names, layers, strict=True))
+    overrides = stacks(*layers)
     model = adapted(config=lora(target_modules="all-linear"), **overrides)
     linear = {f"{name}.weight" for name, m in training_model(**overrides).named_modules() if isinstance(m, nn.Linear)}
     assert factors(model).keys() == linear - {"lm_head.weight"}
@@ -165,10 +165,7 @@ def test_the_card_is_that_of_an_adapter(tmp_path):
     )
     trainer.save_model()
     card = ModelCard.load(tmp_path / "README.md")
-    assert (card.data.library_name, card.data.base_model) == (
-        "peft",
-        None,
-    )  # a folder is not on the hub
+    assert (card.data.library_name, card.data.base_model) == ("peft", None)  # a folder is not on the hub
     assert {"fpmgm", "lora"} <= set(card.data.tags)
     trained = sum(b.numel() + a.numel() for b, a in factors(trainer.model).values())
     assert f"adapter of `{tmp_path / 'base'}` with {trained:,} parameters" in card.text
@@ -182,8 +179,7 @@ def test_the_card_is_that_of_an_adapter(tmp_path):
 
 
 def test_a_second_adapter_is_refused_and_dropout_in_f_warned_of(tmp_path, caplog):
-    with pytest.raises(ValueError, match=r"`peft_config`.*\['default'\]"):
-        make_trainer(tmp_path, adapted(), peft_config=lora())
+    refused(r"`peft_config`.*\['default'\]", make_trainer, tmp_path, adapted(), peft_config=lora())
     make_trainer(tmp_path, adapted().merge_and_unload(), peft_config=lora())
     explicit = training_model(num_fixed_point_layers=0)
     with caplog.at_level("WARNING"):
@@ -201,5 +197,4 @@ def test_the_options_of_recipes_become_a_configuration():
     assert {name: values[name] for name in expected} == expected
     arguments = LoraArguments(use_peft=True, lora_target_modules=["all-linear"])
     assert ours.lora_config(arguments).target_modules == "all-linear"
-    with pytest.raises(ValueError, match=r"\['lora_r'\].*`use_peft`"):
-        LoraArguments(lora_r=8)
+    refused(r"\['lora_r'\].*`use_peft`", LoraArguments, lora_r=8)

@@ -13,19 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from fpmgm.data import train_tokenizer
 from fpmgm.models.noise import stream_generator
-from fpmgm.trainers import (
-    ConsistencyConfig,
-    ConsistencyTrainer,
-    ConversionConfig,
-    ConversionTrainer,
-    MGMTrainer,
-    MGMTrainingConfig,
-    SDTTConfig,
-    SDTTTrainer,
-    encode_prompts,
-)
+from fpmgm.trainers import ConsistencyTrainer, ConversionTrainer, MGMTrainer, SDTTTrainer, encode_prompts
 
-from ..testing_utils import tiny_image_model, word_tokenizer
+from ..testing_utils import refused, tiny_image_model, word_tokenizer
 from .reference import (
     PROMPTED,
     SEED,
@@ -124,14 +114,8 @@ def test_completions_are_filled_with_eos_up_to_a_multiple_or_the_models_length(m
 def test_every_answer_of_a_conversation_is_a_row_behind_the_prompt_that_the_template_writes():
     tokenizer = byte_pairs()
     tokenizer.chat_template = CHAT
-    talk = [
-        ("system", "be brief"),
-        ("user", "the cat?"),
-        ("assistant", "sat"),
-        ("user", "the mat?"),
-        ("assistant", "yes"),
-    ]
-    talk = [{"role": role, "content": content, "name": None} for role, content in talk]
+    roles, said = ("system", *("user", "assistant") * 2), ("be brief", "the cat?", "sat", "the mat?", "yes")
+    talk = [{"role": role, "content": text, "name": None} for role, text in zip(roles, said, strict=True)]
     several = encoded([{"messages": talk[1:3]}, {"messages": [*talk, talk[1]]}], tokenizer, 128, completion_multiple=1)
     assert len(several) == 3
     for row, messages, answer in zip(several, (talk[1:2], talk[:2], talk[:4]), ("sat", "sat", "yes"), strict=True):
@@ -224,14 +208,11 @@ REFUSED_TALK = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_row_that_says_nothing_to_write_is_named(name):
     bad, message = REFUSED[name]
-    with pytest.raises(ValueError, match=message):
-        encoded([GOOD, bad, GOOD])
+    refused(message, encoded, [GOOD, bad, GOOD])
     if name in ("empty completion", "only an end", "no completion", "long"):
         data = Dataset.from_list([GOOD, bad, GOOD])
-        with pytest.raises(ValueError, match=message):
-            encoded(data)
-        with pytest.raises(ValueError, match=message):
-            encoded(data.to_iterable_dataset())
+        refused(message, encoded, data)
+        refused(message, encoded, data.to_iterable_dataset())
 
 
 @pytest.mark.parametrize("name", REFUSED_TALK)
@@ -242,26 +223,21 @@ def test_messages_that_make_no_answer_are_named(name):
         "{% for m in messages %}{% if m.content == 'boo' %}{{ raise_exception('no boo') }}{% endif %}{% endfor %}"
         + CHAT
     )
-    with pytest.raises(ValueError, match=message):
-        encoded([{"messages": TALK}, {"messages": bad}], tokenizer)
+    refused(message, encoded, [{"messages": TALK}, {"messages": bad}], tokenizer)
 
 
 def test_what_a_tokenizer_lacks_is_named():
     talk = [{"messages": TALK}]
-    with pytest.raises(ValueError, match=r"no chat template: set `tokenizer.chat_template`, or give `prompt` and"):
-        encoded(talk)
+    refused(r"no chat template: set `tokenizer.chat_template`, or give `prompt` and", encoded, talk)
     without = byte_pairs()
     without.eos_token = without.bos_token = None
-    with pytest.raises(ValueError, match=r"no EOS token, by which a model ends its answer: set `tokenizer\.eos_t"):
-        encoded([GOOD], without)
-    with pytest.raises(
-        ValueError, match=r"`processing_class` is NoneType: give the model's tokenizer, `AutoTokenizer"
-    ):
-        encode_prompts([GOOD], None, 64)
+    refused(r"no EOS token, by which a model ends its answer: set `tokenizer\.eos_t", encoded, [GOOD], without)
+    refused(
+        r"`processing_class` is NoneType: give the model's tokenizer, `AutoTokenizer", encode_prompts, [GOOD], None, 64
+    )
     thinking = byte_pairs()  # a template that begins an answer otherwise than it writes it
     thinking.chat_template = CHAT.replace("<|assistant|>{% endif %}", "<|assistant|><think>{% endif %}")
-    with pytest.raises(ValueError, match=r"row 0.*does not write the prompt .*<think>' before the answer"):
-        encoded(talk, thinking)
+    refused(r"row 0.*does not write the prompt .*<think>' before the answer", encoded, talk, thinking)
 
 
 @pytest.mark.parametrize(
@@ -275,17 +251,14 @@ def test_what_a_tokenizer_lacks_is_named():
 )
 def test_columns_that_say_too_little_or_too_much_are_refused(columns, message):
     for data in ([columns], Dataset.from_list([columns]), Dataset.from_list([columns]).to_iterable_dataset()):
-        with pytest.raises(ValueError, match=message):
-            encode_prompts(data, byte_pairs(), 64)
+        refused(message, encode_prompts, data, byte_pairs(), 64)
 
 
 def test_long_rows_are_refused_cut_or_dropped(caplog):
     tokenizer = byte_pairs()
     rows = [{"prompt": "wz", "completion": "x" * n} for n in (3, 20, 5, 6)]
-    with pytest.raises(
-        ValueError, match=r"row 1.* 2 tokens of its prompt and 21 of.*at most 8.*'drop'.*, `long_rows='cut'"
-    ):
-        encoded(rows, tokenizer, 8, long_rows="error")
+    message = r"row 1.* 2 tokens of its prompt and 21 of.*at most 8.*'drop'.*, `long_rows='cut'"
+    refused(message, encoded, rows, tokenizer, 8, long_rows="error")
     cut = encoded(rows, tokenizer, 8, long_rows="cut", completion_multiple=1)
     assert [tokenizer.decode(parts(row)[1]) for row in cut] == [
         "xxx<|endoftext|>",
@@ -300,12 +273,10 @@ def test_long_rows_are_refused_cut_or_dropped(caplog):
         ("cut", r"8 tokens of its prompt.*leaves such rows out\."),
         ("drop", "no row of the data is left"),
     ):
-        with pytest.raises(ValueError, match=message):
-            encoded([{"prompt": "wzzwwzzw", "completion": "x"}], tokenizer, 8, long_rows=option)
+        refused(message, encoded, [{"prompt": "wzzwwzzw", "completion": "x"}], tokenizer, 8, long_rows=option)
     with pytest.raises(ValueError, match=r"`long_rows`='keep' must be one of \('error', 'cut', 'drop'\)"):
         encoded(rows, tokenizer, 8, long_rows="keep")
-    with pytest.raises(ValueError, match="`completion_multiple`=0 must be"):
-        encoded(rows, tokenizer, 8, completion_multiple=0)
+    refused("`completion_multiple`=0 must be", encoded, rows, tokenizer, 8, completion_multiple=0)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -330,19 +301,16 @@ def by_hand(completion_only: bool = True) -> list[dict]:
 
 
 TRAINERS = {
-    MGMTrainer: (MGMTrainingConfig, {}),
-    ConsistencyTrainer: (ConsistencyConfig, {"stop_at_perplexity_increase": None}),
-    ConversionTrainer: (ConversionConfig, {"teacher": True}),
-    SDTTTrainer: (SDTTConfig, {"rounds": 1, "steps_per_round": 2}),
+    MGMTrainer: {},
+    ConsistencyTrainer: {"stop_at_perplexity_increase": None},
+    ConversionTrainer: {"teacher": training_model(seed=1, num_fixed_point_layers=0, **SIZES)},
+    SDTTTrainer: {"rounds": 1, "steps_per_round": 2},
 }
 
 
 def trained(folder, rows, kind=MGMTrainer, **options) -> MGMTrainer:
-    config_class, own = TRAINERS[kind]
-    if own.get("teacher"):
-        own = {"teacher": training_model(seed=1, num_fixed_point_layers=0, **SIZES)}
-    run = {"max_steps": 2, "processing_class": LETTERS, "train_dataset": rows, **own, **options}
-    trainer = make_trainer(folder, run.pop("model", None) or training_model(**SIZES), kind, config_class, **run)
+    run = {"max_steps": 2, "processing_class": LETTERS, "train_dataset": rows, **TRAINERS[kind], **options}
+    trainer = make_trainer(folder, training_model(**SIZES), kind, **run)
     trainer.train()
     return trainer
 
@@ -420,12 +388,10 @@ def test_masks_of_completions_are_checked(tmp_path):
         ),
         ([0, 1], r"row 1.*`completion_mask` is of shape \(2,\) for 4 `input_ids`"),
     ):
-        with pytest.raises(ValueError, match=message):
-            trained(tmp_path, [good, {**good, "completion_mask": bad}], per_device_train_batch_size=2)
+        refused(message, trained, tmp_path, [good, {**good, "completion_mask": bad}], per_device_train_batch_size=2)
     with pytest.raises(ValueError, match="`completion_mask` is there beside `labels`, which say the same"):
         trained(tmp_path, [{**good, "labels": [1] * 4}] * 4)
-    with pytest.raises(ValueError, match="nothing to score"):
-        make_trainer(tmp_path, eval_dataset=[{**good, "completion_mask": [0] * 4}]).evaluate()
+    refused("nothing to score", make_trainer(tmp_path, eval_dataset=[{**good, "completion_mask": [0] * 4}]).evaluate)
 
 
 @pytest.mark.parametrize(
@@ -436,16 +402,13 @@ def test_options_of_prompts_that_would_do_nothing_are_refused(tmp_path, option, 
     with pytest.raises(ValueError, match=f"`{option}`=.* would do nothing: images have one length, and no prompts"):
         make_trainer(tmp_path, tiny_image_model(), train_dataset=image_rows(4), **{option: value})
     if option != "random_length_share":
-        with pytest.raises(
-            ValueError, match=rf"`{option}`=.* would do nothing: the rows have the columns \['input_ids'\]"
-        ):
-            make_trainer(tmp_path, **{option: value})
+        message = rf"`{option}`=.* would do nothing: the rows have the columns \['input_ids'\]"
+        refused(message, make_trainer, tmp_path, **{option: value})
     make_trainer(tmp_path, training_model(**SIZES), train_dataset=ROWS, processing_class=LETTERS, **{option: value})
 
 
 def test_prompts_in_several_parts_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"has the parts \['train'\]: give one"):
-        trained(tmp_path, DatasetDict(train=Dataset.from_list(ROWS)))
+    refused(r"has the parts \['train'\]: give one", trained, tmp_path, DatasetDict(train=Dataset.from_list(ROWS)))
 
 
 # --- random lengths --------------------------------------------------------------------------------------------------

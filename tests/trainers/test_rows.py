@@ -15,16 +15,8 @@ from transformers import DataCollatorForLanguageModeling
 from fpmgm.data import train_tokenizer
 from fpmgm.trainers.collator import stack_and_pad
 
-from ..testing_utils import tiny_image_model
-from .training_utils import (
-    LENGTH,
-    MASK,
-    image_rows,
-    losses,
-    make_trainer,
-    token_rows,
-    training_model,
-)
+from ..testing_utils import refused, tiny_image_model
+from .training_utils import LENGTH, MASK, image_rows, losses, make_trainer, token_rows, training_model
 
 
 def rows(count: int = 8) -> list[dict]:
@@ -100,8 +92,7 @@ def test_a_step_without_a_label_changes_nothing_and_an_evaluation_without_one_is
     with caplog.at_level("WARNING"):
         assert trained(tmp_path, data) == [0.0, 0.0]
     assert "Nothing is learned in step 1: all `labels` of its rows are -100" in caplog.text
-    with pytest.raises(ValueError, match="nothing to score"):
-        make_trainer(tmp_path, eval_dataset=data).evaluate()
+    refused("nothing to score", make_trainer(tmp_path, eval_dataset=data).evaluate)
 
 
 # --- refused ---------------------------------------------------------------------------------------------------------
@@ -171,8 +162,7 @@ def test_a_bad_row_of_codes_is_named(tmp_path, name):
     bad, message = REFUSED_IMAGES[name]
     good = {"input_ids": CODES, **({"class_labels": 0} if "class_labels" in bad else {})}
     trainer = make_trainer(tmp_path, tiny_image_model(), train_dataset=[good] * 4 + [bad, good], max_steps=2)
-    with pytest.raises(ValueError, match=rf"row \d of the training data: {message}"):
-        trainer.train()
+    refused(rf"row \d of the training data: {message}", trainer.train)
 
 
 @pytest.mark.parametrize(
@@ -181,8 +171,7 @@ def test_a_bad_row_of_codes_is_named(tmp_path, name):
 def test_classes_of_images_under_another_name_are_refused(tmp_path, column, as_dataset):
     data = image_rows(8).rename_column("class_labels", column)
     trainer = make_trainer(tmp_path, tiny_image_model(), train_dataset=data if as_dataset else list(data))
-    with pytest.raises(ValueError, match=rf"`{column}` is not read: the class of an image is `class_labels`"):
-        trainer.train()
+    refused(rf"`{column}` is not read: the class of an image is `class_labels`", trainer.train)
     if column != "labels":
         both = image_rows(8).add_column(column, [0] * 8)
         make_trainer(tmp_path, tiny_image_model(), train_dataset=both).train()
@@ -197,8 +186,7 @@ def test_unknown_columns_that_are_kept_are_refused(tmp_path):
 def test_rows_are_named_from_workers_too(tmp_path):
     data = [{"input_ids": OTHER}] * 5 + [{"input_ids": [1, 77]}] + [{"input_ids": OTHER}] * 2
     trainer = make_trainer(tmp_path, train_dataset=data, dataloader_num_workers=1, per_device_train_batch_size=8)
-    with pytest.raises(ValueError, match="row 5 of the training data: `input_ids` holds 77 at position 1"):
-        trainer.train()
+    refused("row 5 of the training data: `input_ids` holds 77 at position 1", trainer.train)
 
 
 def test_data_that_is_no_dataset_is_refused(tmp_path):

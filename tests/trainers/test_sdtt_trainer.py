@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig
 
 from fpmgm.models.noise import stream_generator
-from fpmgm.trainers import SDTTConfig, SDTTTrainer
+from fpmgm.trainers import SDTTTrainer
 
 from .reference import (
     SEED,
@@ -30,7 +30,7 @@ EXPLICIT = {"num_pre_layers": 2, "num_fixed_point_layers": 0, "num_post_layers":
 
 def sdtt_trainer(folder, model=None, **arguments) -> SDTTTrainer:
     defaults = {"rounds": 2, "steps_per_round": 2, "first_step_size": 0.2}
-    return make_trainer(folder, model, SDTTTrainer, SDTTConfig, **{**defaults, **arguments})
+    return make_trainer(folder, model, SDTTTrainer, **{**defaults, **arguments})
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------
@@ -137,13 +137,3 @@ def test_the_next_teacher_is_the_average_with_what_wraps_it(tmp_path, ema_decay)
     teacher, average, raw = seen
     assert torch.equal(teacher, average)
     assert torch.equal(teacher, raw) == (ema_decay is None)
-
-
-# --- mistakes --------------------------------------------------------------------------------------------------------
-
-
-def test_models_that_cannot_be_distilled_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="`teacher` has `vocab_size`=30"):
-        sdtt_trainer(tmp_path, teacher=training_model(vocab_size=30))
-    with pytest.raises(ValueError, match="`target_modules` names the head"):
-        sdtt_trainer(tmp_path, peft_config=LoraConfig(r=2, target_modules=["lm_head"]))

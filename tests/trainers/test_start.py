@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 from fpmgm.data import train_tokenizer
 
-from ..testing_utils import saved_adapter, tiny_image_model
+from ..testing_utils import refused, saved_adapter, tiny_image_model
 from .training_utils import image_rows, make_trainer, token_rows, training_model, weights
 
 
@@ -31,16 +31,12 @@ def fitting_model(tokenizer, **overrides):
 def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, tokenizer):
     sizes = {"vocab_size": len(tokenizer) + 80, "mask_token_id": len(tokenizer) + 79}
     both = rf"mask id {tokenizer.mask_token_id}, but .*`mask_token_id`={len(tokenizer) + 79}"
-    with pytest.raises(ValueError, match=both):
-        make_trainer(tmp_path, training_model(**sizes), processing_class=tokenizer)
+    refused(both, make_trainer, tmp_path, training_model(**sizes), processing_class=tokenizer)
     small = training_model(vocab_size=len(tokenizer) - 1, mask_token_id=len(tokenizer) - 2)
-    with pytest.raises(
-        ValueError, match=rf"`processing_class` has {len(tokenizer)} tokens.*`vocab_size`={len(tokenizer) - 1}"
-    ):
-        make_trainer(tmp_path, small, processing_class=tokenizer)
+    message = rf"`processing_class` has {len(tokenizer)} tokens.*`vocab_size`={len(tokenizer) - 1}"
+    refused(message, make_trainer, tmp_path, small, processing_class=tokenizer)
     without = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
-    with pytest.raises(ValueError, match=r"no mask token.*add_mask_token"):
-        make_trainer(tmp_path, processing_class=without)
+    refused(r"no mask token.*add_mask_token", make_trainer, tmp_path, processing_class=without)
     larger = training_model(vocab_size=len(tokenizer) + 3, mask_token_id=tokenizer.mask_token_id)  # padded to 64, say
     make_trainer(tmp_path, larger, processing_class=tokenizer)
     make_trainer(tmp_path, tiny_image_model(), train_dataset=image_rows(4), processing_class=tokenizer)
@@ -80,8 +76,7 @@ def test_a_frozen_adapter_says_how_it_is_trained(tmp_path):
     for model in frozen:
         trainer = make_trainer(tmp_path / "out", model, eval_dataset=token_rows(4))
         assert trainer.evaluate()["eval_loss"] > 0
-        with pytest.raises(ValueError, match=r"nothing to train.*`is_trainable=True`"):
-            trainer.train()
+        refused(r"nothing to train.*`is_trainable=True`", trainer.train)
     with pytest.raises(ValueError, match=r"nothing to train.*requires_grad_\(True\)"):
         make_trainer(tmp_path / "out", training_model().requires_grad_(False)).train()
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from fpmgm import FPMDLMForMaskedDiffusion
-from fpmgm.trainers import ConsistencyTrainer, MGMTrainer, MGMTrainingConfig
+from fpmgm.trainers import ConsistencyTrainer, MGMTrainer
 
 from ..testing_utils import tiny_model
 
@@ -48,7 +48,6 @@ def make_trainer(
     folder: Path | str,
     model: nn.Module | None = None,
     trainer_class: type[MGMTrainer] = MGMTrainer,
-    config_class: type[MGMTrainingConfig] = MGMTrainingConfig,
     **arguments,
 ) -> MGMTrainer:
     """A trainer that logs every step, evaluates one draw and saves nothing; `arguments` of it and its configuration
@@ -66,11 +65,11 @@ def make_trainer(
         "use_cpu": True,
         "disable_tqdm": True,
     }
-    of_config = {f.name for f in fields(config_class)} & arguments.keys()
+    of_config = {f.name for f in fields(trainer_class.config_class)} & arguments.keys()
     of_config = {name: arguments.pop(name) for name in of_config}
     return trainer_class(
         model=training_model() if model is None else model,
-        args=config_class(output_dir=str(folder), **{**defaults, **of_config}),
+        args=trainer_class.config_class(output_dir=str(folder), **{**defaults, **of_config}),
         **{"train_dataset": token_rows(24), **arguments},
     )
 
