@@ -71,7 +71,8 @@ def plan_budget(
         starts (`Callable`, *optional*): For a number of steps, those at which a block of text begins; each block has
             the allocation for itself. `None`: one block.
         shares (`Callable`, *optional*): For a number of steps, the share of positions that each is expected to compute
-            and is charged for, where others are frozen. `None`: all.
+            and is charged for, where others are frozen. `None`: all. So it is where that buys neither a step nor an
+            iteration.
         iterations_per_step (`int`, defaults to 4): What the number of steps is chosen for, where it is not given.
 
     Returns:
@@ -135,6 +136,8 @@ def plan_budget(
                 lambda total: _cost(config, allocate(total, num_steps, allocation, places), expected) <= budget,
             )
         iterations = allocate(total, num_steps, allocation, places)
+    if expected is not None and _cost(config, iterations, None) <= budget:  # nothing is bought with what is frozen
+        expected = [1.0] * num_steps
     return BudgetPlan(num_steps, iterations, _cost(config, iterations, expected), expected)
 
 

@@ -100,8 +100,8 @@ class MGMGenerationConfig(GenerationConfig):
         solver (`str`, defaults to `"picard"`): `"picard"` or `"anderson"`; an iteration of either costs the same.
         freeze (`bool`, defaults to `False`): Leave positions alone that are not masked, once they were computed with
             their token: they keep keys, values and solution, and cost nothing. A budget is charged for the positions
-            that are computed, so that it buys more steps. An approximation: frozen positions do not see what changes
-            elsewhere.
+            that are computed, so that it buys more steps; where it buys neither a step nor an iteration, nothing is
+            frozen. An approximation: frozen positions do not see what changes elsewhere.
         refresh_every (`int`, *optional*): With `freeze`, compute all positions again every so many steps. 1: at every
             step, as without `freeze`. `None`: at the first step alone.
         freeze_tolerance (`float`, *optional*): With `freeze`, leave a position alone only when its solution moved by
@@ -161,7 +161,7 @@ class MGMGenerationConfig(GenerationConfig):
         check_one_cost(kwargs.get("budget"), kwargs.get("iterations"))
         of_loader = {name: kwargs.pop(name, None) for name in OF_THE_LOADER}
         vars(self).update(**DEFAULTS, **of_loader, transformers_version=None)
-        kwargs = {name: value for name, value in kwargs.items() if value or name not in RETIRED}
+        kwargs = {name: value for name, value in kwargs.items() if name not in RETIRED or value}
         check_names(kwargs, self.names(), "generation argument(s)", MISPLACED)
         if kwargs.get("iterations") is not None:
             self.budget = None

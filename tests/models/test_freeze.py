@@ -282,6 +282,17 @@ def test_a_budget_is_spent():
     assert out.num_steps > 24 and out.block_evaluations_per_sequence.double().mean() > 90
 
 
+@pytest.mark.parametrize("layers", [EXPLICIT, {"num_pre_layers": 4, "num_post_layers": 4}])
+def test_nothing_is_frozen_where_that_buys_nothing(layers):
+    model = text(**layers, max_position_embeddings=64)
+    for steps in (2, 6):
+        call = {"batch_size": 2, "order": "halton", "seed": 0, "return_dict_in_generate": True}
+        call |= {"budget": steps * model.config.num_hidden_layers, "iterations_per_step": 1}
+        plain, frozen = (model.generate(**call, freeze=freeze, refresh_every=None) for freeze in (False, True))
+        assert torch.equal(plain.sequences, frozen.sequences) == (steps < 6)  # two steps buy no third
+        assert (frozen.full_block_evaluations == call["budget"]) == (steps < 6)
+
+
 def test_switching_off_takes_the_details_along():
     model = text()
     model.generation_config = model.generation_config.updated(freeze=True, refresh_every=3, freeze_tolerance=0.1)
