@@ -54,7 +54,7 @@ from fpmgm.evaluation import (
     unigram_entropy,
 )
 from tests.evaluation.helpers import tiny_judge
-from tests.testing_utils import tiny_config, tiny_model, word_tokenizer
+from tests.testing_utils import refused, tiny_config, tiny_model, word_tokenizer
 
 
 ELSEWHERE = {  # of pictures, or values without behaviour
@@ -111,6 +111,11 @@ def words():
 @cache
 def model(seed: int = 0):
     return tiny_model(seed, scale=0.5, vocab_size=260, mask_token_id=tokenizer().mask_token_id).double()
+
+
+def explicit():
+    """Without fixed-point layers."""
+    return tiny_model(num_fixed_point_layers=0)
 
 
 def rows(scale: float = 1.0, error: float = 0.1) -> list[dict]:
@@ -440,6 +445,10 @@ def test_an_argument_matters(case, name, monkeypatch, tmp_path, capfd):
         (partial(distinct_n, "text"), "`sequences` is of type str"),
         (partial(repetition_rate, ["some text"]), r"`sequences`\[0\] is the text"),
         (partial(distinct_n, TOKENS, n="2"), "`n`='2' must be a whole number"),
+        (partial(distinct_n, [[1, 2]], n=3), "no n-gram of `n`=3"),
+        (partial(repetition_rate, [[1] * 4, [1] * 3]), "`sequences` are 2, the shortest of 3 tokens: .* each of 4"),
+        (partial(unigram_entropy, [[1], []]), "the shortest of 0 tokens"),
+        (partial(NGramJudge, np.zeros((1, 5), int), 60000), "`vocab_size`=60000 to the power `order`=4"),
         (partial(NGramJudge, ["text"], 10), r"`sequences`\[0\] is the text"),
         (partial(NGramJudge, [[1, 2], [3]], 10), r"have \[1, 2\] tokens: give rows of one length"),
         (partial(NGramJudge, TOKENS, "10"), "`vocab_size`='10'"),
@@ -450,10 +459,18 @@ def test_an_argument_matters(case, name, monkeypatch, tmp_path, capfd):
         (partial(elbo_perplexity, model(), [[1] * 9]), r"`sequences`\[0\] has 9 tokens"),
         (partial(elbo_perplexity, model(), TOKENS, num_draws="4"), "`num_draws`='4'"),
         (partial(elbo_perplexity, model(), TOKENS, batch_size=0), "`batch_size`=0"),
+        (partial(elbo_perplexity, explicit(), TOKENS, num_iterations=3), "`num_iterations`=3, but .* no fixed-point"),
+        (partial(elbo_perplexity, model(), []), "at least one sequence"),
+        (partial(elbo_perplexity, model(), [[1], []]), "at least one sequence"),
         (partial(generative_perplexity, "text", judge()), "`texts` is of type str"),
         (partial(generative_perplexity, TEXTS, judge(), max_length="64"), "`max_length`='64'"),
+        (partial(generative_perplexity, TEXTS, judge()), "`max_length`=1024 must be at most 64, the positions of the"),
+        (partial(generative_perplexity, ["", "x"], judge(), max_length=64), "no text of two tokens or more"),
+        (partial(load_judge, "gone.gguf"), r"gone\.gguf' does not exist"),
         (partial(load_judge, judge(), device="cpu"), "`device`=cpu and `dtype`=None are for a judge that"),
         (partial(mauve_score, TEXTS, TEXTS, len, num_samples=2, max_length=4), "{'max_length': 4} is for a language"),
+        (partial(mauve_score, ["a"] * 5000, ["a"], len), "`references` are 1, fewer than `num_samples`=5000"),
+        (partial(mauve_score, TEXTS, TEXTS, judge(), num_samples=2), "`max_length`=1024 must be at most 64, the pos"),
         (partial(measure_samples, TOKENS, words(), NGramJudge(TOKENS, 10), max_length=4), "{'max_length': 4} does no"),
         (partial(sample_sequences, model(), 2, return_dict_in_generate=True), "`return_dict_in_generate` is set here"),
         (partial(sample_sequences, model(), 2, callback=print), "`callback` is of type builtin_function_or_method"),
@@ -464,12 +481,14 @@ def test_an_argument_matters(case, name, monkeypatch, tmp_path, capfd):
         (partial(grid, reuse="none"), r"`reuse`='none': give the values to try, such as \['none'\]"),
         (partial(successive_halving, [1, 2], len, [1], keep=[2]), r"`keep`=\[2\] must be places among"),
         (partial(successive_halving, [1], len, [1], factor="3"), "`factor`=3 must be above 1"),
+        (partial(successive_halving, [1], len, [1], 1.0), "`factor`=1.0 must be above 1"),
+        (partial(successive_halving, [], len, [1]), "`candidates` is empty"),
+        (partial(successive_halving, [1], len, [4, 4]), r"`resources`=\[4, 4\] must be one or more numbers that rise"),
         (partial(sampling_candidates, tiny_config(), 48, "4"), "`count`='4'"),
     ],
 )  # fmt: skip
 def test_what_an_argument_cannot_do_is_refused(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
+    refused(message, call)
 
 
 def test_blocks_and_generators_are_taken_wherever_rows_or_texts_are():

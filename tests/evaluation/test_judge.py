@@ -19,6 +19,7 @@ from fpmgm.evaluation.judge import decode_for, token_log_probabilities
 from fpmgm.evaluation.mauve import last_token_features
 from tests.evaluation.helpers import TEXTS, tiny_judge
 from tests.models.helpers import lively_model
+from tests.testing_utils import refused
 
 
 LENGTH = 24
@@ -149,19 +150,9 @@ def test_a_judge_is_loaded_from_a_folder(tmp_path):
 @pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="older ones read no single merge")
 def test_a_judge_is_loaded_from_a_gguf_file(tmp_path):
     gguf = pytest.importorskip("gguf")
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=259,
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=LENGTH,
-            initializer_range=0.3,
-            rms_norm_eps=1e-5,
-        )
-    )
+    sizes = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 32, "max_position_embeddings": LENGTH}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.3, rms_norm_eps=1e-5))
     with torch.no_grad():  # the file format permutes queries and keys; equal ones are the same in any order
         for projection in (model.model.layers[0].self_attn.q_proj, model.model.layers[0].self_attn.k_proj):
             projection.weight.zero_()
@@ -180,15 +171,14 @@ def test_a_judge_is_loaded_from_a_gguf_file(tmp_path):
 def write_gguf(gguf, path, model: LlamaForCausalLM, tokenizer: AutoTokenizer) -> None:
     config, layer = model.config, model.model.layers[0]
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_vocab_size(config.vocab_size)
+    sizes = {
+        "block_count": 1, "context_length": config.max_position_embeddings, "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size, "head_count": config.num_attention_heads,
+        "head_count_kv": config.num_key_value_heads, "layer_norm_rms_eps": config.rms_norm_eps,
+        "rope_dimension_count": config.hidden_size // config.num_attention_heads, "vocab_size": config.vocab_size,
+    }  # fmt: skip
+    for name, size in sizes.items():
+        getattr(writer, f"add_{name}")(size)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokenizer.convert_ids_to_tokens(range(config.vocab_size)))
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
@@ -217,14 +207,7 @@ def write_gguf(gguf, path, model: LlamaForCausalLM, tokenizer: AutoTokenizer) ->
     writer.close()
 
 
-def test_what_cannot_be_scored_is_refused(tmp_path):
-    judge = tiny_judge()
-    with pytest.raises(ValueError, match="`max_length`=1024 must be at most 24, the positions of the judge"):
-        generative_perplexity(TEXTS, judge)
-    with pytest.raises(ValueError, match="no text of two tokens or more"):
-        generative_perplexity(["", "x"], judge, max_length=LENGTH)
-    with pytest.raises(ValueError, match=r"gone\.gguf' does not exist"):
-        load_judge(tmp_path / "gone.gguf")
+def test_a_start_token_needs_a_tokenizer_that_has_one():
+    judge, message = tiny_judge(), "`add_start_token`=True, but the tokenizer of 'tiny' has no BOS"
     judge.tokenizer.bos_token = None
-    with pytest.raises(ValueError, match="`add_start_token`=True, but the tokenizer of 'tiny' has no BOS"):
-        generative_perplexity(TEXTS, judge, max_length=LENGTH, add_start_token=True)
+    refused(message, generative_perplexity, TEXTS, judge, max_length=LENGTH, add_start_token=True)

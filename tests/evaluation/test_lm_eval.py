@@ -4,8 +4,6 @@
 import inspect
 import json
 import math
-import subprocess
-import sys
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -24,7 +22,7 @@ from fpmgm.evaluation.lm_eval import MGMLM, PROTOCOLS, loading, make_table, scor
 from fpmgm.evaluation.lm_eval.__main__ import main
 from fpmgm.models.noise import stream_generator
 
-from ..testing_utils import tiny_model, word_tokenizer
+from ..testing_utils import refused, run_python, tiny_model, word_tokenizer
 
 
 EOS, MASK = 0, 10
@@ -253,8 +251,7 @@ def test_a_text_does_not_depend_on_its_batch_and_repeats_differ():
     assert [write(lm, request)[0] for request in requests[:3]] == texts[:3]
     assert texts[1] != texts[3]  # the same request again
     assert all(len(text.split()) <= 4 for text in texts)
-    with pytest.raises(ValueError, match=r"`max_gen_toks`=8 leaves no room"):
-        write(lm, ("a", {"max_gen_toks": 8}))
+    refused(r"`max_gen_toks`=8 leaves no room", write, lm, ("a", {"max_gen_toks": 8}))
 
 
 @pytest.mark.parametrize(
@@ -279,8 +276,7 @@ def test_a_text_does_not_depend_on_its_batch_and_repeats_differ():
     ],
 )
 def test_wrong_arguments_say_what_is_allowed(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        evaluated(**arguments)
+    refused(message, evaluated, **arguments)
 
 
 MATTERS = {  # argument → another value, and where it shows
@@ -337,8 +333,7 @@ def test_whether_blocks_have_a_step_each_is_asked_of_a_text_not_of_the_longest()
     model.generation_config.block_length = 2
     lm = evaluated(model, budget=12, num_steps=2)
     assert write(lm, ("a", {"max_gen_toks": 4})) != [""]
-    with pytest.raises(ValueError, match="`block_length`=2"):
-        write(lm, ("a", {"max_gen_toks": 6}))
+    refused("`block_length`=2", write, lm, ("a", {"max_gen_toks": 6}))
 
 
 def merged(model):
@@ -355,8 +350,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused():
 def test_a_score_that_is_no_number_is_an_error():
     model = tiny_model()
     model.lm_head.weight.data[3] = torch.nan
-    with pytest.raises(ValueError, match="a score is not finite"):
-        scores(evaluated(model, mc_num=2), ("a", " b"))
+    refused("a score is not finite", scores, evaluated(model, mc_num=2), ("a", " b"))
 
 
 # --- what a text holds -----------------------------------------------------------------------------------------------
@@ -410,8 +404,7 @@ def test_an_empty_continuation_is_the_end_of_the_text(protocol):
         assert empty[0] < -0.1 and longer[0] < other[0] < -0.1
     lm = MGMLM(tiny_model(), tokenizer=tiny_tokenizer(), protocol="llada", device="cpu")
     lm.end = None
-    with pytest.raises(ValueError, match="a continuation has no token"):
-        scores(lm, ("a", ""))
+    refused("a continuation has no token", scores, lm, ("a", ""))
 
 
 def test_a_continuation_that_melts_into_the_context_is_tokenized_apart():
@@ -438,8 +431,7 @@ CHAT = (
 def test_a_chat_template_writes_tokens_and_a_question_text(protocol):
     lm = spelling(protocol)
     messages = [{"role": "user", "content": "a <|mask|>?"}]
-    with pytest.raises(ValueError, match="needs a tokenizer with a `chat_template`"):
-        lm.apply_chat_template(messages)
+    refused("needs a tokenizer with a `chat_template`", lm.apply_chat_template, messages)
     turn = lm.tokenizer.convert_tokens_to_ids("<|turn|>")
     assert turn not in spelling(protocol).tok_encode("<|turn|>user")  # without a chat it is text
     lm.tokenizer.chat_template = CHAT
@@ -489,8 +481,8 @@ def folder(tmp_path_factory) -> Path:
 TASKS = ["tiny_choice", "tiny_rolling", "tiny_writing"]
 
 
-def run(folder: Path, tasks=TASKS, **options) -> dict:
-    arguments = {"pretrained": str(folder / "model"), "mc_num": 8}
+def run(folder: Path, tasks=TASKS, model: dict | None = None, **options) -> dict:
+    arguments = {"pretrained": str(folder / "model"), "mc_num": 8, **(model or {})}
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     return simple_evaluate(
         "fpmgm", arguments, tasks=tasks, task_manager=manager, device="cpu", bootstrap_iters=0, **options
@@ -519,10 +511,7 @@ def test_a_chat_template_is_applied(folder, tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}i {{ message.content }} {% endfor %}"
     tokenizer.save_pretrained(tmp_path)
-    arguments = {"pretrained": str(folder / "model"), "tokenizer": str(tmp_path), "mc_num": 8}
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
-    options = {"task_manager": manager, "device": "cpu", "bootstrap_iters": 0, "apply_chat_template": True}
-    results = simple_evaluate("fpmgm", arguments, tasks=["tiny_choice"], **options)
+    results = run(folder, ["tiny_choice"], {"tokenizer": str(tmp_path)}, apply_chat_template=True)
     plain = run(folder, tasks=["tiny_choice"])
     for sample, other in zip(results["samples"]["tiny_choice"], plain["samples"]["tiny_choice"], strict=True):
         assert sample["arguments"][0][0].startswith("i a ")
@@ -534,13 +523,11 @@ def test_a_cache_of_another_protocol_is_refused(folder, tmp_path):
     first = run(folder, tasks=["tiny_choice"], use_cache=cache)
     again = run(folder, tasks=["tiny_choice"], use_cache=cache)
     assert again["results"] == first["results"]
-    with pytest.raises(ValueError, match=r"`use_cache` holds answers of .*'pgm'"):
-        CachingLM(evaluated(protocol="llada"), f"{cache}_rank0.db")
+    refused(r"`use_cache` holds answers of .*'pgm'", CachingLM, evaluated(protocol="llada"), f"{cache}_rank0.db")
     trained_on = MGMLM(str(folder / "model"), mc_num=8, device="cpu")
     CachingLM(trained_on, f"{cache}_rank0.db")
     trained_on.model.lm_head.bias.data.add_(1)  # under the same name
-    with pytest.raises(ValueError, match="`use_cache` holds answers of"):
-        CachingLM(trained_on, f"{cache}_rank0.db")
+    refused("`use_cache` holds answers of", CachingLM, trained_on, f"{cache}_rank0.db")
 
 
 def test_adapters_are_merged(folder, tmp_path):
@@ -579,29 +566,19 @@ def test_the_readmes_command_runs_on_any_machine(folder, tmp_path, monkeypatch, 
 
 
 def test_a_gpu_that_is_not_there_is_named(folder):
-    with pytest.raises(ValueError, match=r"`device`='cuda:0', but PyTorch sees no GPU here"):
-        MGMLM(folder / "model", device="cuda:0")
+    refused(r"`device`='cuda:0', but PyTorch sees no GPU here", MGMLM, folder / "model", device="cuda:0")
     default = MGMLM.create_from_arg_obj({"pretrained": folder / "model"}, {"device": "cuda:0"})  # lm-eval's
     assert default.device == torch.device("cpu")
-
-
-def command(folder: Path, output: Path, *launcher: str) -> str:
-    done = subprocess.run(
-        [*(launcher or (sys.executable, "-m")), "fpmgm.evaluation.lm_eval", "--model_args",
-         f"pretrained={folder / 'model'},mc_num=8", "--include_path", str(folder), "--tasks", ",".join(TASKS),
-         "--device", "cpu", "--output_path", str(output)],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.mark.slow
 def test_the_command_line_alone_and_in_two_processes(folder, tmp_path):
     expected = run(folder)["results"]
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m")
+    command = ["-m", "fpmgm.evaluation.lm_eval", "--model_args", f"pretrained={folder / 'model'},mc_num=8"]
+    command += ["--include_path", str(folder), "--tasks", ",".join(TASKS), "--device", "cpu", "--output_path"]
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
     for name, launcher in (("alone", ()), ("two", torchrun)):
-        table = command(folder, tmp_path / name, *launcher)
+        table = run_python(*launcher, *command, str(tmp_path / name)).stdout
         assert table.count("(pgm, 8 draws)") == 3
         assert "'protocol': 'pgm'" in table  # in the line above it
         [saved] = (tmp_path / name).rglob("results_*.json")

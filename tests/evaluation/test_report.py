@@ -6,6 +6,7 @@ import json
 import pytest
 
 from fpmgm.evaluation.report import as_json, short_names, table, write_report
+from tests.testing_utils import refused
 
 
 def test_a_cell_cannot_end_its_line_or_column():
@@ -34,8 +35,7 @@ def test_names_are_as_short_as_tells_all_apart(tmp_path):
     (tmp_path / "export").mkdir()
     paths = ["org/export", str(tmp_path / "export"), f"{tmp_path}/export/../other/run"]
     assert short_names("model", paths) == ["org-export", f"{tmp_path.name}-export", "other-run"]
-    with pytest.raises(ValueError, match=r"`model`=.* twice"):
-        short_names("model", [str(tmp_path), f"{tmp_path}/export/.."])
+    refused(r"`model`=.* twice", short_names, "model", [str(tmp_path), f"{tmp_path}/export/.."])
 
 
 def test_json_is_what_the_standard_library_reads_and_writes():

@@ -19,7 +19,7 @@ from fpmgm.evaluation.samples import timed_batch
 from fpmgm.evaluation.store import ResultStore, fingerprint
 from tests.evaluation.helpers import tiny_judge
 from tests.models.helpers import lively_model
-from tests.testing_utils import tiny_model
+from tests.testing_utils import refused, tiny_model
 
 
 def test_fewer_samples_are_the_first_of_more_and_rows_alone_are_the_same():
@@ -47,8 +47,7 @@ def test_what_orders_that_adapt_took_is_counted_over_all_batches():
     assert samples.num_steps == out.num_steps > steps.min() and samples.iterations == out.iterations
     assert samples.tokens_per_step == pytest.approx(7 * 8 / int(steps.sum()))
     assert samples.mean_block_evaluations == pytest.approx(spent.float().mean().item())
-    with pytest.raises(ValueError, match="`stop_at_eos`=True cuts texts"):
-        sample_sequences(model, 7, stop_at_eos=True)
+    refused("`stop_at_eos`=True cuts texts", sample_sequences, model, 7, stop_at_eos=True)
 
 
 def test_interrupted_sampling_goes_on_to_the_same_samples(tmp_path, monkeypatch):

@@ -39,17 +39,9 @@ def test_the_judge_follows_the_interpolated_recursion(order):
     assert judge.perplexity(np.array(text)) == pytest.approx(exp(-np.mean([v[1:].mean() for v in found])))
 
 
-def test_the_judge_refuses_what_its_keys_cannot_hold():
-    with pytest.raises(ValueError, match=r"`vocab_size`=60000 to the power `order`=4"):
-        NGramJudge(np.zeros((1, 5), dtype=int), vocab_size=60000)
-
-
 def test_entropy_is_the_mean_over_texts():
-    assert unigram_entropy(np.array([[1, 2, 3, 4], [5, 5, 5, 5]])) == pytest.approx(log(4) / 2)
-
-
-def test_entropy_takes_texts_of_different_lengths():
-    assert unigram_entropy([[1, 2, 3, 4], [5, 5]]) == pytest.approx(log(4) / 2)
+    for second in ([5, 5, 5, 5], [5, 5]):
+        assert unigram_entropy([[1, 2, 3, 4], second]) == pytest.approx(log(4) / 2)
 
 
 def test_distinct_and_repetition_count_n_grams_across_and_within_texts():
@@ -63,12 +55,3 @@ def test_distinct_and_repetition_count_n_grams_across_and_within_texts():
         assert repetition_rate(rows, n) == pytest.approx(np.mean(repeated))
     assert repetition_rate(np.array([[7] * 8])) == pytest.approx(4 / 5)
     assert distinct_n([[1], [1, 2]], n=2) == 1.0  # a text shorter than n has no n-gram to count
-
-
-def test_measures_refuse_texts_without_n_grams():
-    with pytest.raises(ValueError, match="`sequences` are 2, the shortest of 3 tokens: give at least one, each of 4"):
-        repetition_rate([[1, 2, 3, 4], [1, 2, 3]])
-    with pytest.raises(ValueError, match="the shortest of 0 tokens"):
-        unigram_entropy([[1], []])
-    with pytest.raises(ValueError, match="no n-gram of `n`=3"):
-        distinct_n([[1, 2]], n=3)

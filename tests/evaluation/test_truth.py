@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from fpmgm.evaluation import TruthJudge, energy_distance, load_truth, measure_samples, sample_texts
 from tests.evaluation.helpers import tiny_judge
+from tests.testing_utils import refused
 
 
 V, L, START = 3, 4, 2
@@ -138,30 +139,22 @@ def test_samples_measured_by_the_truth_have_distances_from_its_own_texts():
     other = measure_samples([[0, 0, 0, 0], [0, 0, 0, 1]] * 50, None, judge)
     assert own["energy_distance_p"] > 0.01 > other["energy_distance_p"]
     assert other["energy_distance"] > own["energy_distance"] and other["mauve"] < own["mauve"]
-    with pytest.raises(ValueError, match="`references` are texts for MAUVE"):
-        measure_samples([[0, 0, 0, 0]], None, judge, references=["a"])
+    refused("`references` are texts for MAUVE", measure_samples, [[0, 0, 0, 0]], None, judge, references=["a"])
 
 
 def test_what_cannot_be_judged_is_refused(tmp_path):
     judge = judge_of(causal_model(), count=5)
-    with pytest.raises(ValueError, match="`sequences` have \\[2\\] tokens"):
-        judge.generative_perplexity([[0, 1]])
+    refused("`sequences` have \\[2\\] tokens", judge.generative_perplexity, [[0, 1]])
     causal_model().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="`length`=5 must lie between 1 and the 4 positions"):
-        load_truth(tmp_path, 5, num_texts=2, device="cpu")
-    with pytest.raises(ValueError, match="`num_texts`=1 must be"):  # whose error nothing tells
-        load_truth(tmp_path, 4, num_texts=1, device="cpu")
-    with pytest.raises(ValueError, match="`references` are 1 and `surprise` 1: give two texts"):
-        judge_of(causal_model(), count=1)
+    refused("`length`=5 must lie between 1 and the 4 positions", load_truth, tmp_path, 5, num_texts=2, device="cpu")
+    refused("`num_texts`=1 must be", load_truth, tmp_path, 4, num_texts=1, device="cpu")  # whose error nothing tells
+    refused("`references` are 1 and `surprise` 1: give two texts", judge_of, causal_model(), count=1)
     for count in (1, 6):
-        with pytest.raises(ValueError, match=f"`num_texts`={count}"):
-            judge.likelihood_excess(Posterior(joint(causal_model())), num_texts=count)
+        refused(f"`num_texts`={count}", judge.likelihood_excess, Posterior(joint(causal_model())), num_texts=count)
     assert judge.generative_perplexity([[0, 1, 0, 1]])["excess_standard_error"] is None
     wrong = (([[0.0, np.nan]], "must be finite"), ([[0.0]], "of shapes"), (np.zeros((0, 2)), "of shapes"))
     for first, message in wrong:
-        with pytest.raises(ValueError, match=message):
-            energy_distance(np.array(first), np.zeros((3, 2)))
+        refused(message, energy_distance, np.array(first), np.zeros((3, 2)))
     nameless = tiny_judge().model
     nameless.config.bos_token_id = None
-    with pytest.raises(ValueError, match="has no `bos_token_id`"):
-        sample_texts(nameless, keys(1), 2)
+    refused("has no `bos_token_id`", sample_texts, nameless, keys(1), 2)
