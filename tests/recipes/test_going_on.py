@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-import made_models
 import train_owt
 from fpmgm.trainers.lock import hold_folder
 from tests.recipes.options import QUIET, SMALL, configured
@@ -92,19 +91,3 @@ def test_nothing_is_prepared_in_a_folder_that_another_run_holds(tmp_path):
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-
-
-def test_what_another_command_made_is_not_taken_for_this_ones(tmp_path, monkeypatch):
-    runs = []
-    monkeypatch.setattr(made_models, "run_recipe", lambda recipe, argv: runs.append(train_owt.main(argv)))
-    (tmp_path / "text.txt").write_text(TEXT)
-
-    def made(steps: int) -> dict:
-        return made_models.make("train_owt", command(tmp_path, steps), [], tmp_path / "out", {str(tmp_path): "WORK"})
-
-    first = made(2)
-    assert first["steps"] == 2 and first["eval_loss"] == runs[0]["eval_loss"] and "WORK/text.txt" in first["command"]
-    assert made(2) == first and len(runs) == 1
-    with pytest.raises(ValueError, match=r"out was made by `.*--max_steps 2 .*`, not by `.*--max_steps 3 "):
-        made(3)
-    assert len(runs) == 1
