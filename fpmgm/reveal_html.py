@@ -23,6 +23,7 @@ WORDS = {
     "unchanged": "revealed earlier: its solution is reused",
     "remasked": "taken back",
 }
+LEGEND = ("masked", "changed", "unchanged")
 # Blanks are named with their parents: a page that colours its own spans must not colour them.
 STYLE = """
 .fp {--fp-masked: #e4e4e7; --fp-changed: #fdba74; --fp-unchanged: #d9f0dc; --fp-remasked: #f5c2d6;
@@ -84,9 +85,9 @@ def tokens_of(
     return tokens
 
 
-def draw_legend(states: Iterable[str] = ("masked", "changed", "unchanged")) -> str:
+def draw_legend() -> str:
     """What the colours mean."""
-    items = [f'<span><i style="background: var(--fp-{state})"></i>{WORDS[state]}</span>' for state in states]
+    items = [f'<span><i style="background: var(--fp-{state})"></i>{WORDS[state]}</span>' for state in LEGEND]
     return f'<div class="fp"><div class="fp-legend">{"".join(items)}</div></div>'
 
 

@@ -38,6 +38,7 @@ from fpmgm.analysis import (
     running_layers,
     sampled_trajectory,
 )
+from fpmgm.analysis.solver_pictures import STATE_STYLES
 from fpmgm.command_line import LocalPath, ModelName, given, parse_arguments
 from fpmgm.conversion import layer_similarity, strongest_boundary
 from fpmgm.data import load_text, pack
@@ -47,9 +48,6 @@ from fpmgm.evaluation.store import ResultStore, configuration, digest, fingerpri
 from fpmgm.models.reuse import REUSE_STATES, REUSES
 from fpmgm.models.text_input import read_tokenizer
 from judged_samples import device_of
-
-
-STATES = {"changed": "newly revealed", "masked": "still masked", "unchanged": "visible", "remasked": "masked again"}
 
 
 @dataclass
@@ -316,7 +314,7 @@ def solver_table(solvers: dict[str, dict], iterations: int) -> str:
     for name, solver in solvers.items():
         for reuse in REUSES:
             by_state = solver["start_distances_by_state"][reuse]
-            columns = [solver["start_distances"][reuse], *(by_state[state] for state in STATES)]
+            columns = [solver["start_distances"][reuse], *(by_state[state] for state in STATE_STYLES)]
             # A residual that is no number has left them.
             columns += [
                 [math.inf if row[n] is None else row[n] for row in solver["residuals"][reuse]] for n in (0, -1)
@@ -327,7 +325,8 @@ def solver_table(solvers: dict[str, dict], iterations: int) -> str:
         f"N = {iterations}. Medians over the steps but the first of means over the sequences: ‖h⁰ − h*‖ / ‖h*‖ of "
         "all tokens and of those of a kind; ‖F(h) − h‖ / ‖h‖ of the first and the last iteration."
     )
-    columns = ["model", "reuse", "start to h*", *STATES.values(), "residual 1", "residual N"]
+    labels = [label for label, _ in STATE_STYLES.values()]
+    columns = ["model", "reuse", "start to h*", *labels, "residual 1", "residual N"]
     return f"{table(columns, rows)}\n\n{note}\n"
 
 

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..models.head import chunk_rows, forbid, wide
 from ..models.modes import evaluating
-from .axes import finish, new_figure, save
+from .axes import finish, logarithmic_values, new_figure, save
 from .solver import denoiser_call
 from .trajectory import Trajectory
 
@@ -114,9 +114,7 @@ def plot_lagged_divergence(
     shown = f"lag {lags[0]} (solid) and {lags[-1]} (dashed)"
     label = "mean KL from step s to s + lag (nats)"
     finish(along, log=True, title=f"{longest} steps, {shown}", xlabel="step s / number of steps T", ylabel=label)
-    against.set_xscale("log")
-    against.set_xticks(list(by_steps), [str(steps) for steps in by_steps])
-    against.set_xticks([], minor=True)
+    logarithmic_values(against, list(by_steps))
     finish(against, log=True, title=f"mean over steps, {shown}", xlabel="number of steps T", ylabel=label)
     for axes in change:
         axes.axhline(0, color="#bbbbbb", linewidth=0.8)

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.arguments import check_whole
 from .comparison import plus_minus
+from .report import table
 from .sweep import AnyJudge, list_settings, sweep
 
 
@@ -81,17 +82,14 @@ def budget_table(rows: Iterable[dict[str, Any]], name: str) -> str:
                 "seed, and each setting once."
             )
         group[row["budget"]] = row
-    lines = [
-        f"| Method | Metric | {' | '.join(map(str, budgets))} |",
-        f"|---|---|{'---|' * len(budgets)}",
-    ]
+    lines = []
     for title, group in groups.items():
         shown = [measure for measure in SHOWN if measure == "plan" or any(measure in row for row in group.values())]
         for measure in shown:
             cells = [_cell(group.get(budget), measure) for budget in budgets]
-            lines.append(f"| {title} | {SHOWN[measure]} | {' | '.join(cells)} |")
-            title = ""
-    return "\n".join(lines) + "\n"
+            lines.append([title, SHOWN[measure], *cells])
+            title = None
+    return table(["Method", "Metric", *budgets], lines) + "\n"
 
 
 def setting_name(row: dict[str, Any], name: str) -> str:
@@ -104,9 +102,9 @@ def setting_name(row: dict[str, Any], name: str) -> str:
     return ", ".join([name, *(f"{key} {value}" for key, value in options.items() if key != "budget")])
 
 
-def _cell(row: dict[str, Any] | None, measure: str) -> str:
+def _cell(row: dict[str, Any] | None, measure: str) -> str | None:
     if row is None:
-        return ""
+        return None
     if measure == "plan":
         steps, iterations = row["num_steps"], row["iterations"]
         if not any(iterations):

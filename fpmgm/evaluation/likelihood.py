@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..models.arguments import check_whole
+from ..models.head import losses_of_positions
 from ..models.modes import evaluating
 from ..models.noise import (
     antithetic_times,
@@ -218,22 +218,17 @@ def negative_elbo(
         return totals
     device, targets = model.device, clean.flatten()[positions].to(model.device)  # (P,)
     noisy = clean.masked_fill(masked, model.config.mask_token_id)
-    losses = torch.zeros(len(positions), dtype=torch.float64)
-
-    def collect(logits: torch.Tensor, chunk: slice) -> torch.Tensor:  # the logits are never all there at once
-        losses[chunk] = F.cross_entropy(logits, targets[chunk], reduction="none").double().cpu()
-        return logits.new_zeros(())
-
     with evaluating(model):
-        model(
-            noisy.to(device),
+        losses = losses_of_positions(
+            model,
+            targets,
+            input_ids=noisy.to(device),
             timesteps=times.to(device),
             attention_mask=None if bool(real.all()) else real.long().to(device),
             num_iterations=num_iterations,
             logits_positions=positions,
-            logits_loss=collect,
         )
-    totals.index_add_(0, positions // clean.shape[1], losses)
+    totals.index_add_(0, positions // clean.shape[1], losses.cpu())
     return totals * loss_weight(times.double())
 
 

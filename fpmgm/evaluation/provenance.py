@@ -19,16 +19,14 @@ PACKAGES = ("fpmgm", "torch", "transformers", "liger-kernel", "numpy", "scikit-l
 CHECKOUT = Path(__file__).parents[2]
 
 
-def provenance(device: str | torch.device | None = None, argv: list[str] | None = None) -> dict:
+def provenance(device: str | torch.device | None = None) -> dict:
     """What a results file must say of its run: `command`, `versions`, `commit`, `device`, `processes`.
 
     Args:
         device (`str` or `torch.device`, *optional*): Where the models ran. `None`: the CPU.
-        argv (`list[str]`, *optional*): The script and its arguments. `None`: this process's own.
     """
-    argv = sys.argv if argv is None else argv
     return {
-        "command": shlex.join(["python", *argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "versions": {"python": platform.python_version(), **_versions()},
         "commit": commit(),
         "device": device_name(device or "cpu"),

@@ -163,6 +163,19 @@ def head_loss(head: nn.Module, h: torch.Tensor, loss: HeadLoss) -> tuple[torch.T
     return loss.of_chunk(forbid(head(h).clone(), loss.mask_token_id), slice(None))  # an adapter's: all at once
 
 
+def losses_of_positions(model: Callable, targets: torch.LongTensor, **inputs) -> torch.Tensor:
+    """(P,) float64 of −log p of the `targets` (P,), at the masked positions of `inputs`; the logits of all of them are
+    never there at once."""
+    losses = torch.zeros(len(targets), dtype=torch.float64, device=targets.device)
+
+    def collect(logits: torch.Tensor, chunk: slice) -> torch.Tensor:
+        losses[chunk] = F.cross_entropy(logits, targets[chunk], reduction="none").double()
+        return logits.new_zeros(())
+
+    model(**inputs, logits_loss=collect)
+    return losses
+
+
 @torch.compiler.disable
 def chunked_loss(
     h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, loss: HeadLoss, rows: int | None = None

@@ -183,9 +183,7 @@ def _token_row(row: Any, name: str) -> list[int]:
     return ids.tolist()
 
 
-def scored_rows(
-    sequences: Any, name: str = "sequences", mask_token_id: int | None = None
-) -> tuple[list[list[int]], list[list[bool]]]:
+def scored_rows(sequences: Any, mask_token_id: int | None = None) -> tuple[list[list[int]], list[list[bool]]]:
     """[`token_rows`], and which of their positions are scored: those that `completion_mask` or `labels` of a row say,
     or all.
 
@@ -197,9 +195,9 @@ def scored_rows(
     """
     if isinstance(sequences, Iterable) and not isinstance(sequences, str | Mapping):
         sequences = list(sequences)
-    rows = token_rows(sequences, name, mask_token_id)
+    rows = token_rows(sequences, mask_token_id=mask_token_id)
     return rows, [
-        _scored(row, ids, f"`{name}`[{i}]") for i, (row, ids) in enumerate(zip(sequences, rows, strict=True))
+        _scored(row, ids, f"`sequences`[{i}]") for i, (row, ids) in enumerate(zip(sequences, rows, strict=True))
     ]
 
 

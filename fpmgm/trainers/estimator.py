@@ -14,8 +14,8 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch.nn import functional as F
 
+from ..models.head import losses_of_positions
 from ..models.noise import sequential_times, stream_generator
 from ..models.transfer import to_device
 from .corruption import NoisedBatch
@@ -47,13 +47,7 @@ def estimate_rows(model: Callable, state: NoisedBatch, probabilities: torch.Tens
     positions, device = state.positions, state.labels.device
     rows = to_device(positions // state.labels.shape[1], device)  # (P,)
     targets = state.labels.flatten()[to_device(positions, device)]  # (P,)
-    losses = torch.zeros(len(positions), dtype=torch.float64, device=device)
-
-    def collect(logits: torch.Tensor, chunk: slice) -> torch.Tensor:  # the logits are never all there at once
-        losses[chunk] = F.cross_entropy(logits, targets[chunk], reduction="none").double()
-        return logits.new_zeros(())
-
-    model(**state.seen(), logits_loss=collect)
+    losses = losses_of_positions(model, targets, **state.seen())
     terms = torch.stack([losses, losses.square()], dim=1)  # (P, 2)
     sums = terms.new_zeros(len(state.labels), 2).index_add_(0, rows, terms)
     weights, visible = state.weights.double(), to_device(1 - probabilities.double(), device)

@@ -22,7 +22,7 @@ from torch import nn
 from fpmgm import MGMGenerationConfig
 from fpmgm.command_line import parse_arguments
 from fpmgm.evaluation import provenance, repetition_rate, unigram_entropy
-from fpmgm.evaluation.report import write_report
+from fpmgm.evaluation.report import table, write_report
 from fpmgm.models.generation_mgm import MGMGenerationMixin
 from fpmgm.models.modeling_mgm import MGMOutput
 
@@ -190,21 +190,21 @@ def markdown(found: dict) -> str:
     """Excess, with the difference of the unigram entropy, by rule and number of steps."""
     args = found["arguments"]
     steps = args["num_steps"]
-    lines = [f"| rule | {' | '.join(f'{s} steps' for s in steps)} |", f"|---|{'---|' * len(steps)}"]
+    lines = []
     for rule in RULES:
         rows = [row for row in found["rows"] if all(row.get(name) == rule.get(name) for name in names())]
         cells = {row["num_steps"]: cell(row, found["unigram_entropy"]) for row in rows}
         title = ", ".join(f"{name} {value}" for name, value in rule.items()) or "ancestral (the default)"
-        lines.append(f"| {title} | {' | '.join(cells.get(s, '') for s in steps)} |")
-    lines.append(
-        "\nExcess in nats per symbol ± standard error; then the unigram entropy of a text less the truth's; then, "
+        lines.append([title, *map(cells.get, steps)])
+    return (
+        f"{table(['rule', *(f'{s} steps' for s in steps)], lines)}\n\n"
+        "Excess in nats per symbol ± standard error; then the unigram entropy of a text less the truth's; then, "
         "where an order that adapts took fewer than allowed, the mean number of its steps. The truth "
         f"is a hidden Markov chain of {args['num_states']} states and {args['num_symbols']} symbols, texts of "
         f"{args['length']}; entropy rate {found['entropy_rate']:.4f} ± {found['entropy_rate_standard_error']:.4f}, "
         f"unigram entropy {found['unigram_entropy']:.3f}; {args['num_samples']} texts each. "
         f"`{found['provenance']['command']}`\n"
     )
-    return "\n".join(lines)
 
 
 def cell(row: dict, entropy: float) -> str:
