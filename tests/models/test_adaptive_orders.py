@@ -258,15 +258,6 @@ def test_a_row_is_the_row_alone_and_ends_by_itself(order, reuse):
     assert out.block_evaluations == max(out.block_evaluations_per_sequence) <= 48
 
 
-def test_a_row_of_images_under_guidance_is_the_row_alone():
-    model = lively_image_model(num_register_tokens=2)
-    ids = torch.tensor([[7] * 9, [1, 2, 7, 3, 4, 5, 6, 0, 1], [7, 7, 7, 3, 4, 5, 7, 0, 1]])
-    call = {"order": "threshold", "confidence_threshold": 0.5, "budget": 60, "guidance_scale": 2.0}
-    together = model.generate(ids, class_labels=[0, 1, 2], seed=[3, 4, 5], **call)
-    for k in range(3):
-        assert torch.equal(model.generate(ids[k : k + 1], class_labels=k, seed=[3 + k], **call)[0], together[k])
-
-
 def test_steps_of_models_without_fixed_point_layers_end_early_too():
     model = lively_model(num_pre_layers=3, num_fixed_point_layers=0, num_post_layers=0)
     out = model.generate(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fpmgm import FPMDLMConfig, plan_budget
 from fpmgm.models.budget import ALLOCATIONS, allocate, explicit_plan
+from tests.testing_utils import refused
 
 
 # The same examples at every run, and no folder of past ones.
@@ -42,8 +43,7 @@ def test_every_plan_is_affordable_complete_and_runs_each_step(counts, budget, nu
     config = layers(*counts)
     least = (num_steps or 1) * sum(counts)
     if budget < least:
-        with pytest.raises(ValueError, match=rf"`budget`={budget} .*at least {least}\b"):
-            plan_budget(config, budget, num_steps, allocation)
+        refused(rf"`budget`={budget} .*at least {least}\b", plan_budget, config, budget, num_steps, allocation)
         return
     plan = plan_budget(config, budget, num_steps, allocation)
     assert len(plan.iterations) == plan.num_steps
@@ -151,21 +151,17 @@ def test_plans_written_out():
     ids=str,
 )
 def test_bad_arguments_are_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        plan_budget(layers(1, 1, 1), **{"budget": 96, **arguments})
+    refused(message, plan_budget, layers(1, 1, 1), **{"budget": 96, **arguments})
 
 
 def test_single_number_of_iterations_needs_the_steps():
-    with pytest.raises(ValueError, match="`iterations`=4 needs `num_steps`"):
-        explicit_plan(layers(1, 1, 1), 4)
+    refused("`iterations`=4 needs `num_steps`", explicit_plan, layers(1, 1, 1), 4)
 
 
 def test_iterations_that_a_model_cannot_take_or_that_never_end_are_refused():
-    with pytest.raises(ValueError, match="`iterations`=3 is for fixed-point layers, which the model lacks"):
-        explicit_plan(layers(2, 0, 0), [0, 3])
+    refused("`iterations`=3 is for fixed-point layers, which the model lacks", explicit_plan, layers(2, 0, 0), [0, 3])
     for iterations, steps in ((10**9, 1), (1000, 1000)):
-        with pytest.raises(ValueError, match="`iterations`"):
-            explicit_plan(layers(1, 1, 1), iterations, steps)
+        refused("`iterations`", explicit_plan, layers(1, 1, 1), iterations, steps)
 
 
 def test_a_plan_prints_on_a_line():

@@ -10,7 +10,7 @@ from torch import nn
 
 from fpmgm import FPMaskGITConfig, FPMaskGITModel, FPMDLMConfig, FPMDLMForMaskedDiffusion
 from tests.models.helpers import documented_defaults
-from tests.testing_utils import tiny_config, tiny_image_config, tiny_image_model, tiny_model
+from tests.testing_utils import refused, tiny_config, tiny_image_config, tiny_image_model, tiny_model
 
 
 MASK = 10  # of tiny_config
@@ -74,8 +74,7 @@ def changes_the_forbidden_id(config, name, value):
 
 def changes_the_longest_sequence(config, name, value):
     ids = random_ids(1, value)
-    with pytest.raises(ValueError, match=name):
-        tiny_model()(ids)
+    refused(name, tiny_model(), ids)
     model = tiny_model(**{name: value})
     return model(ids).logits.shape[1] == value and model.generate(num_steps=1, iterations=1).shape == (1, value)
 
@@ -241,5 +240,4 @@ BAD_IN_IMAGES = [
     ids=lambda value: str(value) if isinstance(value, dict) else value.__name__,
 )
 def test_bad_configurations_name_the_field(config, bad):
-    with pytest.raises(ValueError, match=f"`{next(iter(bad))}`"):
-        config(**bad)
+    refused(f"`{next(iter(bad))}`", config, **bad)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fpmgm.models.fixed_point import SolverOptions, relative_residual, solve, solve_adaptively, solve_fixed_point
+from tests.testing_utils import refused
 
 
 def contraction(size: int = 5, factor: float = 0.4) -> torch.Tensor:
@@ -187,12 +188,9 @@ def test_what_needs_a_gradient_is_refused_where_there_is_none(adaptive, about_gr
     with torch.no_grad():
         SolverOptions(**adaptive)
         SolverOptions(**about_gradients)
-        with pytest.raises(
-            ValueError, match=f"`{name}`=. is about a gradient, which `{next(iter(adaptive))}`.* none of"
-        ):
-            SolverOptions(**adaptive, **about_gradients)
-    with pytest.raises(ValueError, match=r"has no gradient: call the model under `torch.no_grad\(\)`"):
-        SolverOptions(**adaptive)
+        message = f"`{name}`=. is about a gradient, which `{next(iter(adaptive))}`.* none of"
+        refused(message, SolverOptions, **adaptive, **about_gradients)
+    refused(r"has no gradient: call the model under `torch.no_grad\(\)`", SolverOptions, **adaptive)
     SolverOptions(**about_gradients)
 
 
@@ -213,8 +211,7 @@ def test_what_needs_a_gradient_is_refused_where_there_is_none(adaptive, about_gr
 )
 @torch.no_grad()
 def test_options_that_are_none_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        SolverOptions(**options)
+    refused(message, SolverOptions, **options)
 
 
 @torch.no_grad()
@@ -233,5 +230,4 @@ def test_options_choose_the_solver():
             solve(on_all, start, SolverOptions(**options)).state, solve_adaptively(on_all, start, **options).state
         )
     for count in (0, torch.tensor([1, 0]), torch.tensor([1, 2, 3])):
-        with pytest.raises(ValueError, match="`num_iterations`"):
-            solve(on_all, start, SolverOptions(num_iterations=count))
+        refused("`num_iterations`", solve, on_all, start, SolverOptions(num_iterations=count))

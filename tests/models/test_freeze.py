@@ -14,7 +14,7 @@ from fpmgm.models.freeze import expected_shares
 from fpmgm.models.frozen_states import FrozenStates
 from fpmgm.models.layers import eager_attention_forward
 from tests.models.helpers import lively_image_model, lively_model
-from tests.testing_utils import tiny_model
+from tests.testing_utils import refused, tiny_model
 
 
 M = 10
@@ -134,10 +134,8 @@ def test_a_call_that_cannot_be_honoured_is_refused(options, message):
         if options.get("frozen_states") == "full":
             model(ids, frozen_states=states)
         options = options | ({"frozen_states": states} if "frozen_states" in options else {})
-        with pytest.raises(ValueError, match=message):
-            model(ids, **options)
-    with pytest.raises(ValueError, match="`frozen_states` are for sampling"):
-        model(ids, frozen_states=states)
+        refused(message, model, ids, **options)
+    refused("`frozen_states` are for sampling", model, ids, frozen_states=states)
 
 
 # --- whole runs ----------------------------------------------------------------------------------------------------

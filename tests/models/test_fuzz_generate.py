@@ -24,7 +24,7 @@ MODELS = {
     "text": lively_model(mask_token_id=4, max_position_embeddings=6),
     "explicit": lively_model(num_pre_layers=2, num_fixed_point_layers=0, num_post_layers=0, max_position_embeddings=6),
     "timed": lively_model(time_conditioning=True, max_position_embeddings=6).float(),
-    "image": lively_image_model(grid_size=2).float(),
+    "image": lively_image_model(grid_size=2).bfloat16(),
 }
 JUNK = [
     "no", "3", "", b"x", 2.5, -1, 0, 1, -0.0, 1e-310, 1e300, float("nan"), float("inf"), 10**9, 10**30, 10**5000, True,

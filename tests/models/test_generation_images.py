@@ -17,7 +17,7 @@ from fpmgm.models.draw import draw_uniforms
 from fpmgm.models.schedules import arccos_counts, halton_order
 from tests.models.helpers import count_calls, lively_image_model, most_confident_first, record_calls
 from tests.models.reference_maskgit import reference_forward
-from tests.testing_utils import SHARED, needs_shared, tiny_image_model
+from tests.testing_utils import SHARED, needs_shared, stacks, tiny_image_model
 
 
 MASK, LENGTH, NULL = 7, 9, 3  # of tiny_image_config
@@ -185,7 +185,11 @@ def test_guidance_at_its_ends():
     assert torch.equal(model.generate(**call, class_labels=1, guidance_scale=1 + 1e-12), own)  # two halves, no share
 
 
-@pytest.mark.parametrize("arguments", [{}, {"tolerance": 0.05}, {"order": "random"}], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"tolerance": 0.05}, {"order": "random"}, {"order": "threshold", "confidence_threshold": 0.5}],
+    ids=str,
+)
 def test_rows_with_seeds_equal_the_rows_run_alone(arguments):
     model, seeds, classes = lively_image_model(), [11, 5, 11, 8], [2, 0, 1, NULL]
     call = {"budget": 30, "guidance_scale": 3.0, **arguments}
@@ -231,8 +235,7 @@ def test_the_first_step_runs_once_for_each_class():
 @pytest.mark.parametrize("layers", [(1, 1, 1), (2, 3, 1), (3, 0, 0)])
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_block_evaluations_are_the_blocks_that_ran_and_guidance_is_beside(layers, scale):
-    names = ("num_pre_layers", "num_fixed_point_layers", "num_post_layers")
-    model, sizes = tiny_image_model(**dict(zip(names, layers, strict=True))), []
+    model, sizes = tiny_image_model(**stacks(*layers)), []
     calls = count_calls(model, FPMaskGITBlock)
     model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     out = model.generate(class_labels=[0, 1], budget=27, guidance_scale=scale, return_dict_in_generate=True)

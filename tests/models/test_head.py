@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fpmgm.models import head
 from fpmgm.models.head import HeadLoss, LMHead, chunked_loss
 
-from ..testing_utils import tiny_model
+from ..testing_utils import refused, stacks, tiny_model
 
 
 POSITIONS, SIZE, VOCABULARY, MASK = 13, 5, 9, 8
@@ -118,10 +118,7 @@ def test_a_new_head_starts_at_zero_unless_its_weight_is_the_embeddings():
 
 @pytest.mark.parametrize("layers", [(1, 1, 1), (2, 0, 0), (1, 1, 0)])
 def test_the_loss_at_given_positions_is_the_loss(layers):
-    pre, fixed_point, post = layers
-    model = tiny_model(
-        num_pre_layers=pre, num_fixed_point_layers=fixed_point, num_post_layers=post, input_injection="mlp"
-    ).double()
+    model = tiny_model(**stacks(*layers), input_injection="mlp").double()
     input_ids = torch.randint(10, (3, 7))
     masked = torch.rand(3, 7) < 0.5
     masked[1] = False  # a sequence without any
@@ -259,5 +256,4 @@ def test_a_loss_of_the_logits_alone_has_its_weight_and_an_item_count_divides_the
     torch.testing.assert_close(alone.loss, 0.3 * alone.logits_loss)
     torch.testing.assert_close(both.logits_loss, alone.logits_loss)
     torch.testing.assert_close(both.loss, plain.loss / 2)  # 12 positions
-    with pytest.raises(ValueError, match="`logits_loss` needs"):
-        model(noisy, logits_loss=further)
+    refused("`logits_loss` needs", model, noisy, logits_loss=further)

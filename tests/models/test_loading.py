@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, GenerationConfig
 
 from fpmgm import FPMDLMForMaskedDiffusion, MGMGenerationConfig
-from tests.testing_utils import saved_adapter, tiny_image_model, tiny_model
+from tests.testing_utils import refused, saved_adapter, tiny_image_model, tiny_model
 
 
 IDS = torch.tensor([[1, 2, 10, 4]])
@@ -54,8 +54,7 @@ def test_weights_that_a_checkpoint_lacks_are_named(tmp_path, loader):
     without(tmp_path, "post_layers.0.up_proj.weight", "lm_head.weight")
     message = r"lacks 2 of the weights: lm_head.weight, post_layers.0.up_proj.weight. Get the whole checkpoint"
     for options in ({}, {"output_loading_info": True}, {"dtype": torch.bfloat16}, {"device_map": "cpu"}):
-        with pytest.raises(ValueError, match=message):
-            loader.from_pretrained(tmp_path, **options)
+        refused(message, loader.from_pretrained, tmp_path, **options)
     model, report = loader.from_pretrained(tmp_path, ignore_mismatched_sizes=True, output_loading_info=True)
     assert report["missing_keys"] == {"lm_head.weight", "post_layers.0.up_proj.weight"}
     assert not model.lm_head.weight.any()  # as in a fresh model
@@ -65,8 +64,7 @@ def test_weights_that_a_checkpoint_lacks_are_named(tmp_path, loader):
 def test_a_tied_weight_that_is_lacking_is_named(tmp_path, make):
     make(tie_word_embeddings=True).save_pretrained(tmp_path)
     without(tmp_path, "embed_tokens.weight")
-    with pytest.raises(ValueError, match=r"lacks .* embed_tokens.weight"):
-        AutoModel.from_pretrained(tmp_path)
+    refused(r"lacks .* embed_tokens.weight", AutoModel.from_pretrained, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -78,12 +76,10 @@ def test_an_adapter_needs_its_own_weights_and_those_of_its_base(tmp_path):
 
     names = sorted(load_file(adapter / "adapter_model.safetensors"))
     without(adapter, names[0], file="adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"lacks 1 of the weights: .*lora_A.* Get the whole adapter"):
-        AutoModel.from_pretrained(adapter)
+    refused(r"lacks 1 of the weights: .*lora_A.* Get the whole adapter", AutoModel.from_pretrained, adapter)
     model.save_pretrained(adapter)
     without(base, "post_layers.0.up_proj.weight")
-    with pytest.raises(ValueError, match=r"lacks 1 of the weights: post_layers.0.up_proj.weight"):
-        AutoModel.from_pretrained(adapter)
+    refused(r"lacks 1 of the weights: post_layers.0.up_proj.weight", AutoModel.from_pretrained, adapter)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -123,8 +119,7 @@ def test_an_adapter_whose_weights_are_not_found_is_refused_not_random(tmp_path):
 def test_damaged_parameters_of_generate_are_named(tmp_path, text, message):
     tiny_model().save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ValueError, match=message):
-        AutoModel.from_pretrained(tmp_path)
+    refused(message, AutoModel.from_pretrained, tmp_path)
 
 
 def test_a_configuration_given_to_from_pretrained_must_be_ours(tmp_path):
@@ -171,20 +166,15 @@ def test_absurd_configurations_are_named(tmp_path, make, field, value):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
     for loader in (AutoConfig, AutoModel):
-        with pytest.raises(ValueError, match=f"`{field}`="):
-            loader.from_pretrained(tmp_path)
+        refused(f"`{field}`=", loader.from_pretrained, tmp_path)
 
 
 @pytest.mark.parametrize("make", [tiny_model, tiny_image_model])
 def test_misspelt_fields_are_refused_and_unknown_ones_of_a_saved_configuration_kept(make, tmp_path, caplog):
     config = make().config
     for name, near in (("hidden_sise", "hidden_size"), ("num_prelayers", "num_pre_layers"), ("drop_out", "dropout")):
-        with pytest.raises(
-            ValueError, match=f"`{name}`=3 is no field of {type(config).__name__}: did you mean `{near}`"
-        ):
-            type(config)(**{name: 3})
-    with pytest.raises(ValueError, match="`num_hidden_layers`=3 cannot be set"):
-        type(config)(num_hidden_layers=3)
+        refused(f"`{name}`=3 is no field of {type(config).__name__}: did you mean `{near}`", type(config), **{name: 3})
+    refused("`num_hidden_layers`=3 cannot be set", type(config), num_hidden_layers=3)
     # What transformers and its users set passes.
     others = {"torch_dtype": "float32", "attn_implementation": "eager", "name_or_path": "x", "architectures": ["A"]}
     assert type(config)(**others, problem_type=None, output_hidden_states=False)._attn_implementation == "eager"

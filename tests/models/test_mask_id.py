@@ -11,7 +11,7 @@ from torch import nn
 from fpmgm import MGMGenerationConfig
 from fpmgm.models.head import forbid
 from tests.models.helpers import lively_model
-from tests.testing_utils import tiny_model
+from tests.testing_utils import refused, tiny_model
 
 
 LAST, MIDDLE, VOCABULARY = 10, 4, 11
@@ -105,10 +105,8 @@ def test_a_changed_id_is_saved_and_one_that_does_not_exist_is_named(tmp_path):
     for wrong in (-1, VOCABULARY):
         model.config.mask_token_id = wrong
         for call in (lambda: model.generate(budget=12), lambda: model(**labelled())):
-            with pytest.raises(ValueError, match=f"`mask_token_id`={wrong} must lie in"):
-                call()
-    with pytest.raises(ValueError, match="`mask_token_id`"):
-        forbid(torch.zeros(1, 3), -1)
+            refused(f"`mask_token_id`={wrong} must lie in", call)
+    refused("`mask_token_id`", forbid, torch.zeros(1, 3), -1)
 
 
 def labelled() -> dict:

@@ -8,7 +8,7 @@ from fpmgm import FPMaskGITConfig, FPMaskGITModel
 from fpmgm.models.block_fpmaskgit import FPMaskGITBlock
 from tests.models.helpers import count_calls
 from tests.models.reference_maskgit import reference_forward
-from tests.testing_utils import tiny_image_config, tiny_image_model
+from tests.testing_utils import tiny_image_config, tiny_image_model, tiny_model
 
 
 MASK, LENGTH, CLASSES = 7, 9, 3  # of tiny_image_config
@@ -154,16 +154,24 @@ def test_dropout_drops_and_rescales_attention_and_hidden_units(part, drawn_befor
         assert torch.equal(is_kept, expected)
 
 
-def test_dropout_masks_are_shared_by_the_iterations_of_a_call():
-    model, seen = tiny_image_model(dropout=0.4).train(), []
+@pytest.mark.parametrize(
+    ("make", "shapes"),
+    [
+        (tiny_image_model, [(2, LENGTH + 1, 16), (2, LENGTH + 1, 24)]),  # of attention, of the MLP's hidden units
+        (tiny_model, [(2, 8, 16)] * 2),  # of the two branches
+    ],
+)
+def test_dropout_masks_are_shared_by_the_iterations_of_a_call(make, shapes):
+    model, seen = make(dropout=0.4).train(), []
+    length = model.config.max_position_embeddings
     model.fixed_point.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[4]))
     for _ in range(2):
-        model(random_codes(2), num_iterations=3, num_no_grad_iterations=2)
+        model(random_codes(2)[:, :length], num_iterations=3, num_no_grad_iterations=2)
     first, second = seen[:5], seen[5:]
     for masks in (first, second):
         assert all(torch.equal(x, y) for others in masks for x, y in zip(others, masks[0], strict=True))
     assert not any(torch.equal(x, y) for x, y in zip(first[0], second[0], strict=True))  # new ones at each call
-    assert [mask.shape for mask in first[0]] == [(2, LENGTH + 1, 16), (2, LENGTH + 1, 24)]  # sequences have their own
+    assert [mask.shape for mask in first[0]] == shapes  # sequences have their own
 
 
 # --- initialisation --------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from transformers import pipeline
 
 from fpmgm.data import train_tokenizer
 from tests.models.helpers import lively_model
+from tests.testing_utils import refused
 
 
 TOKENIZER = train_tokenizer(["the cat sat on the mat", "the dog ran"] * 5, 270)
@@ -76,5 +77,4 @@ def test_a_text_that_ends_is_cut(write):
     ],
 )
 def test_a_mistake_is_named(write, prompts, options, message):
-    with pytest.raises(ValueError, match=message):
-        write(prompts, **options)
+    refused(message, write, prompts, **options)

@@ -13,7 +13,7 @@ from fpmgm.models.certainty import most_confident
 from fpmgm.models.draw import draw_uniforms
 from fpmgm.models.schedules import equal_counts, halton_counts, halton_line, remasking_schedule, spread_schedule
 from tests.models.helpers import lively_model, most_confident_first, record_calls
-from tests.testing_utils import tiny_image_model, tiny_model
+from tests.testing_utils import stacks, tiny_image_model, tiny_model
 
 
 MASK = 10
@@ -168,9 +168,8 @@ CALLS = {
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", CALLS)
 def test_the_last_block_at_some_positions_equals_the_whole_block(layers, attention, name):
-    names = ("num_pre_layers", "num_fixed_point_layers", "num_post_layers")
     make, call = CALLS[name][0], CALLS[name][1]()
-    model = make(**dict(zip(names, layers, strict=True))).double()
+    model = make(**stacks(*layers)).double()
     model.set_attn_implementation(attention)
     positions = torch.tensor([1, 2, 4, 9, 20, 23, 2])
     full, some = model(**call), model(**call, logits_positions=positions)
@@ -203,8 +202,7 @@ def test_the_first_step_of_an_unprompted_batch_runs_once_for_all():
 
 @pytest.mark.parametrize("layers", [(1, 1, 1), (3, 0, 0)])
 def test_idle_steps_are_skipped_where_nothing_is_reused(layers):
-    names = ("num_pre_layers", "num_fixed_point_layers", "num_post_layers")
-    model = lively_model(**dict(zip(names, layers, strict=True)))
+    model = lively_model(**stacks(*layers))
     calls = record_calls(model)
     call = {"num_steps": 30, "iterations": 2 if layers[1] else 0, "reuse": "none", "return_dict_in_generate": True}
     out = model.generate(**call, seed=0)

@@ -12,7 +12,7 @@ from transformers import BertTokenizer, ByT5Tokenizer, CanineTokenizer, PreTrain
 
 from fpmgm.data import train_tokenizer
 from fpmgm.models.text_input import boundary_ids, encode_text, read_tokenizer, text_list, token_rows
-from tests.testing_utils import word_tokenizer
+from tests.testing_utils import refused, word_tokenizer
 
 
 PIECES = ["▁", "a", "b", "<", ">", "mask", "/s", "</s>"]
@@ -63,20 +63,16 @@ def test_names_of_special_tokens_in_a_text_are_text(make):
 
 
 def test_a_mask_that_can_be_read_in_no_other_way_is_refused():
-    with pytest.raises(
-        ValueError, match=r"`texts`\[1\] holds '<mask>', which the tokenizer can only read as its mask"
-    ):
-        encode_text(unigram(unk=None), ["a", "b <mask>"])
+    message = r"`texts`\[1\] holds '<mask>', which the tokenizer can only read as its mask"
+    refused(message, encode_text, unigram(unk=None), ["a", "b <mask>"])
     canine = CanineTokenizer()  # its mask is a character
-    with pytest.raises(ValueError, match=r"`texts`\[0\] holds"):
-        encode_text(canine, [f"a{canine.mask_token}"])
+    refused(r"`texts`\[0\] holds", encode_text, canine, [f"a{canine.mask_token}"])
 
 
 def test_texts_are_several_strings():
     assert text_list(word for word in ("a", "b")) == ["a", "b"]
     for wrong, message in (("ab", "is of type str"), (["a", None], r"`texts`\[1\] is None"), (3, "is of type int")):
-        with pytest.raises(ValueError, match=message):
-            text_list(wrong)
+        refused(message, text_list, wrong)
 
 
 def test_texts_begin_and_end_with_what_the_tokenizer_has():
@@ -131,8 +127,7 @@ def test_rows_of_ids_are_read_from_whatever_holds_them(given):
     ],
 )
 def test_what_is_no_row_of_ids_is_refused_with_its_number(given, message):
-    with pytest.raises(ValueError, match=message):
-        token_rows(given, "rows", mask_token_id=9)
+    refused(message, token_rows, given, "rows", mask_token_id=9)
 
 
 def test_a_broken_tokenizer_is_named_with_its_folder(tmp_path):
@@ -142,7 +137,5 @@ def test_a_broken_tokenizer_is_named_with_its_folder(tmp_path):
     whole = file.read_text(encoding="utf-8")
     for broken in (whole[: len(whole) // 2], json.dumps({"model": None}), "[]", ""):
         file.write_text(broken, encoding="utf-8")
-        with pytest.raises(ValueError, match=f"no tokenizer can be read from '{tmp_path}'"):
-            read_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match=r"no tokenizer can be read from .*nowhere"):
-        read_tokenizer(tmp_path / "nowhere")
+        refused(f"no tokenizer can be read from '{tmp_path}'", read_tokenizer, tmp_path)
+    refused(r"no tokenizer can be read from .*nowhere", read_tokenizer, tmp_path / "nowhere")
