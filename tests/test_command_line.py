@@ -10,6 +10,7 @@ import pytest
 from fpmgm import FPMaskGITConfig, FPMDLMConfig
 from fpmgm.command_line import DatasetName, LocalPath, ModelName, model_arguments, parse_arguments
 from fpmgm.trainers import MGMTrainingConfig
+from tests.testing_utils import refused
 
 
 @dataclass
@@ -41,8 +42,7 @@ def parse(*argv: str) -> Options:
     ],
 )
 def test_what_is_no_option_is_refused_with_the_nearest_names(argv, message):
-    with pytest.raises(ValueError, match=message):
-        parse(*argv)
+    refused(message, parse, *argv)
 
 
 def test_a_yaml_stands_for_options_that_the_command_line_overrides(tmp_path):
@@ -69,21 +69,17 @@ def test_a_yaml_stands_for_options_that_the_command_line_overrides(tmp_path):
 def test_a_yaml_that_cannot_be_used_is_refused(tmp_path, content, message):
     path = tmp_path / "some.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=rf"some\.yaml'.*{message}"):
-        parse("--config", str(path))
-    with pytest.raises(ValueError, match=r"gone\.yaml' does not exist"):
-        parse("--config", "gone.yaml")
+    refused(rf"some\.yaml'.*{message}", parse, "--config", str(path))
+    refused(r"gone\.yaml' does not exist", parse, "--config", "gone.yaml")
 
 
 @pytest.mark.parametrize("name", ["outputs/gone", "gone", "a/b/c", "./gone", "gone.ckpt"])
 @pytest.mark.parametrize("option", ["model", "text_files", "dataset_name"])
 def test_what_does_not_exist_is_said_before_anything_begins(tmp_path, option, name):
-    with pytest.raises(ValueError, match=f"`{option}`.*'{name}' does not exist.*: give one that does"):
-        parse(f"--{option}", name)
+    refused(f"`{option}`.*'{name}' does not exist.*: give one that does", parse, f"--{option}", name)
     path = tmp_path / "some.yaml"
     path.write_text(f"{option}: {name}\n")
-    with pytest.raises(ValueError, match=r"make it as the first lines of .*some\.yaml say"):
-        parse("--config", str(path))
+    refused(r"make it as the first lines of .*some\.yaml say", parse, "--config", str(path))
 
 
 def test_what_exists_and_a_default_are_not_asked_of_the_hub(tmp_path):

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fpmgm import TextStreamer
 from fpmgm.data import train_tokenizer
-from tests.testing_utils import tiny_model
+from tests.testing_utils import refused, tiny_model
 
 
 def tokenizer_and_model():
@@ -55,5 +55,4 @@ def test_a_terminal_gets_what_its_encoding_has(monkeypatch, encoding, blank, let
 def test_a_tokenizer_without_mask_is_refused():
     tokenizer, _ = tokenizer_and_model()
     plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
-    with pytest.raises(ValueError, match="`tokenizer` has no mask token"):
-        TextStreamer(plain)
+    refused("`tokenizer` has no mask token", TextStreamer, plain)

@@ -13,7 +13,7 @@ from fpmgm.analysis.measured import allocated_peak
 from fpmgm.analysis.planning import ENGINES, training_memory
 from fpmgm.models.noise import arccos_ratio
 
-from ..testing_utils import checkpoint_activations
+from ..testing_utils import checkpoint_activations, refused
 
 
 MDLM = {"num_pre_layers": 4, "num_fixed_point_layers": 0, "num_post_layers": 0}
@@ -196,5 +196,4 @@ def test_blocks_and_iterations_that_are_counted_hold_and_cost_what_all_of_them_d
 
 def test_positions_that_are_none_of_the_batch_are_refused():
     for arguments in ((2, 8, 17, 8), (2, 8, 5, 9), (2, 8, 5, 2)):
-        with pytest.raises(ValueError, match="must be positions of the batch"):
-            places(Call(*arguments))
+        refused("must be positions of the batch", places, Call(*arguments))

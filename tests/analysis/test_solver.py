@@ -7,18 +7,12 @@ import pytest
 import torch
 from datasets import Dataset
 
-from fpmgm.analysis import (
-    Trajectory,
-    lagged_divergence,
-    masked_trajectory,
-    measure_solver,
-    sampled_trajectory,
-)
+from fpmgm.analysis import Trajectory, lagged_divergence, masked_trajectory, measure_solver, sampled_trajectory
 from fpmgm.analysis.divergence import divergence, overall
 from fpmgm.models.reuse import REUSES
 
 from ..models.helpers import lively_image_model, lively_model
-from ..testing_utils import tiny_image_model, tiny_model
+from ..testing_utils import refused, tiny_image_model, tiny_model
 
 
 MASK = 10
@@ -164,8 +158,7 @@ def test_without_a_solution_there_is_no_distance(caplog):
         logger.removeHandler(caplog.handler)
     assert found.start_distances.isnan().all() and found.movement.isnan().all()
     assert found.residuals.isfinite().all() and (found.solution_residuals > 1e-12).all()
-    with pytest.raises(ValueError, match="`num_fixed_point_layers`=0"):
-        measure_solver(tiny_model(**MDLM), TRAJECTORY)
+    refused("`num_fixed_point_layers`=0", measure_solver, tiny_model(**MDLM), TRAJECTORY)
 
 
 # --- trajectories ------------------------------------------------------------------------------------------------
@@ -181,8 +174,7 @@ def test_masking_what_a_model_wrote_gives_the_states_in_which_it_wrote_it(make, 
     masked = masked_trajectory(model, sampled.states[-1], steps, seed=[5, 6])
     blocks = Dataset.from_dict({"input_ids": sampled.states[-1].tolist()})  # as `pack` gives them
     assert masked_trajectory(model, blocks, steps, seed=[5, 6]).states.equal(masked.states)
-    with pytest.raises(ValueError, match=r"`input_ids` have \[1, 2\] tokens"):
-        masked_trajectory(model, [[1, 2], [3]], steps)
+    refused(r"`input_ids` have \[1, 2\] tokens", masked_trajectory, model, [[1, 2], [3]], steps)
     with pytest.raises(ValueError, match=r"`input_ids`\[1\] holds the mask id"):
         masked_trajectory(model, [[1, 2], [1, model.config.mask_token_id]], steps)
     assert torch.equal(sampled.states, masked.states) and torch.equal(sampled.times, masked.times)
@@ -254,5 +246,4 @@ def test_lagged_divergence_against_a_plain_loop(layers, monkeypatch):
     steps = [expected[0, s][~expected[0, s].isnan()] for s in range(5)]
     steps = [values.mean() for values in steps if len(values)]
     assert overall(found)[0].item() == pytest.approx((sum(steps) / len(steps)).item(), rel=1e-5)
-    with pytest.raises(ValueError, match="`lags`=\\(0, 1\\)"):
-        lagged_divergence(model, trajectory, (0, 1))
+    refused("`lags`=\\(0, 1\\)", lagged_divergence, model, trajectory, (0, 1))

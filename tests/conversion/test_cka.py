@@ -2,6 +2,7 @@
 """Similarity of layers against its definition by kernel matrices, on layers that are run one after another."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from fpmgm.conversion import auto_layer_map, layer_similarity, linear_cka, strongest_boundary
 from fpmgm.models.noise import stream_generator
 
-from ..testing_utils import tiny_model
+from ..testing_utils import refused, tiny_model
 
 
 DEPTH, MASK, LENGTH = 6, 10, 8
@@ -37,6 +38,19 @@ def batches(count: int = 2) -> list[torch.Tensor]:
     return [torch.randint(0, MASK, (4, LENGTH), generator=generator) for _ in range(count)]
 
 
+@torch.no_grad()
+def table_of(model, t: float, seed: int, run: Callable) -> torch.Tensor:
+    """CKA of all pairs of layers, whose outputs `run(h, conditioning)` yields for one sequence, masked at time t."""
+    rows = []
+    for i, batch in enumerate(batches()):
+        for row, ids in enumerate(batch):
+            uniforms = torch.rand(LENGTH, generator=stream_generator(seed, i, row))
+            h = model.embed_tokens(ids.masked_fill(uniforms < 0.999 * t, MASK)[None])
+            rows.append([h[0] for h in run(h, model.conditioning(torch.tensor([t]), h.device))])
+    features = [torch.cat(layer) for layer in zip(*rows, strict=True)]
+    return torch.tensor([[cka_by_kernels(x, y) for y in features] for x in features], dtype=torch.float64)
+
+
 def test_cka_is_that_of_the_kernels():
     x, y = torch.randn(30, 7) + 3, torch.randn(30, 4) - 1
     y[:, :2] += 2 * x[:, :2]
@@ -44,31 +58,21 @@ def test_cka_is_that_of_the_kernels():
     assert 0.1 < linear_cka(x, y) < 0.9
     rotation = torch.linalg.qr(torch.randn(7, 7, dtype=torch.float64))[0]
     assert linear_cka(x, 5 * x.double() @ rotation + 2) == pytest.approx(1, abs=1e-6)
-    with pytest.raises(ValueError, match="features of 5 tokens do not vary"):
-        linear_cka(x[:5], torch.ones(5, 3))
+    refused("features of 5 tokens do not vary", linear_cka, x[:5], torch.ones(5, 3))
     assert linear_cka(torch.tensor([[1.0], [-1], [0], [0]]), torch.tensor([[0.0], [0], [1], [-1]])) == 0
 
 
 @pytest.mark.parametrize("pre", [DEPTH, 2])
 def test_similarities_are_means_over_times_of_layers_run_one_by_one(pre):
     model = explicit_model(pre, time_conditioning=True)
-    layers = [*model.pre_layers, *model.post_layers]
-    expected = torch.zeros(DEPTH, DEPTH, dtype=torch.float64)
     times = (0.2, 0.7, 0.9)
-    with torch.no_grad():
-        for t in times:
-            features = [[] for _ in layers]
-            for i, batch in enumerate(batches()):
-                for row, ids in enumerate(batch):
-                    uniforms = torch.rand(LENGTH, generator=stream_generator(5, i, row))
-                    h = model.embed_tokens(ids.masked_fill(uniforms < 0.999 * t, MASK)[None])
-                    conditioning = model.conditioning(torch.tensor([t]), h.device)
-                    for kept, layer in zip(features, layers, strict=True):
-                        h = layer(h, layer.modulation(conditioning), model.rotary(h))
-                        kept.append(h[0])
-            features = [torch.cat(kept) for kept in features]
-            table = [[cka_by_kernels(x, y) for y in features] for x in features]
-            expected += torch.tensor(table, dtype=torch.float64) / len(times)
+
+    def run(h, conditioning):
+        for layer in (*model.pre_layers, *model.post_layers):
+            h = layer(h, layer.modulation(conditioning), model.rotary(h))
+            yield h
+
+    expected = sum(table_of(model, t, 5, run) for t in times) / len(times)
     found = layer_similarity(model, batches(), times, seed=5)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
     assert found.diagonal(offset=1).std() > 0.01
@@ -76,24 +80,17 @@ def test_similarities_are_means_over_times_of_layers_run_one_by_one(pre):
 
 def test_of_a_fixed_point_model_every_iteration_is_a_layer():
     model = tiny_model(input_injection="linear", num_fixed_point_iterations=3)
-    parts = [model.pre_layers[0], *[model.fixed_point.layers[0]] * 3, model.post_layers[0]]
-    features = [[] for _ in parts]
-    with torch.no_grad():
-        for i, batch in enumerate(batches()):
-            for row, ids in enumerate(batch):
-                uniforms = torch.rand(LENGTH, generator=stream_generator(0, i, row))
-                h = model.embed_tokens(ids.masked_fill(uniforms < 0.999 * 0.5, MASK)[None])
-                conditioning = model.conditioning(None, h.device)
-                for k, layer in enumerate(parts):
-                    if k in (1, 2, 3):
-                        constant = model.fixed_point.constant(features[0][-1][None])
-                        h = model.fixed_point.injection(h, constant)
-                    h = layer(h, layer.modulation(conditioning), model.rotary(h))
-                    features[k].append(h[0])
-    features = [torch.cat(part) for part in features]
-    table = [[cka_by_kernels(x, y) for y in features] for x in features]
+    (before,), (shared,), (behind,) = model.pre_layers, model.fixed_point.layers, model.post_layers
+
+    def run(h, conditioning):
+        yield (h := before(h, before.modulation(conditioning), model.rotary(h)))
+        constant = model.fixed_point.constant(h)
+        for layer in (shared, shared, shared, behind):
+            h = model.fixed_point.injection(h, constant) if layer is shared else h
+            yield (h := layer(h, layer.modulation(conditioning), model.rotary(h)))
+
     found = layer_similarity(model, batches(), times=(0.5,))
-    torch.testing.assert_close(found, torch.tensor(table), rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.double(), table_of(model, 0.5, 0, run), rtol=0, atol=1e-4)
 
 
 def test_a_generator_of_batches_is_read_once_and_the_model_left_as_it_is():
@@ -139,5 +136,4 @@ def test_larger_stacks_share_no_layer():
 def test_what_has_no_layers_to_compare_is_refused():
     with pytest.raises(ValueError, match="`num_fixed_point_layers`=1"):
         auto_layer_map(tiny_model(), batches(), {"pre": 1, "fixed_point": 1, "post": 1})
-    with pytest.raises(ValueError, match="`batches` is empty"):
-        layer_similarity(explicit_model(), [])
+    refused("`batches` is empty", layer_similarity, explicit_model(), [])

@@ -6,7 +6,7 @@ import torch
 
 from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion, convert_to_fixed_point
 
-from ..testing_utils import tiny_model
+from ..testing_utils import refused, tiny_model
 
 
 DEPTH, LENGTH, MASK = 7, 8, 10
@@ -185,46 +185,27 @@ def test_auto_takes_the_layers_around_the_strongest_boundary(strong, pre, taken)
     assert teacher.training
 
 
-@pytest.mark.parametrize(
-    ("layer_map", "message"),
-    [
-        ({"pre": [1], "fixed_point": [6], "post": [12]}, r"'post': \[12\].*layers 1 to 7.*'auto'"),
-        ({"pre": [0], "fixed_point": [6], "post": [7]}, r"'pre': \[0\].*layers 1 to 7"),
-        ({"pre": [1], "fixed_point": [], "post": [7]}, "'fixed_point'"),
-        ({"pre": [1], "fixed_point": [6]}, "`layer_map`"),
-        ("automatic", "`layer_map`='automatic'.*'auto'"),
-        ("auto", "`batches` is empty"),
-    ],
-)
-def test_maps_that_cannot_be_followed_are_refused(layer_map, message):
-    with pytest.raises(ValueError, match=message):
-        convert_to_fixed_point(teacher_model(), layer_map)
-
-
-def test_auto_refuses_more_layers_than_there_are():
-    with pytest.raises(ValueError, match=r"'post': 6.* more layers than the 7"):
-        convert_to_fixed_point(teacher_model(), "auto", batches=ids()[None], num_post_layers=6)
+LAYERS = {"pre": [1], "fixed_point": [6], "post": [7]}
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("layer_map", "options", "message"),
     [
-        ({"batches": [torch.zeros(1, 4).long()]}, "`batches` are for `layer_map`='auto'"),
-        ({"tie_word_embeddings": True}, "`tie_word_embeddings`=True with `initialize`=True"),
+        ({**LAYERS, "post": [12]}, {}, r"'post': \[12\].*layers 1 to 7.*'auto'"),
+        ({**LAYERS, "pre": [0]}, {}, r"'pre': \[0\].*layers 1 to 7"),
+        ({**LAYERS, "fixed_point": []}, {}, "'fixed_point'"),
+        ({"pre": [1], "fixed_point": [6]}, {}, "`layer_map`"),
+        ("automatic", {}, "`layer_map`='automatic'.*'auto'"),
+        ("auto", {}, "`batches` is empty"),
+        ("auto", {"batches": ids()[None], "num_post_layers": 6}, r"'post': 6.* more layers than the 7"),
+        (LAYERS, {"batches": [torch.zeros(1, 4).long()]}, "`batches` are for `layer_map`='auto'"),
+        (LAYERS, {"tie_word_embeddings": True}, "`tie_word_embeddings`=True with `initialize`=True"),
+        (LAYERS, {"num_fixed_point_layers": 2}, "`num_fixed_point_layers`=2"),  # the map names one
     ],
 )
-def test_what_would_be_ignored_or_lost_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        convert_to_fixed_point(teacher_model(), {"pre": [1], "fixed_point": [6], "post": [7]}, **options)
-
-
-def test_a_count_of_layers_that_contradicts_the_map_is_refused():
-    with pytest.raises(ValueError, match="`num_fixed_point_layers`=2"):
-        convert_to_fixed_point(
-            teacher_model(), {"pre": [1], "fixed_point": [6], "post": [7]}, num_fixed_point_layers=2
-        )
+def test_what_cannot_be_followed_or_would_be_lost_is_refused(layer_map, options, message):
+    refused(message, convert_to_fixed_point, teacher_model(), layer_map, **options)
 
 
 def test_a_fixed_point_teacher_is_refused():
-    with pytest.raises(ValueError, match="`num_fixed_point_layers`=1"):
-        convert_to_fixed_point(tiny_model())
+    refused("`num_fixed_point_layers`=1", convert_to_fixed_point, tiny_model())
