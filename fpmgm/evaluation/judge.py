@@ -174,9 +174,13 @@ def decode_for(
 ) -> tuple[list[str], str]:
     """Texts for a judge, and whether special tokens are `"kept"` in them or `"dropped"`.
 
-    They are kept where the judge's end of text is the model's, as for models with GPT-2's tokenizer under GPT-2.
+    The end of text is kept where the judge's is the model's, as for models with GPT-2's tokenizer under GPT-2. Others,
+    such as a BOS of its own, never are: their names would be read as text.
     """
     keep = tokenizer.eos_token is not None and tokenizer.eos_token == judge.tokenizer.eos_token
+    if keep:
+        others = set(tokenizer.all_special_ids) - {tokenizer.eos_token_id}
+        sequences = [[token for token in row if token not in others] for row in sequences]
     return tokenizer.batch_decode(sequences, skip_special_tokens=not keep), "kept" if keep else "dropped"
 
 

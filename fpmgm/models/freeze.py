@@ -200,21 +200,21 @@ def expected_shares(
     if config.remask is not None or config.block_length is not None:
         return None
     is_text = "ancestral" in orders
-    counted, any_steps = (equal_counts, ("ancestral", "halton")) if is_text else (arccos_counts, ())
+    counted = equal_counts if is_text else arccos_counts
 
     def masked(num_steps: int) -> list[int]:
         """Positions masked before each step, rounded up."""
         if order == "ancestral":
             times = masked_probability(time_grid(num_steps)[:-1])
             return (length * times / times[0] - 1e-9).ceil().long().tolist()
-        if order in any_steps:
+        if order == "halton" and is_text:
             revealed = itertools.accumulate(halton_counts(length, num_steps)[:-1], initial=0)
             return [length - count for count in revealed]
         counts = counted(torch.ones(1, length, dtype=torch.bool, device="cpu"), num_steps)
         return (length - counts.cumsum(0) + counts).flatten().tolist()
 
     def shares(num_steps: int) -> list[float]:
-        if order not in any_steps and num_steps > length:  # too many steps for it
+        if order != "ancestral" and num_steps > length:  # too many steps for it, or some that reveal nothing
             return [1.0] * num_steps
         before = masked(num_steps)
         counts = [length, *before[:-1]]  # what is masked now, and what the step before has written

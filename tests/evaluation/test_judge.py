@@ -135,6 +135,13 @@ def test_special_tokens_stay_where_the_judge_ends_texts_alike():
     assert decode_for(Judge("other", judge.model, other), judge.tokenizer, [ids]) == (["ab"], "dropped")
 
 
+def test_the_name_of_a_bos_of_its_own_is_not_judged_as_text():
+    judge, text = tiny_judge(), tiny_judge().tokenizer("ab")["input_ids"]
+    judge.tokenizer.add_special_tokens({"bos_token": "<s>", "pad_token": "<pad>"})
+    begin, pad, end = (getattr(judge.tokenizer, f"{name}_token_id") for name in ("bos", "pad", "eos"))
+    assert decode_for(judge, judge.tokenizer, [[begin, *text, end, pad]]) == (["ab<|endoftext|>"], "kept")
+
+
 def test_a_judge_is_loaded_from_a_folder(tmp_path):
     judge = tiny_judge()
     judge.model.float().save_pretrained(tmp_path)
