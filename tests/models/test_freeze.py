@@ -280,6 +280,12 @@ def test_a_budget_is_spent():
     assert out.num_steps > 24 and out.block_evaluations_per_sequence.double().mean() > 90
 
 
+@pytest.mark.parametrize("budget", [36, 60])  # without frozen positions 6 steps and 10
+def test_a_budget_does_not_go_to_steps_that_reveal_nothing(budget):
+    shares = expected_shares(MGMGenerationConfig(freeze=True, order="halton"), type(text()).orders, length=8)
+    assert plan_budget(text().config, budget, shares=shares).num_steps == max(8, budget // 6)
+
+
 @pytest.mark.parametrize("layers", [EXPLICIT, {"num_pre_layers": 4, "num_post_layers": 4}])
 def test_nothing_is_frozen_where_that_buys_nothing(layers):
     model = text(**layers, max_position_embeddings=64)
