@@ -6,7 +6,7 @@ Nothing in a record depends on where a file lies, and nothing on what has been t
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,9 +73,9 @@ def _hash_of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def digest(value: Any) -> str:
-    """SHA-256 of a nest of JSON values, and of others by their text."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=repr).encode()).hexdigest()
+def digest(value: Any, of_others: Callable[[Any], Any] = repr) -> str:
+    """SHA-256 of a nest of JSON values, and of others by what `of_others` makes of them, their text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=of_others).encode()).hexdigest()
 
 
 def describe_processor(processor: Any) -> dict | None:
@@ -96,7 +96,8 @@ def describe_processor(processor: Any) -> dict | None:
 
 
 def describe_rows(rows: Any) -> dict | None:
-    """The number of rows of a dataset, and of a `datasets.Dataset` a hash of up to 1,024 of them, evenly spread.
+    """The number of rows of a dataset, and of a `datasets.Dataset` or a list a hash of up to 1,024 of them, evenly
+    spread; a dataset of another kind may make its rows at random.
 
     `None` for a stream, of which nothing is known beforehand; by name for a `dict` of datasets.
     """
@@ -105,11 +106,19 @@ def describe_rows(rows: Any) -> dict | None:
     if not hasattr(rows, "__len__"):
         return None
     count = len(rows)
-    if not isinstance(rows, Dataset):
-        return {"rows": count}
     chosen = sorted({i * count // SAMPLED_ROWS for i in range(SAMPLED_ROWS)}) if count else []
-    sample = rows.with_format("arrow")[chosen].to_pylist()  # no transform, which may draw random numbers
-    return {"rows": count, "sha256": digest(sample)}
+    if isinstance(rows, Dataset):
+        sample = rows.with_format("arrow")[chosen].to_pylist()  # no transform, which may draw random numbers
+    elif isinstance(rows, list | tuple):
+        sample = [rows[i] for i in chosen]
+    else:
+        return {"rows": count}
+    return {"rows": count, "sha256": digest(sample, _numbers)}
+
+
+def _numbers(value: Any) -> Any:
+    """Of an array or a tensor; `None` of what has none, such as a picture, whose text may be another each time."""
+    return value.tolist() if hasattr(value, "tolist") else None
 
 
 def describe_config(config: PreTrainedConfig) -> dict[str, Any]:

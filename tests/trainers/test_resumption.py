@@ -7,7 +7,9 @@ import shutil
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer
 from transformers.trainer_utils import IntervalStrategy
@@ -22,7 +24,7 @@ from fpmgm.trainers import (
     SDTTTrainer,
 )
 from fpmgm.trainers.resumption import MAY_CHANGE, MUST_STAY
-from fpmgm.trainers.run_record import Origin, describe_files, describe_processor
+from fpmgm.trainers.run_record import Origin, describe_files, describe_processor, describe_rows
 from tests.testing_utils import refused
 
 from .training_utils import make_trainer, token_rows, training_model
@@ -172,3 +174,12 @@ def test_files_are_told_apart_by_content_and_not_by_name(tmp_path):
 def test_strategies_are_recorded_as_text(run):
     recorded = json.loads((run / "checkpoint-2/run.json").read_text())["arguments"]
     assert recorded["save_strategy"] == IntervalStrategy.STEPS.value == "steps"
+
+
+def test_rows_in_a_list_are_compared_as_those_of_a_dataset():
+    rows = [{"input_ids": [i, i + 1]} for i in range(2000)]
+    arrays = [{"input_ids": np.array(row["input_ids"])} for row in rows]
+    described = describe_rows(Dataset.from_list(rows))
+    assert describe_rows(rows) == describe_rows(tuple(arrays)) == described != describe_rows(rows[::-1])
+    pictures = [describe_rows([{"image": object(), "input_ids": [1]}]) for _ in range(2)]
+    assert pictures[0] == pictures[1]
