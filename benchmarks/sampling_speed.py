@@ -321,6 +321,13 @@ def frozen_seconds(frozen_times, times, plan, shares: list[float]) -> float:
     return total
 
 
+def expected_work(model, plan, length: int, prompt: float = 0.0) -> tuple[list[float], float]:
+    """The share of active positions at each step where this share of them is a frozen prompt, and over all blocks."""
+    expected = expected_shares(MGMGenerationConfig(freeze=True), model.orders, length)(plan.num_steps)
+    shares, costs = [1.0, *(share * (1 - prompt) for share in expected[1:])], step_costs(model.config, plan.iterations)
+    return shares, sum(x * cost for x, cost in zip(shares, costs, strict=True)) / sum(costs)
+
+
 def frozen_rows(models, plans, batch_size, times, args, seconds) -> list[dict]:
     """A row for each frozen run, with a prompt and without one."""
     rows = []
@@ -328,15 +335,13 @@ def frozen_rows(models, plans, batch_size, times, args, seconds) -> list[dict]:
         _, name, reuse = run
         model, plan = models[name], plans[name]
         frozen_times = time_frozen_steps(model, batch_size, plan, reuse, args, seconds)
-        expected = expected_shares(MGMGenerationConfig(freeze=True), model.orders, args.length)(plan.num_steps)
-        costs = step_costs(model.config, plan.iterations)
         for prompt in (0.0, PROMPT):
-            shares = [1.0, *(share * (1 - prompt) for share in expected[1:])]
+            shares, active = expected_work(model, plan, args.length, prompt)
             rows.append({
                 "procedure": "frozen, long prompt" if prompt else "frozen", "model": name, "reuse": reuse,
                 "batch_size": batch_size, "num_steps": plan.num_steps, "block_evaluations": plan.block_evaluations,
                 "seconds": frozen_seconds(frozen_times, times["ours", name, reuse], plan, shares),
-                "active": sum(x * cost for x, cost in zip(shares, costs, strict=True)) / sum(costs),
+                "active": active,
                 "step_seconds": {share: dict(values) for share, values in frozen_times.items()},
             })  # fmt: skip
     return rows
@@ -356,12 +361,10 @@ def counted_runs(args: Arguments) -> list[dict]:
             call = partial(run, model, args.batch_sizes[0], args.length, plan, reuse, prompt=prompt)
             with patch.object(Ledger, "close", lambda ledger, tokens, lengths: tokens):  # it asks for values
                 flops[f"{run.__name__}, long prompt" if prompt else run.__name__] = counted_flops(call)
-        shares = expected_shares(MGMGenerationConfig(freeze=True), model.orders, args.length)(plan.num_steps)
-        costs = step_costs(model.config, plan.iterations)
         found.append({
             "run": f"{name} {reuse}", "budget": budget, "num_steps": plan.num_steps, "flops": flops,
             "frozen / ours": flops["frozen"] / flops["ours"],
-            "its floor, active positions": sum(x * cost for x, cost in zip(shares, costs, strict=True)) / sum(costs),
+            "its floor, active positions": expected_work(model, plan, args.length)[1],
             "frozen, long prompt / ours": flops["frozen, long prompt"] / flops["ours"],
         })  # fmt: skip
     return found

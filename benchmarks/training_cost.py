@@ -119,7 +119,6 @@ class Arguments:
     image_hidden_size: int | None = field(
         default=None, metadata={"help": "Width of image models; null: 512, with cuda 1024, MaskGIT-Large."}
     )
-    compile: bool = field(default=False, metadata={"help": "Compile the blocks of all models."})
     repetitions: int = field(default=5, metadata={"help": "Turns of each step."})
     memory_only: bool = field(default=False, metadata={"help": "Peak memory alone: nothing is timed or drawn."})
     steps: list[str] = field(
@@ -217,12 +216,6 @@ def step(trainer, args: Arguments, seed: int, iterations: tuple[int, int]) -> No
     trainer.model.zero_grad()
 
 
-def compile_blocks(model) -> None:
-    """What the trainers compile under `--torch_compile`."""
-    torch._dynamo.config.recompile_limit = 64  # the models of all steps share their code, and its limit of 8
-    model.compile_blocks()
-
-
 # --- measurements -------------------------------------------------------------------------------------------------
 
 
@@ -246,10 +239,6 @@ def measure(args: Arguments) -> dict[str, dict]:
     for name, trainer in trainers.items():
         for iterations in ITERATIONS:
             flops[name].append(counted_flops(partial(step, trainer, args, 0, iterations)))  # which is not timed
-        if args.compile:
-            compile_blocks(trainer.model)
-            for iterations in ITERATIONS:
-                step(trainer, args, 0, iterations)  # nor is compilation
     rows, ceiling = timed_steps(trainers, args, partial(now, args.device)), matmul_ceiling(args)
     for name, row in rows.items():
         seconds, work = row["seconds"], statistics.mean(flops[name])
@@ -301,8 +290,6 @@ def make_zero_gradients(model) -> None:
 def whole_step(name: str, args: Arguments) -> None:
     """A model, and a step of its trainer with AdamW, whose states are there from the start."""
     trainer = make_trainer(name, args)
-    if args.compile:
-        compile_blocks(trainer.model)
     optimizer = torch.optim.AdamW(trainer.model.parameters(), fused=True)
     make_zero_gradients(trainer.model)
     optimizer.step()

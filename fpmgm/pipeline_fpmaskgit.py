@@ -23,7 +23,7 @@ from .conversion.image_tokenizers import load_image_tokenizer
 from .conversion.pretrained import load_pretrained
 from .conversion.sources import SAFETENSORS, fetch
 from .model_cards.escape import PLACES, one_line
-from .models.arguments import check_whole
+from .models.arguments import check_whole, one_of
 from .models.image_processing import make_image_processor
 from .models.image_tokenizer import to_uint8
 from .models.modeling_fpmaskgit import FPMaskGITModel
@@ -35,7 +35,7 @@ INDEX = "model_index.json"
 PARTS = {"model": "model", "vq": "tokenizer", "processor": "processor"}  # sub-folder → attribute
 CARD = Path(model_cards.__file__).with_name("pipeline.md")
 MOST_ZOOM = 8  # times a picture's size to which a processor may resize before it crops
-OUTPUT_TYPES = ("pil", "pt", "np")
+OUTPUT_TYPE = one_of(("pil", "pt", "np"))
 
 
 @dataclass
@@ -133,7 +133,7 @@ class FPMaskGITPipeline:
         Raises:
             `ValueError`: names the argument, its value, what is allowed and what to do.
         """
-        check_output_type(output_type)
+        OUTPUT_TYPE.check("output_type", output_type)
         check_whole("num_images_per_class", num_images_per_class, minimum=1, unit="pictures")
         check_whole("decode_batch_size", decode_batch_size, minimum=1, unit="pictures")
         classes = class_ids(class_labels, self.model.config.id2label)
@@ -174,7 +174,7 @@ class FPMaskGITPipeline:
     @torch.no_grad()
     def decode(self, codes: torch.LongTensor, output_type: str = "pil", batch_size: int = 16) -> Any:
         """Pictures of (B, L) codes, `batch_size` at a time; `output_type` as in [`FPMaskGITPipelineOutput`]."""
-        check_output_type(output_type)
+        OUTPUT_TYPE.check("output_type", output_type)
         parts = codes.to(self.tokenizer.device).split(batch_size)
         pixels = torch.cat([to_uint8(self.tokenizer.decode(part)).cpu() for part in parts])  # (B, 3, S, S)
         if output_type == "pil":
@@ -365,12 +365,6 @@ class FPMaskGITPipeline:
         self.model.to(device)
         self.tokenizer.to(device)
         return self
-
-
-def check_output_type(output_type: str) -> None:
-    """Raise a `ValueError` unless pictures can be had like this."""
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"`output_type`={output_type!r} must be one of {OUTPUT_TYPES}.")
 
 
 def check_parts(model: torch.nn.Module, tokenizer: torch.nn.Module, processor: Any) -> None:

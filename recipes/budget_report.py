@@ -71,14 +71,13 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
 def report(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, judge: AnyJudge, args) -> dict:
     """Rows of samples, and of the texts given."""
     length = args.length or model.config.max_position_embeddings
-    shared = {**args.sampling, "progress_bar": PartialState().is_main_process}
     references = None
     if args.reference_files is not None:
         blocks = cut(args.reference_files, tokenizer, length, args.num_samples, "reference_files", "num_samples")
         references = tokenizer.batch_decode(blocks, skip_special_tokens=True)
     rows = evaluate_budgets(
         model, tokenizer, judge, args.budgets, settings(args, model), num_samples=args.num_samples,
-        references=references, **shared,
+        references=references, **args.sampling,
     )  # fmt: skip
     found = {"parameters": model.num_parameters(), "rows": rows}
     if args.text_files is not None:

@@ -68,9 +68,8 @@ def main(argv: list[str] | None = None) -> dict:
         model, tokenizer = open_model(path, device)
         for name, options in fitting(settings, model.config).items():
             measured = evaluate_budgets(
-                model, tokenizer, judge, args.budgets, [options], num_samples=args.num_samples, progress_bar=True,
-                **args.sampling,
-            )  # fmt: skip
+                model, tokenizer, judge, args.budgets, [options], num_samples=args.num_samples, **args.sampling
+            )
             for budget, row in zip(args.budgets, measured, strict=True):
                 found = {"model": title, "setting": name, "options": options, "budget": budget}
                 result["rows"].append(found | {key: row[key] for key in KEPT if key in row})

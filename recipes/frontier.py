@@ -57,9 +57,8 @@ def main(argv: list[str] | None = None) -> dict:
     for title, path in zip(titles, args.model, strict=True):
         model, tokenizer = open_model(path, device)
         rows = evaluate_budgets(
-            model, tokenizer, judge, args.budgets, settings(args), num_samples=args.num_samples, progress_bar=True,
-            **args.sampling,
-        )  # fmt: skip
+            model, tokenizer, judge, args.budgets, settings(args), num_samples=args.num_samples, **args.sampling
+        )
         for row in rows:
             curves.setdefault(f"{title}, budget {row['budget']}", []).append(point(row))
     entropies = args.entropies or common_entropies([[p["entropy"] for p in points] for points in curves.values()])

@@ -83,6 +83,7 @@ class JudgedSamplesArguments:
             "max_length": self.max_length,
             "seed": self.seed,
             "cache_dir": Path(self.output_dir) / "cache",
+            "progress_bar": True,
         }
 
 

@@ -183,7 +183,7 @@ def run_plans(args: PlansArguments, judge, device: str) -> dict:
     settings = grid(num_steps=args.num_steps, iterations=args.iterations, reuse=[args.reuse])
     cost = [explicit_plan(model.config, s["iterations"], s["num_steps"]).block_evaluations for s in settings]
     paid = [s for s, c in zip(settings, cost, strict=True) if args.max_budget is None or c <= args.max_budget]
-    rows = sweep(model, tokenizer, judge, paid, num_samples=args.num_samples, progress_bar=True, **args.sampling)
+    rows = sweep(model, tokenizer, judge, paid, num_samples=args.num_samples, **args.sampling)
     names = ("num_pre_layers", "num_fixed_point_layers", "num_post_layers")
     return {"rows": rows, "layers": {name: getattr(model.config, name) for name in names}}
 
@@ -201,7 +201,7 @@ def run_allocations(args: AllocationsArguments, judge, device: str) -> dict:
     model, tokenizer = open_iterated(args.model, device)
     fixed = {"tuned_plans": {}} if args.num_steps is None else {"tuned_plans": {}, "num_steps": args.num_steps}
     settings = [{**s, **fixed} for s in grid(reuse=args.reuse, budget=args.budgets, allocation=args.allocation)]
-    rows = sweep(model, tokenizer, judge, settings, num_samples=args.num_samples, progress_bar=True, **args.sampling)
+    rows = sweep(model, tokenizer, judge, settings, num_samples=args.num_samples, **args.sampling)
     return {"rows": rows, "comparison": compare_values(rows, "allocation")}
 
 
@@ -240,7 +240,7 @@ def run_gammas(args: GammasArguments, judge, device: str) -> dict:
         fixed = {"reuse": "3sr", "tuned_plans": {}}
         settings = [{"budget": budget, **g, **fixed} for budget in args.budgets for g in gammas]
         options = {**args.sampling, "seed": seed, "num_samples": args.num_samples}
-        return sweep(model, tokenizer, judge, settings, progress_bar=True, **options)
+        return sweep(model, tokenizer, judge, settings, **options)
 
     rows = measure(tried, args.seed)
     pooled = pool_settings(rows, default, args.entropy_slack)
@@ -299,9 +299,10 @@ def run_checkpoints(args: CheckpointsArguments, judge, device: str) -> dict:
         weights, last = last, fingerprint(model)
         if weights == last:  # the export of the last checkpoint
             continue
-        options = {"num_samples": args.num_samples, "progress_bar": True, **args.sampling}
         settings = [{"reuse": args.reuse, "tuned_plans": {}}]
-        found = evaluate_budgets(model, tokenizer, judge, args.budgets, settings, **options)
+        found = evaluate_budgets(
+            model, tokenizer, judge, args.budgets, settings, num_samples=args.num_samples, **args.sampling
+        )
         rows += [{"step": step, "checkpoint": folder.name, **row} for row in found]
     history = json.loads((folders[-1][1] / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     validation = {line["step"]: line for line in history if "eval_perplexity" in line}
@@ -355,8 +356,8 @@ def run_latency(args: LatencyArguments, judge, device: str) -> dict:
     check_settings(args.model, settings_of, args.length)
     for title, path in zip(titles, args.model, strict=True):
         model, tokenizer = open_model(path, device)
-        options = {"num_samples": args.num_samples, "progress_bar": True, **args.sampling}
-        for row in sweep(model, tokenizer, judge, settings_of(model), **options):
+        settings = settings_of(model)
+        for row in sweep(model, tokenizer, judge, settings, num_samples=args.num_samples, **args.sampling):
             clock = {"length": args.length, "batch_size": args.batch_size, "cache_dir": args.sampling["cache_dir"]}
             clock |= {"warmup_batches": args.warmup_batches, "timed_batches": args.timed_batches}
             latency = measure_latency(model, progress_bar=True, **clock, **row["sampling"]["options"])

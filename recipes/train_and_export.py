@@ -152,6 +152,25 @@ def check_adapter(lora: LoraArguments, start: OptionalStartArguments) -> None:
         raise ValueError("`use_peft` adapts a trained model: give `model_name_or_path`.")
 
 
+def make_trainer(
+    trainer_class: type[MGMTrainer], rows: Rows, start: StartArguments | OptionalStartArguments, lora: LoraArguments,
+    args: MGMTrainingConfig, options: dict | None = None, **models: PreTrainedModel,
+) -> MGMTrainer:  # fmt: skip
+    """A trainer of `models` (`model=…`, and a teacher) on `rows`, whose checkpoints record what the run started from
+    and `options`."""
+    args.data_description = args.data_description or rows.description
+    described = describe_start(start.model_name_or_path, getattr(start, "revision", None))
+    return trainer_class(
+        **models,
+        args=args,
+        train_dataset=rows.train,
+        eval_dataset=rows.validation,
+        processing_class=rows.tokenizer,
+        peft_config=lora_config(lora),
+        origin=Origin(rows.data, {**(options or {}), "start": described}, start.model_name_or_path),
+    )
+
+
 def train_and_export(
     trainer: Trainer, checkpoint: str | None, data: list[str], before: dict[str, float] | None = None
 ) -> dict[str, float]:
@@ -196,23 +215,13 @@ def go_on(
 ) -> dict[str, float]:  # fmt: skip
     """Train on from a model, in a folder that is this run's alone; returns the metrics before and after.
 
-    `prepare` makes of the model and the rows the trainer's class, what it takes beside the rows, and options that a
+    `prepare` makes of the model and the rows the trainer's class, the models that it takes, and options that a
     checkpoint records.
     """
     model, checkpoint = load_model(start.model_name_or_path, start.revision), run_checkpoint(args)
     with args.main_process_first(desc="data"):
         rows = load_rows(text, codes, model.config, start, checkpoint)
-    args.data_description = args.data_description or rows.description
     keep_preparation(codes, args)
-    trainer_class, taken, options = prepare(model, rows)
-    options["start"] = describe_start(start.model_name_or_path, start.revision)
-    trainer = trainer_class(
-        **taken,
-        args=args,
-        train_dataset=rows.train,
-        eval_dataset=rows.validation,
-        processing_class=rows.tokenizer,
-        peft_config=lora_config(lora),
-        origin=Origin(rows.data, options, start.model_name_or_path),
-    )
+    trainer_class, models, options = prepare(model, rows)
+    trainer = make_trainer(trainer_class, rows, start, lora, args, options, **models)
     return train_with_before_and_after(trainer, checkpoint, codes.words or text.words)

@@ -20,8 +20,7 @@ from fpmgm import FPMaskGITConfig, FPMaskGITModel
 from fpmgm.command_line import model_arguments, parse_arguments
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
 from fpmgm.trainers.lock import hold_folder
-from fpmgm.trainers.peft import LoraArguments, lora_config
-from fpmgm.trainers.run_record import Origin
+from fpmgm.trainers.peft import LoraArguments
 from image_data import (
     CodesArguments,
     EncodingArguments,
@@ -36,10 +35,11 @@ from image_data import (
 from narration import say
 from train_and_export import (
     OptionalStartArguments,
+    Rows,
     check_adapter,
     check_architecture,
-    describe_start,
     load_model,
+    make_trainer,
     run_checkpoint,
     train_and_export,
 )
@@ -90,20 +90,9 @@ def train(start, codes, pictures, encoding, architecture, lora, args) -> dict[st
 
     set_seed(args.seed)  # before the weights are drawn
     model = make_model(architecture, start.model_name_or_path, preparation)
-    args.data_description = args.data_description or describe_codes(preparation)
     keep_preparation(codes, args)
-    trainer = MGMTrainer(
-        model=model,
-        args=args,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        peft_config=lora_config(lora),
-        origin=Origin(
-            describe_rows(codes, preparation),
-            {"start": describe_start(start.model_name_or_path)},
-            start.model_name_or_path,
-        ),
-    )
+    rows = Rows(train_rows, eval_rows, None, describe_codes(preparation), describe_rows(codes, preparation))
+    trainer = make_trainer(MGMTrainer, rows, start, lora, args, model=model)
     metrics = train_and_export(trainer, checkpoint, codes.words)
     if trainer.is_world_process_zero():
         print(f"draw with: {sampling_command(args.output_dir, preparation)}")

@@ -19,15 +19,15 @@ from fpmgm.command_line import model_arguments, parse_arguments
 from fpmgm.models.text_input import boundary_ids
 from fpmgm.trainers import MGMTrainer, MGMTrainingConfig
 from fpmgm.trainers.lock import hold_folder
-from fpmgm.trainers.peft import LoraArguments, lora_config
-from fpmgm.trainers.run_record import Origin
+from fpmgm.trainers.peft import LoraArguments
 from text_data import DataArguments, SourceArguments, describe_text, load_blocks, load_tokenizer
 from train_and_export import (
     OptionalStartArguments,
+    Rows,
     check_adapter,
     check_architecture,
-    describe_start,
     load_model,
+    make_trainer,
     run_checkpoint,
     train_and_export,
 )
@@ -60,26 +60,17 @@ def train(
     with args.main_process_first(desc="data"):
         tokenizer = load_tokenizer(data, start.model_name_or_path, checkpoint)
         config = load_config(model_args, start.model_name_or_path, tokenizer)
-        train_rows, eval_rows = load_rows(data, tokenizer, config.max_position_embeddings)
+        blocks = load_rows(data, tokenizer, config.max_position_embeddings)
 
     set_seed(args.seed)  # before the weights are drawn
     if start.model_name_or_path is None:
         model = FPMDLMForMaskedDiffusion(config)
     else:
         model = load_model(start.model_name_or_path)
-    args.data_description = args.data_description or data.description
-    options = {"start": describe_start(start.model_name_or_path)}
-    if data.tokenizer is None and start.model_name_or_path is None:
-        options["tokenizer_vocab_size"] = data.tokenizer_vocab_size
-    trainer = MGMTrainer(
-        model=model,
-        args=args,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        processing_class=tokenizer,
-        peft_config=lora_config(lora),
-        origin=Origin(describe_text(data), options, start.model_name_or_path),
-    )
+    trained_here = data.tokenizer is None and start.model_name_or_path is None
+    options = {"tokenizer_vocab_size": data.tokenizer_vocab_size} if trained_here else {}
+    rows = Rows(*blocks, tokenizer, data.description, describe_text(data))
+    trainer = make_trainer(MGMTrainer, rows, start, lora, args, options, model=model)
     return train_and_export(trainer, checkpoint, data.words)
 
 

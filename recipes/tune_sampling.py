@@ -64,7 +64,7 @@ class Study:
         args, setting = self.args, {**plan, "tuned_plans": {}}
         return evaluate_budgets(
             self.model, self.tokenizer, self.judge, [budget], [setting], num_samples=num_samples,
-            **{**args.sampling, "seed": seed},
+            **{**args.sampling, "seed": seed, "progress_bar": False},
         )[0]  # fmt: skip
 
     def allowed(self, row: dict, default: dict) -> bool:

@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPImageProcessorPil
 from transformers.utils import logging
 
+from ..models.arguments import one_of
 from ..models.image_processing import check_sides, to_rgb
 from ..models.image_tokenizer import ImageTokenizerMixin
 from .codes import PREPARATION, codebook_hash, encoder_hash, load_folder, read_json
@@ -238,8 +239,7 @@ def prepare_codes(
         `ValueError`: for an unknown `augment`, a `folder` that holds another preparation, or if no picture of a split
             can be read.
     """
-    if augment not in AUGMENTS:
-        raise ValueError(f"`augment`={augment!r} must be one of {tuple(AUGMENTS)}.")
+    one_of(AUGMENTS).check("augment", augment)
     folder = Path(folder)
     settings = _settings(images, tokenizer, processor, augment)
     _check_same(folder, settings)

@@ -17,6 +17,8 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from ..models.arguments import check_whole
+
 
 class FeatureExtractor(Protocol):
     """What turns pictures into features.
@@ -133,8 +135,7 @@ def inception_score(logits: np.ndarray, splits: int = 10, seed: int = 2020) -> t
     logits = np.asarray(logits, dtype=np.float64)
     if logits.ndim != 2 or not np.isfinite(logits).all():
         raise ValueError(f"`logits` of shape {logits.shape} must be finite numbers (pictures, classes).")
-    if isinstance(splits, bool) or not isinstance(splits, int) or splits < 1:
-        raise ValueError(f"`splits`={splits!r} must be a whole number of at least 1.")
+    check_whole("splits", splits, minimum=1, unit="parts")
     if len(logits) < splits:
         raise ValueError(f"`splits`={splits} must be at most the {len(logits)} pictures: give more pictures.")
     logits = logits[np.random.RandomState(seed).permutation(len(logits))]

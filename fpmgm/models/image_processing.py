@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import is_vision_available
 
+from .arguments import one_of
+
 
 if TYPE_CHECKING:
     from transformers import CLIPImageProcessorPil
@@ -30,8 +32,7 @@ def make_image_processor(image_size: int, resample: str = "bilinear") -> "CLIPIm
     """
     if not is_vision_available():
         raise ImportError("pictures need Pillow: pip install 'fpmgm[images]'")
-    if resample not in RESAMPLES:
-        raise ValueError(f"`resample`={resample!r} must be one of {tuple(RESAMPLES)}.")
+    one_of(RESAMPLES).check("resample", resample)
     from transformers import CLIPImageProcessorPil
 
     return CLIPImageProcessorPil(

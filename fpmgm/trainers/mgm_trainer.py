@@ -421,12 +421,13 @@ class MGMTrainer(CheckedRowsTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.ema is not None:
-            with reading(checkpoint, EMA_FILE):
-                self.ema.load(checkpoint)
+        self._load_average(checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if self.ema is not None:
-            with reading(self.state.best_model_checkpoint, EMA_FILE):
-                self.ema.load(self.state.best_model_checkpoint)
+        self._load_average(self.state.best_model_checkpoint)
+
+    def _load_average(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.ema is not None:
+            with reading(checkpoint, EMA_FILE):
+                self.ema.load(checkpoint)

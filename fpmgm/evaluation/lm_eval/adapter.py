@@ -21,7 +21,7 @@ from lm_eval.utils import simple_parse_args_string
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ...models.arguments import check_whole
+from ...models.arguments import Allowed, check_whole, is_whole, one_of
 from ...models.noise import stream_generator
 from ...models.text_input import boundary_ids, encode_marked, encode_text, tokenizer_contents
 from ..likelihood import check_iterations
@@ -33,7 +33,6 @@ from .loading import (
     check_batch_size,
     check_device,
     check_max_length,
-    check_seed,
     check_tokenizer,
     load_model,
     load_tokenizer,
@@ -122,9 +121,9 @@ class MGMLM(TemplateLM):
         if unknown:
             known = [name for name in signature(MGMLM).parameters if name != "unknown"]
             raise ValueError(f"unknown model argument(s) {sorted(unknown)}: known are {known}.")
-        if protocol not in PROTOCOLS:
-            raise ValueError(f"`protocol`={protocol!r} must be one of {tuple(PROTOCOLS)}.")
-        self.protocol_name, self.protocol, self.seed = protocol, PROTOCOLS[protocol], check_seed(seed)
+        one_of(PROTOCOLS).check("protocol", protocol)
+        self.protocol_name, self.protocol = protocol, PROTOCOLS[protocol]
+        self.seed = Allowed("be a whole number", is_whole).check("seed", seed)
         self.mc_num = self.protocol.mc_num if mc_num is None else check_whole("mc_num", mc_num, 1, "draws")
         self.batch_size = check_batch_size(batch_size)
         self._start_processes(check_device(device))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
 
-from ...models.arguments import check_whole
+from ...models.arguments import check_whole, one_of
 from ...models.text_input import boundary_ids, read_tokenizer
 
 
@@ -35,8 +35,7 @@ def load_model(
         `ValueError`: for another `dtype`, one or a `revision` of a model that is loaded, or a model that is no masked
             diffusion model.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"`dtype`={dtype!r} must be one of {DTYPES}.")
+    one_of(DTYPES).check("dtype", dtype)
     model = pretrained
     if isinstance(pretrained, str | Path):
         model = AutoModelForMaskedLM.from_pretrained(
@@ -98,13 +97,6 @@ def check_device(device: str | None) -> str | None:
     if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"`device`={device!r}, but PyTorch sees no GPU here: leave it out, or take 'cpu'.")
     return device
-
-
-def check_seed(seed: int) -> int:
-    """A whole number."""
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ValueError(f"`seed`={seed!r} must be a whole number.")
-    return seed
 
 
 def check_max_length(max_length: int | None, config) -> int:
