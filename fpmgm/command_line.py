@@ -10,7 +10,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator
-from dataclasses import MISSING, field, fields, make_dataclass
+from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, NewType, get_args, get_type_hints
 
@@ -214,6 +214,8 @@ class _Parser(HfArgumentParser):
         usage = "%(prog)s [--config FILE.yaml] [--option value ...]"
         super().__init__(types, description=description, usage=usage, allow_abbrev=False)
         self.add_argument("--config", help="YAML file with any of these values; the command line overrides it.")
+        for name, words in ((name, words) for kind in types for name, words in _words(kind).items()):
+            self.options[name].help = self.options[name].help or words
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
         """Add an option and remember it; of `--name` and `--no_name` the former."""
@@ -277,10 +279,18 @@ def _help_of(action: argparse.Action) -> str:
     return "\n      ".join([f"  --{action.dest} {value}{several}", *lines])
 
 
+def _words(kind: type) -> dict[str, str]:
+    """What is said of the fields of a dataclass: by their metadata, or by its docstring or that of a class before."""
+    found = {}
+    for home in filter(is_dataclass, reversed(kind.__mro__)):
+        found |= _documented(home) | {f.name: f.metadata["help"] for f in fields(home) if "help" in f.metadata}
+    return {f.name: found[f.name] for f in fields(kind) if f.init and f.name in found}
+
+
 def _documented(config_class: type) -> dict[str, str]:
     """What a docstring's `Args` say of each name, in one line."""
     found = {}
-    arguments = config_class.__doc__.split("Args:\n")[1].split("\n\n")[0]
-    for names, text in re.findall(r"^        (\w[\w, ]*) \(.+?\): (.+(?:\n {12}.+)*)", arguments, flags=re.MULTILINE):
-        found |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    arguments = inspect.cleandoc(config_class.__doc__).partition("Args:\n")[2].split("\n\n")[0]
+    for names, text in re.findall(r"^    (\w[\w, ]*) \(.+?\): (.+(?:\n {8}.+)*)", arguments, flags=re.MULTILINE):
+        found |= dict.fromkeys(names.split(", "), " ".join(text.split()).replace("`None`", "null"))
     return found

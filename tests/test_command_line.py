@@ -2,6 +2,7 @@
 """The command lines of recipes: what is refused at once, what a YAML stands for, what --help shows."""
 
 import io
+import itertools
 import sys
 from dataclasses import dataclass, field, fields
 
@@ -96,6 +97,9 @@ def test_help_shows_common_options_first_and_those_of_hugging_face_last(capsys):
     assert titles[:3] == ["Common:", "Training:", "Architecture (FPMDLMConfig):"] and titles[-1].startswith("All else")
     assert "\n    python a.py\n    python b.py\n" in shown  # as it was written
     assert "Width D of the residual stream. [768]" in shown  # the configuration's own words
+    assert "evaluated and exported. null or 0: no average." in shown  # and the trainer's
+    undescribed = [a for a, b in itertools.pairwise(shown.splitlines()) if a.startswith("  --") and b[:6] != " " * 6]
+    assert not undescribed
     names = [line.split()[0] for line in shown.splitlines() if line.startswith("  --")]
     every = {f.name for kind in (architecture, MGMTrainingConfig) for f in fields(kind) if f.init} | {"config"}
     assert sorted(names) == sorted(f"--{name}" for name in every)

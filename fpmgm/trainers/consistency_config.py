@@ -51,39 +51,31 @@ class ConsistencyConfig(MGMTrainingConfig):
         gap_range (`list[float]`, defaults to [0.05, 0.30]): The teacher's time is the student's less a gap from it.
         stop_at_perplexity_increase (`float`, *optional*, defaults to 0.15): Stop at the first evaluation whose
             perplexity exceeds that before post-training by this share, and keep that checkpoint, which is not the
-            best by its loss: `load_best_model_at_end` and `save_strategy="best"` exclude it. `None`: all steps.
+            best by its loss: `load_best_model_at_end` and `save_strategy="best"` exclude it. `None` or 0: all steps.
 
     Raises:
         `ValueError`: on a value that is not allowed.
     """
 
-    max_steps: int = field(default=30_000, metadata={"help": "Optimizer steps."})
+    max_steps: int = 30_000
     eval_strategy: str | None = field(
         default=None, metadata={"help": "When to evaluate. null: steps, with an evaluation set."}
     )
-    eval_steps: float = field(default=1000, metadata={"help": "Steps between two evaluations."})
-    save_steps: float = field(default=1000, metadata={"help": "Steps between two checkpoints."})
+    eval_steps: float = 1000
+    save_steps: float = 1000
     eval_on_start: bool | None = field(
         default=None, metadata={"help": "Evaluate before training; the rule counts from it. null: if at all."}
     )
 
-    consistency_loss: str = field(
-        default="hidden_mse", metadata={"help": "hidden_mse, hidden_cosine, projected_cosine or logit_kl."}
-    )
-    consistency_weight: float = field(default=0.1, metadata={"help": "Weight λ of the consistency loss."})
-    consistency_warmup_steps: int = field(default=5000, metadata={"help": "Steps over which λ grows from 0."})
-    consistency_at: str = field(default="last", metadata={"help": "last (before the final norm) or normed."})
-    consistency_positions: str = field(
-        default="student", metadata={"help": "student (all that it masks) or both (masked for the teacher too)."}
-    )
-    consistency_reduction: str = field(default="mean", metadata={"help": "Over channels: mean, sum or relative."})
-    teacher: str = field(default="self", metadata={"help": "self (no gradient) or ema."})
-    gap_range: list[float] = field(
-        default_factory=lambda: [0.05, 0.30], metadata={"help": "The teacher's time is earlier by a gap from it."}
-    )
-    stop_at_perplexity_increase: float | None = field(
-        default=0.15, metadata={"help": "Stop where validation perplexity has grown by this share; 0: never."}
-    )
+    consistency_loss: str = "hidden_mse"
+    consistency_weight: float = 0.1
+    consistency_warmup_steps: int = 5000
+    consistency_at: str = "last"
+    consistency_positions: str = "student"
+    consistency_reduction: str = "mean"
+    teacher: str = "self"
+    gap_range: list[float] = field(default_factory=lambda: [0.05, 0.30])
+    stop_at_perplexity_increase: float | None = 0.15
 
     def __post_init__(self):
         if self.stop_at_perplexity_increase == 0:

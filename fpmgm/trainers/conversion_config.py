@@ -33,14 +33,12 @@ class ConversionConfig(MGMTrainingConfig):
         `ValueError`: on a value that is not allowed.
     """
 
-    max_steps: int = field(default=40_000, metadata={"help": "Optimizer steps."})
+    max_steps: int = 40_000
 
-    distillation_weight: float = field(default=0.1, metadata={"help": "Weight λ of the divergence."})
-    distillation_warmup_steps: int = field(default=5000, metadata={"help": "Steps over which λ grows from 0."})
-    distillation_temperature: float = field(default=1.5, metadata={"help": "Temperature τ of both softmaxes."})
-    gap_range: list[float] = field(
-        default_factory=lambda: [0.05, 0.30], metadata={"help": "The teacher's time is earlier by a gap from it."}
-    )
+    distillation_weight: float = 0.1
+    distillation_warmup_steps: int = 5000
+    distillation_temperature: float = 1.5
+    gap_range: list[float] = field(default_factory=lambda: [0.05, 0.30])
 
     def __post_init__(self):
         check_values(self, ALLOWED)

@@ -5,7 +5,7 @@ Shapes: B batch, K codebook size, E codebook dimension.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -45,14 +45,14 @@ class ImageTokenizerConfig(TrainingArguments):
         `ValueError`: on a value that is not allowed.
     """
 
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
-    warmup_steps: float = field(default=50, metadata={"help": "Steps of warm-up, or their share if below 1."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns that the model does not take."})
+    learning_rate: float = 1e-3
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 50
+    remove_unused_columns: bool = False
 
-    mirror: bool = field(default=False, metadata={"help": "Mirror half of the pictures, drawn anew at each step."})
-    restart_every: int = field(default=50, metadata={"help": "Steps after which unused codes are moved; 0: never."})
-    ignore_data_change: bool = field(default=False, metadata={"help": "Resume a run whose data has changed since."})
+    mirror: bool = False
+    restart_every: int = 50
+    ignore_data_change: bool = False
 
     def __post_init__(self):
         check_whole("restart_every", self.restart_every, minimum=0, unit="steps")

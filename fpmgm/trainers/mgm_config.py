@@ -68,51 +68,27 @@ class MGMTrainingConfig(TrainingArguments):
         `ValueError`: on a value that is not allowed.
     """
 
-    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "Learning-rate schedule."})
-    warmup_steps: float = field(default=2500, metadata={"help": "Steps of warm-up, or their share if below 1."})
+    learning_rate: float = 2e-4
+    lr_scheduler_type: str = "constant_with_warmup"
+    warmup_steps: float = 2500
     max_steps: int = field(default=1_000_000, metadata={"help": "Optimizer steps, unless by num_train_epochs."})
     num_train_epochs: float | None = field(default=None, metadata={"help": "Epochs. null: max_steps."})
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Sequences per device and micro-batch."})
-    logging_steps: float = field(default=50, metadata={"help": "Steps between two log lines."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not finite."})
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "See PyTorch's DDP."})
-    hub_strategy: str = field(default="end", metadata={"help": "When to push to the hub."})
+    per_device_train_batch_size: int = 64
+    logging_steps: float = 50
+    logging_nan_inf_filter: bool = False
+    ddp_find_unused_parameters: bool | None = False
+    hub_strategy: str = "end"
 
-    ema_decay: float | None = field(
-        default=0.9999,
-        metadata={"help": "Decay of the average of the weights that is evaluated and exported; 0: no average."},
-    )
-    loss_weighting: str | None = field(
-        default=None,
-        metadata={
-            "help": "elbo: weight 1/t, the bound's (default for text); uniform: every masked position alike (images)."
-        },
-    )
-    num_kept_iterations: int | None = field(
-        default=None,
-        metadata={"help": "Iterations with gradient that keep their activations; earlier ones run again. null: all."},
-    )
-    eval_num_draws: int | None = field(
-        default=None,
-        metadata={"help": "Draws of masks per row; null: until the perplexity is within 2 %, at most 64."},
-    )
-    completion_only_loss: bool = field(
-        default=True, metadata={"help": "Mask and score completions alone, not their prompts."}
-    )
-    completion_multiple: int = field(
-        default=32, metadata={"help": "Completions given as text are filled with EOS up to a multiple of this."}
-    )
-    long_rows: str = field(
-        default="error", metadata={"help": "Prompts and completions beyond the model's length: error, cut or drop."}
-    )
-    random_length_share: float = field(
-        default=0.0, metadata={"help": "Share of the steps whose rows are cut at a random length; text only."}
-    )
-    data_description: str | None = field(
-        default=None, metadata={"help": "What the model is trained on, for its card; null: not said."}
-    )
-    ignore_data_change: bool = field(default=False, metadata={"help": "Resume a run whose data has changed since."})
+    ema_decay: float | None = 0.9999
+    loss_weighting: str | None = None
+    num_kept_iterations: int | None = None
+    eval_num_draws: int | None = None
+    completion_only_loss: bool = True
+    completion_multiple: int = 32
+    long_rows: str = "error"
+    random_length_share: float = 0.0
+    data_description: str | None = None
+    ignore_data_change: bool = False
 
     def __post_init__(self):
         if self.ema_decay == 0:

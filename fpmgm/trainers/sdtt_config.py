@@ -35,10 +35,10 @@ class SDTTConfig(MGMTrainingConfig):
 
     max_steps: int = field(default=-1, metadata={"help": "Optimizer steps; -1: rounds times steps_per_round."})
 
-    rounds: int = field(default=7, metadata={"help": "Rounds of distillation."})
-    steps_per_round: int = field(default=10_000, metadata={"help": "Optimizer steps of a round."})
-    teacher_steps: int = field(default=2, metadata={"help": "Teacher's steps that a student's step replaces."})
-    first_step_size: float = field(default=1 / 1024, metadata={"help": "Teacher's step in time in the first round."})
+    rounds: int = 7
+    steps_per_round: int = 10_000
+    teacher_steps: int = 2
+    first_step_size: float = 1 / 1024
 
     def __post_init__(self):
         check_values(self, ALLOWED)
