@@ -6,9 +6,7 @@ import doctest
 import functools
 import importlib
 import importlib.util
-import os
 import pkgutil
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -17,6 +15,8 @@ import pytest
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 import fpmgm
+
+from .testing_utils import run_python
 
 
 PACKAGE = Path(fpmgm.__file__).parent
@@ -181,15 +181,8 @@ def test_the_core_works_where_the_extras_are_not_installed(tmp_path):
         if not entry.name.lower().startswith((*extras, "__editable__")) and entry.suffix != ".pth":
             (tmp_path / entry.name).symlink_to(entry)
     (tmp_path / "fpmgm").symlink_to(PACKAGE)
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.append({str(tmp_path)!r})\n{WITHOUT_EXTRAS}"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    script = f"import sys; sys.path.append({str(tmp_path)!r})\n{WITHOUT_EXTRAS}"
+    run_python("-I", "-S", "-c", script, cwd=tmp_path)
 
 
 # --- habits ----------------------------------------------------------------------------------------------------------

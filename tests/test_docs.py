@@ -6,9 +6,7 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
@@ -18,9 +16,9 @@ from transformers import TrainingArguments
 from fpmgm import command_line
 
 from .hub_server import HubServer
+from .testing_utils import ROOT, run_python
 
 
-ROOT = Path(__file__).parents[1]
 PROJECT = load_file(ROOT / "pyproject.toml")["project"]
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
@@ -40,13 +38,8 @@ def errors(tmp_path_factory) -> dict[str, str]:
     (folder / "pages.json").write_text(json.dumps({name: found for name, found in PYTHON.items() if found}))
     with HubServer() as server:
         here = {"HF_ENDPOINT": server.url, "HF_TOKEN": "dummy", "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "home")}
-        subprocess.run(
-            [sys.executable, "-m", "tests.docs_script", "pages.json", "errors.json"],
-            check=True,
-            cwd=folder,
-            env={**os.environ, **here, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            timeout=600,
-        )
+        command = ("-m", "tests.docs_script", "pages.json", "errors.json")
+        run_python(*command, cwd=folder, **here, PYTHONPATH=str(ROOT))
     return json.loads((folder / "errors.json").read_text(encoding="utf-8"))
 
 
@@ -153,15 +146,8 @@ def test_the_picture_of_the_method_is_the_one_that_its_script_draws(theme):
 
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs_autorefs", reason="needs `pip install 'fpmgm[docs]'`")
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    command = ("-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site"))
+    run_python(*command, NO_MKDOCS_2_WARNING="1")
     reference = {page.parent.name: page.read_text("utf-8") for page in tmp_path.glob("site/reference/*/index.html")}
     assert 'id="fpmgm.MGMGenerationMixin.generate"' in reference["sampling"]
     # Markdown takes the >>> of an example for a quotation, unless it stands under "Examples:" or between fences.

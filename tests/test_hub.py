@@ -2,10 +2,8 @@
 """Pushing to a hub and loading, where fpmgm is not installed, what was pushed or saved."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from .hub_server import HubServer
+from .testing_utils import ROOT, run_python
 
 
 PUSH = """
@@ -192,102 +191,37 @@ save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folde
 KINDS = [f"{source} {how}" for source in ("hub", "local") for how in ("AutoModel", "AutoModelForMaskedLM", "again")]
 
 
-RELEASED = [str(path.parent) for path in (Path(__file__).parents[1] / "model_cards").glob("*/results.json")]
+RELEASED = [str(path.parent) for path in (ROOT / "model_cards").glob("*/results.json")]
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """The server after the push, and the folder with what was written before it and read after it."""
+    """The server after the push, and what was written before it and read after it, tensors and other facts."""
     folder = tmp_path_factory.mktemp("hub")
     with HubServer() as server:
         environment = {
-            **{name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")},
-            **{"HF_ENDPOINT": server.url, "HF_TOKEN": "dummy", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"},
-            **{"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
+            **{"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"},
+            **{"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1"},
+            **{"HF_ENDPOINT": server.url, "HF_TOKEN": "dummy", "PYTHONIOENCODING": "utf-8"},
         }
-        root = str(Path(__file__).parents[1])
         for name, script, options, own in (
-            ("push", PUSH, [], {"PYTHONPATH": root}),
+            ("push", PUSH, [], {"PYTHONPATH": str(ROOT)}),
             ("load", LOAD, ["-I"], {}),  # -I: neither this folder nor PYTHONPATH
         ):
-            done = subprocess.run(
-                [sys.executable, *options, "-c", script, str(folder), json.dumps(RELEASED)],
-                cwd=folder,
-                env={**environment, "HF_HOME": str(folder / f"home-{name}"), **own},
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=300,
-            )
-            assert done.returncode == 0, f"{name}: {done.stderr[-4000:]}"
-        yield server, folder
+            command = [*options, "-c", script, str(folder), json.dumps(RELEASED)]
+            run_python(*command, cwd=folder, **environment, HF_HOME=str(folder / f"home-{name}"), **own)
+        files = {
+            name: load_file(folder / f"{name}.safetensors") for name in ("written", "loaded", "average", "adapted")
+        }
+        notes = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("facts", "tokens", "texts")}
+        yield SimpleNamespace(repositories=server.repositories, server=server, **files, **notes)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_works_the_same_where_fpmgm_is_not_installed(hub, kind):
-    _, folder = hub
-    written, loaded = load_file(folder / "written.safetensors"), load_file(folder / "loaded.safetensors")
-    torch.testing.assert_close(loaded[f"{kind}/logits"], written["logits"], rtol=0, atol=0)
-    for name in ("with_arguments", "with_its_own_configuration"):
-        assert torch.equal(loaded[f"{kind}/{name}"], written[name])
-
-
-@pytest.mark.parametrize("released", RELEASED)
-def test_a_released_checkpoint_writes_what_it_wrote_where_fpmgm_is_not_installed(hub, released):
-    expected = json.loads((Path(released) / "results.json").read_text(encoding="utf-8"))["tokens_of_budget_24"]
-    assert json.loads((hub[1] / "facts.json").read_text())[released] == expected
-
-
-def test_a_pushed_pipeline_writes_the_same_where_fpmgm_is_not_installed(hub):
-    texts = json.loads((hub[1] / "texts.json").read_text())
-    assert json.loads((hub[1] / "facts.json").read_text())["texts"] == texts
-    assert all(text["generated_text"] and text["block_evaluations"] == 20 for (text,) in texts)
-
-
-def test_an_image_model_works_the_same_where_fpmgm_is_not_installed(hub):
-    written, loaded = (load_file(hub[1] / name)["codes"] for name in ("written.safetensors", "loaded.safetensors"))
-    assert torch.equal(loaded, written)
-
-
-def test_a_pushed_pipeline_draws_the_same(hub):
-    written = load_file(hub[1] / "written.safetensors")
-    assert torch.equal(written["hub codes"], written["made codes"])
-    assert torch.equal(written["hub images"], written["made images"])
-    request = hub[0].requests["tester/pipeline"]  # older clients say `private`
-    assert hub[0].commits["tester/pipeline"] == 1 and (request.get("visibility") == "private" or request["private"])
-    card = ModelCard(hub[0].repositories["tester/pipeline"]["README.md"].decode())
-    assert 'FPMaskGITPipeline.from_pretrained("tester/pipeline")' in card.text
-    assert card.data.library_name == "fpmgm"
-    files = hub[0].repositories["tester/pipeline"]
-    assert files["modeling_xqgan.py"] == files["vq/modeling_xqgan.py"]  # the code is found from both places
-
-
-def test_a_pipeline_pushed_again_replaces_its_parts_and_keeps_what_was_written_by_hand(hub):
-    first, again = (dict(hub[0].repositories[f"tester/{name}"]) for name in ("pipeline", "again"))
-    assert again.pop("README.md") == again.pop("examples/model.png") == b"by hand"
-    first.pop("README.md")
-    assert again == first
-
-
-@pytest.mark.parametrize("source", ["hub", "local"])
-def test_the_parts_of_a_pipeline_work_the_same_where_fpmgm_is_not_installed(hub, source):
-    written, loaded = (load_file(hub[1] / name) for name in ("written.safetensors", "loaded.safetensors"))
-    assert torch.equal(loaded[f"{source} codes"], written[f"{source} codes"])
-    images = ((loaded[f"{source} pixels"] + 1) * 127.5).round().byte()
-    assert torch.equal(images, written[f"{source} images"])
-    assert len(images.unique()) > 20  # something that could differ
-    assert json.loads((hub[1] / "facts.json").read_text())[f"{source} pipeline"] == "LABEL_2"
-
-
-def test_a_part_of_a_pipeline_is_a_checkpoint_of_its_own(hub):
-    loaded = load_file(hub[1] / "loaded.safetensors")
-    assert torch.equal(loaded["part codes"], loaded["local codes"])
-    torch.testing.assert_close(loaded["plain pixels"].clamp(-1, 1), loaded["local pixels"])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_generation_configuration_keeps_its_class_and_values(hub, kind):
-    facts = json.loads((hub[1] / "facts.json").read_text())[kind]
+    for name in ("logits", "with_arguments", "with_its_own_configuration"):
+        assert torch.equal(hub.loaded[f"{kind}/{name}"], hub.written[name])
+    facts = dict(hub.facts[kind])
     assert facts.pop("module").startswith("transformers_modules.")
     assert facts == {
         "class": "MGMGenerationConfig", "budget": 18, "allocation": "fixed", "reuse": "full", "temperature": 0.5,
@@ -295,18 +229,59 @@ def test_the_generation_configuration_keeps_its_class_and_values(hub, kind):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("released", RELEASED)
+def test_a_released_checkpoint_writes_what_it_wrote_where_fpmgm_is_not_installed(hub, released):
+    expected = json.loads((Path(released) / "results.json").read_text(encoding="utf-8"))["tokens_of_budget_24"]
+    assert hub.facts[released] == expected
+
+
+def test_a_pushed_pipeline_writes_the_same_where_fpmgm_is_not_installed(hub):
+    assert hub.facts["texts"] == hub.texts
+    assert all(text["generated_text"] and text["block_evaluations"] == 20 for (text,) in hub.texts)
+
+
+def test_a_pushed_pipeline_draws_the_same(hub):
+    assert torch.equal(hub.written["hub codes"], hub.written["made codes"])
+    assert torch.equal(hub.written["hub images"], hub.written["made images"])
+    request, files = hub.server.requests["tester/pipeline"], hub.repositories["tester/pipeline"]
+    assert hub.server.commits["tester/pipeline"] == 1
+    assert request.get("visibility") == "private" or request["private"]  # as older clients say it
+    card = ModelCard(files["README.md"].decode())
+    assert 'FPMaskGITPipeline.from_pretrained("tester/pipeline")' in card.text
+    assert card.data.library_name == "fpmgm"
+    assert files["modeling_xqgan.py"] == files["vq/modeling_xqgan.py"]  # the code is found from both places
+
+
+def test_a_pipeline_pushed_again_replaces_its_parts_and_keeps_what_was_written_by_hand(hub):
+    first, again = (dict(hub.repositories[f"tester/{name}"]) for name in ("pipeline", "again"))
+    assert again.pop("README.md") == again.pop("examples/model.png") == b"by hand"
+    first.pop("README.md")
+    assert again == first
+
+
+@pytest.mark.parametrize("source", ["hub", "local"])
+def test_the_parts_of_a_pipeline_work_the_same_where_fpmgm_is_not_installed(hub, source):
+    assert torch.equal(hub.loaded["codes"], hub.written["codes"])  # of a model that is no part
+    assert torch.equal(hub.loaded[f"{source} codes"], hub.written[f"{source} codes"])
+    images = ((hub.loaded[f"{source} pixels"] + 1) * 127.5).round().byte()
+    assert torch.equal(images, hub.written[f"{source} images"])
+    assert len(images.unique()) > 20  # something that could differ
+    assert hub.facts[f"{source} pipeline"] == "LABEL_2"
+
+
+def test_a_part_of_a_pipeline_is_a_checkpoint_of_its_own(hub):
+    assert torch.equal(hub.loaded["part codes"], hub.loaded["local codes"])
+    torch.testing.assert_close(hub.loaded["plain pixels"].clamp(-1, 1), hub.loaded["local pixels"])
+
+
 def test_the_tokenizer_travels_along(hub):
-    facts = json.loads((hub[1] / "facts.json").read_text())
-    _, expected = json.loads((hub[1] / "tokens.json").read_text())
-    assert [facts[f"{name} tokens"] for name in ("hub", "local", "trained")] == [expected] * 3
+    assert [hub.facts[f"{name} tokens"] for name in ("hub", "local", "trained")] == [hub.tokens[1]] * 3
 
 
 def test_the_trainer_pushes_the_average_and_its_card(hub):
-    server, folder = hub
-    average, loaded = load_file(folder / "average.safetensors"), load_file(folder / "loaded.safetensors")
-    for name, tensor in average.items():
-        torch.testing.assert_close(loaded[f"trained/{name}"], tensor, rtol=0, atol=0)
-    files = server.repositories["tester/trained"]
+    for name, tensor in hub.average.items():
+        assert torch.equal(hub.loaded[f"trained/{name}"], tensor)
+    files = hub.repositories["tester/trained"]
     card = ModelCard(files["README.md"].decode())
     assert "cats and mats" in card.text
     assert 'from_pretrained("tester/trained"' in card.text
@@ -316,11 +291,9 @@ def test_the_trainer_pushes_the_average_and_its_card(hub):
 
 
 def test_a_pushed_adapter_is_loaded_with_the_model_that_its_card_names(hub):
-    server, folder = hub
-    loaded = load_file(folder / "loaded.safetensors")["adapter/logits"]
-    torch.testing.assert_close(loaded, load_file(folder / "adapted.safetensors")["logits"])
-    assert (loaded - load_file(folder / "written.safetensors")["logits"]).abs().max() > 1e-3
-    files = server.repositories["tester/adapter"]
+    torch.testing.assert_close(hub.loaded["adapter/logits"], hub.adapted["logits"])
+    assert (hub.adapted["logits"] - hub.written["logits"]).abs().max() > 1e-3
+    files = hub.repositories["tester/adapter"]
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= set(files)
     assert "model.safetensors" not in files
     card = ModelCard(files["README.md"].decode())
@@ -329,7 +302,7 @@ def test_a_pushed_adapter_is_loaded_with_the_model_that_its_card_names(hub):
 
 
 def test_a_pushed_checkpoint_is_whole(hub):
-    files = hub[0].repositories["tester/saved"]
+    files = hub.repositories["tester/saved"]
     pushed = {name.removeprefix("last-checkpoint/"): data for name, data in files.items() if "/" in name}
     listed = json.loads(pushed.pop("checkpoint_files.json"))
     assert {"model.safetensors", "ema.safetensors", "optimizer.pt", "trainer_state.json"} < listed.keys()
@@ -337,10 +310,9 @@ def test_a_pushed_checkpoint_is_whole(hub):
 
 
 def test_no_code_but_the_models_folder_is_pushed(hub):
-    server, _ = hub
-    code = {name for name in server.repositories["tester/tiny"] if name.endswith(".py")}
-    models = {path.name for path in (Path(__file__).parents[1] / "fpmgm/models").glob("*.py")}
+    code = {name for name in hub.repositories["tester/tiny"] if name.endswith(".py")}
+    models = {path.name for path in (ROOT / "fpmgm/models").glob("*.py")}
     assert "modeling_fpmdlm.py" in code
     assert code <= models
-    assert code == {name for name in server.repositories["tester/trained"] if name.endswith(".py")}
-    assert {Path(name).name for name in server.repositories["tester/pipeline"] if name.endswith(".py")} <= models
+    assert code == {name for name in hub.repositories["tester/trained"] if name.endswith(".py")}
+    assert {Path(name).name for name in hub.repositories["tester/pipeline"] if name.endswith(".py")} <= models

@@ -14,7 +14,7 @@ from fpmgm.analysis import masked_trajectory, measure_solver
 from fpmgm.conversion import layer_similarity
 from fpmgm.data import load_text, pack
 from tests.evaluation.helpers import tiny_judge
-from tests.testing_utils import tiny_image_model, tiny_model
+from tests.testing_utils import refused, tiny_image_model, tiny_model
 
 
 FEW = ["--num_sequences", "3", "--batch_size", "2", "--num_steps", "4"]
@@ -97,8 +97,6 @@ def test_what_cannot_be_compared_is_refused(folder):
     quiet = ["--device", "cpu", "--output_dir", str(folder / "out")]
     with pytest.raises(ValueError, match="differ in \\(vocabulary, mask id\\)"):
         analyse.main(["--model", str(folder / "fp"), str(folder / "other"), *quiet])
-    with pytest.raises(ValueError, match=r"names .* twice"):
-        analyse.main(["--model", str(folder / "fp"), f"{folder}/./fp", *quiet])
+    refused(r"names .* twice", analyse.main, ["--model", str(folder / "fp"), f"{folder}/./fp", *quiet])
     argv = ["--model", str(folder / "fp"), "--text_files", str(folder / "text.txt"), "--num_sequences", "500"]
-    with pytest.raises(ValueError, match="the data give 22 sequences, fewer than `num_sequences`=500"):
-        analyse.main([*argv, *quiet])
+    refused("the data give 22 sequences, fewer than `num_sequences`=500", analyse.main, [*argv, *quiet])

@@ -9,7 +9,7 @@ import yaml
 import estimate_cost
 from fpmgm.analysis.cost import count_parameters
 from tests.recipes.options import RECIPES
-from tests.testing_utils import tiny_config
+from tests.testing_utils import refused, tiny_config
 
 
 SHORT = ["--budgets", "24", "--batch_size", "64", "--gpus", "4"]
@@ -106,8 +106,7 @@ def test_this_machine_is_timed(tmp_path):
     ],
 )
 def test_bad_arguments_are_refused(argv, message):
-    with pytest.raises(ValueError, match=message):
-        estimate_cost.main(argv)
+    refused(message, estimate_cost.main, argv)
 
 
 @pytest.mark.parametrize("name", ["mdlm_2b", "gone/folder", "gone.yaml"])

@@ -2,10 +2,7 @@
 """The recipes that judge samples, on a tiny model under a tiny judge."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +18,7 @@ from fpmgm.evaluation import clearly_below, elbo_perplexity, perplexity_at_entro
 from judged_samples import JudgedSamplesArguments, check_settings
 from tests.evaluation.helpers import judged_model, tiny_judge
 from tests.recipes.options import RECIPES
-from tests.testing_utils import saved_adapter, tiny_model
+from tests.testing_utils import refused, run_python, saved_adapter, tiny_model
 
 
 @pytest.mark.parametrize(
@@ -34,8 +31,7 @@ from tests.testing_utils import saved_adapter, tiny_model
     ],
 )
 def test_options_of_another_judge_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        JudgedSamplesArguments(**options)
+    refused(message, JudgedSamplesArguments, **options)
 
 
 def arguments(folder: Path, output: Path, *extra: str) -> list[str]:
@@ -73,8 +69,7 @@ def test_mauve_against_too_little_text_is_refused(folder, tmp_path):
 
 def test_the_frontier_compares_at_equal_entropy(folder, tmp_path, capsys):
     argv = arguments(folder, tmp_path, "--model", str(folder / "fp"), "--budgets", "6", "12", "--num_samples", "6")
-    with pytest.raises(ValueError, match="give `temperature` or `top_p`"):
-        frontier.main(argv)
+    refused("give `temperature` or `top_p`", frontier.main, argv)
     found = frontier.main([*argv, "--temperature", "0.2", "0.5", "1.0"])
     assert json.loads((tmp_path / "frontier.json").read_text()) == found
     assert [p["label"] for p in found["curves"]["fp, budget 6"]] == [f"temperature {t}" for t in (0.2, 0.5, 1.0)]
@@ -139,8 +134,7 @@ def test_what_a_later_model_or_setting_cannot_do_is_said_before_the_first_is_sam
         (tmp_path / "settings.yaml").write_text(options[1])
         options = ["--settings", str(tmp_path / "settings.yaml"), "--output", str(tmp_path / "found")]
     command = ["latency"] if recipe is sweep else []
-    with pytest.raises(ValueError, match=message):
-        recipe.main([*command, *arguments(folder, tmp_path, *models, *options)])
+    refused(message, recipe.main, [*command, *arguments(folder, tmp_path, *models, *options)])
     assert not (tmp_path / "cache").exists()
 
 
@@ -179,8 +173,7 @@ def test_the_settings_that_are_here_are_options_of_generate(folder, path):
 def test_likelihood_has_a_row_for_each_model_corpus_and_number_of_iterations(folder, tmp_path):
     other = tmp_path / "other.txt"
     for wrong in (["--blocks", "0"], ["--iterations", "2", "0"]):
-        with pytest.raises(ValueError, match=f"`{wrong[0][2:]}`=0"):
-            likelihood.main(["--model", str(folder / "fp"), *wrong])
+        refused(f"`{wrong[0][2:]}`=0", likelihood.main, ["--model", str(folder / "fp"), *wrong])
     other.write_text("Pack my box with five dozen liquor jugs.\n" * 4)
     argv = ["--model", str(folder / "fp"), str(folder / "plain"), "--text_files", str(folder / "text.txt"), str(other)]
     argv += ["--iterations", "1", "4", "--num_draws", "2", "--device", "cpu", "--output_dir", str(tmp_path)]
@@ -262,11 +255,9 @@ def test_tuning_goes_by_rungs_and_refuses_what_loses_entropy(folder, tmp_path):
 @pytest.mark.slow
 def test_a_recipe_reads_writes_and_prints_under_an_ascii_locale(folder, tmp_path):
     (tmp_path / "text.txt").write_text("Příliš žluťoučký kůň. " * 20, encoding="utf-8")
-    command = [sys.executable, str(RECIPES / "likelihood.py"), "--model", str(folder / "fp"), "--device", "cpu"]
+    command = [str(RECIPES / "likelihood.py"), "--model", str(folder / "fp"), "--device", "cpu"]
     command += ["--text_files", str(tmp_path / "text.txt"), "--num_draws", "2", "--output_dir", str(tmp_path)]
-    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONPATH": str(RECIPES.parent)}
-    done = subprocess.run(command, env=environment, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_python(*command, LC_ALL="C", PYTHONUTF8="0", PYTHONPATH=str(RECIPES.parent))
     assert " ± " in (tmp_path / "likelihood.md").read_text(encoding="utf-8")
 
 
@@ -274,11 +265,9 @@ def test_a_recipe_reads_writes_and_prints_under_an_ascii_locale(folder, tmp_path
 def test_two_processes_report_what_one_does(folder, tmp_path):
     argv = ["--model", str(folder / "fp"), "--budgets", "6", "--num_samples", "7", "--reuse", "full"]
     single = budget_report.main(arguments(folder, tmp_path / "one", *argv))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(RECIPES / "budget_report.py"), *arguments(folder, tmp_path / "two", *argv)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(RECIPES.parent)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_python(*command, PYTHONPATH=str(RECIPES.parent))
     several = json.loads((tmp_path / "two" / "fp.json").read_text())
     assert several["provenance"]["processes"] == 2
     assert len(list((tmp_path / "two" / "cache").glob("*-1.jsonl"))) == 2  # the second process sampled and scored

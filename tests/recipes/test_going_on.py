@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 import train_owt
 from fpmgm.trainers.lock import hold_folder
 from tests.recipes.options import QUIET, SMALL, configured
+from tests.testing_utils import refused
 from tests.trainers import faults
 
 
@@ -41,9 +42,9 @@ def test_text_that_was_appended_is_named_and_its_tokenizer_is_not_trained_again(
     with (begun / "text.txt").open("a") as file:
         file.write(MORE)
     larger = (begun / "text.txt").stat().st_size
-    with pytest.raises(ValueError, match=rf"`text_files` \(file 1 has {larger:,} bytes, not {size:,}\)") as caught:
-        train_owt.main(command(begun, 4))
-    assert "tokenizer" not in str(caught.value) and "`ignore_data_change=True`" in str(caught.value)
+    message = rf"`text_files` \(file 1 has {larger:,} bytes, not {size:,}\)"
+    said = refused(message, train_owt.main, command(begun, 4))
+    assert "tokenizer" not in said and "`ignore_data_change=True`" in said
     train_owt.main(command(begun, 4, "--ignore_data_change"))
     assert AutoTokenizer.from_pretrained(begun / "out").get_vocab() == before
     assert json.loads((begun / "out/checkpoint-4/trainer_state.json").read_text())["global_step"] == 4
@@ -60,17 +61,14 @@ def test_other_options_are_named(begun):
         (["--eval_share", "0.2"], "`eval_share`=0.2, not 0.01.*the training rows"),
         (["--learning_rate", "3"], "`learning_rate`=3.0"),
     ):
-        with pytest.raises(ValueError, match=f"checkpoint of another run: .*{named}"):
-            train_owt.main(command(begun / "moved", 2, *options))
+        refused(f"checkpoint of another run: .*{named}", train_owt.main, command(begun / "moved", 2, *options))
     train_owt.main(command(begun / "moved", 2))
 
 
 def test_a_folder_whose_checkpoints_are_all_damaged_is_not_begun_anew(begun):
     os.truncate(begun / "out/checkpoint-2/trainer_state.json", 30)
-    with pytest.raises(
-        ValueError, match=r"no whole checkpoint is in .*checkpoint-2 is incomplete: it lacks all but 30"
-    ):
-        train_owt.main(command(begun, 2))
+    message = r"no whole checkpoint is in .*checkpoint-2 is incomplete: it lacks all but 30"
+    refused(message, train_owt.main, command(begun, 2))
 
 
 def hold(folder: Path) -> None:
@@ -85,8 +83,7 @@ def test_nothing_is_prepared_in_a_folder_that_another_run_holds(tmp_path):
     while not (tmp_path / "out/ready").exists():
         time.sleep(0.01)
     try:
-        with pytest.raises(ValueError, match=f"in use by another run: process {pid} on "):
-            train_owt.main(command(tmp_path, 2))
+        refused(f"in use by another run: process {pid} on ", train_owt.main, command(tmp_path, 2))
         assert {path.name for path in (tmp_path / "out").iterdir()} == {"ready", "_lock"}
     finally:
         os.kill(pid, signal.SIGKILL)

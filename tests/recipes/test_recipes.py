@@ -33,7 +33,7 @@ from fpmgm.trainers import ConsistencyConfig, ConversionConfig, ImageTokenizerCo
 from fpmgm.trainers.peft import LoraArguments
 from image_data import CodesArguments, PictureArguments
 from tests.recipes.options import QUIET, RECIPES, SHORT, SMALL, configured
-from tests.testing_utils import tiny_config, tiny_image_model, tiny_image_tokenizer, tiny_model
+from tests.testing_utils import refused, tiny_image_model, tiny_image_tokenizer, tiny_model
 from text_data import DataArguments, PromptArguments
 from train_and_export import OptionalStartArguments, StartArguments
 
@@ -171,10 +171,8 @@ def test_an_adapter_is_trained_on_a_model_folder_and_can_be_sampled(tmp_path, te
         (["--hidden_size", "32"], r"\{'hidden_size': 32\} is not what `model_name_or_path`"),
         (["--tokenizer", str(other_tokenizer(tmp_path))], "`tokenizer` has 270 tokens"),
     ):
-        with pytest.raises(ValueError, match=message):
-            train_owt.main([*start, *wrong])
-    with pytest.raises(ValueError, match=r"`use_peft`.*`model_name_or_path`"):
-        train_owt.main([*fresh, "--use_peft", "--output_dir", adapter])
+        refused(message, train_owt.main, [*start, *wrong])
+    refused(r"`use_peft`.*`model_name_or_path`", train_owt.main, [*fresh, "--use_peft", "--output_dir", adapter])
 
 
 def other_tokenizer(folder: Path) -> Path:
@@ -216,21 +214,6 @@ def test_the_quickstart_tells_stories_and_trains_a_model_that_loads(tmp_path, te
     assert (tmp_path / "denoising.png").stat().st_size > 1000
     model = AutoModel.from_pretrained(tmp_path / "fp_mdlm")
     assert model.generate(budget=12, seed=0).shape == torch.Size([1, 16])
-
-
-def test_a_text_too_short_for_a_block_is_refused(tmp_path):
-    path = tmp_path / "short.txt"
-    path.write_text("Too short. " * 12)
-    argv = [*configured("fp_mdlm_small"), "--text_files", str(path), *SMALL, *QUIET]
-    argv += ["--output_dir", str(tmp_path / "out"), "--max_position_embeddings", "1024"]
-    with pytest.raises(ValueError, match="shorter than one block of `length`=1024"):
-        train_owt.main([*argv, "--tokenizer_vocab_size", "258"])
-
-
-def test_model_arguments_are_the_architectures_own_fields():
-    own = set(vars(train_owt.ModelArguments()))
-    assert own < set(vars(tiny_config()))
-    assert {"input_injection", "num_fixed_point_layers", "dropout"} < own and "vocab_size" not in own
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,12 @@
 import json
 from pathlib import Path
 
-import pytest
 from transformers import AutoModel, AutoTokenizer
 
 import sample
 import train_sft
 from tests.recipes.options import QUIET, SHORT, SMALL, configured
+from tests.testing_utils import refused
 
 
 WORDS = ("stone", "river", "light", "cloud", "bread", "house", "paper", "green")
@@ -67,5 +67,4 @@ def test_files_without_answers_are_refused(tmp_path):
         ([{"prompt": "a", "completion": "b"}], "too few to hold some out"),
     ):
         argv = [*configured("sft_small"), "--text_files", write(tmp_path / "a.jsonl", rows), *SMALL, *EVERY_TWO]
-        with pytest.raises(ValueError, match=message):
-            train_sft.main([*argv, "--max_steps", "1", "--output_dir", str(tmp_path / "model")])
+        refused(message, train_sft.main, [*argv, "--max_steps", "1", "--output_dir", str(tmp_path / "model")])

@@ -20,7 +20,7 @@ from fpmgm import FPMDLMConfig
 from fpmgm.evaluation import load_judge
 from study import release, run, train
 from study.plan import load_plan
-from tests.testing_utils import word_tokenizer
+from tests.testing_utils import refused, word_tokenizer
 
 
 TINY = Path(run.__file__).parent / "tiny.yaml"
@@ -62,12 +62,10 @@ def test_a_world_does_not_depend_on_interruptions_and_grows(tmp_path, truth):
     assert len(grown["input_ids"]) == 11 and grown["input_ids"][:10].equal(whole["input_ids"])
     other = world(tmp_path / "b", truth, "--num_texts", "10", "--seed", "1")
     assert not other["input_ids"].equal(whole["input_ids"])
-    with pytest.raises(ValueError, match=r"holds a world of \{'seed': 1\}"):
-        world(tmp_path / "b", truth)
+    refused(r"holds a world of \{'seed': 1\}", world, tmp_path / "b", truth)
     rows = sample_world.World(tmp_path / "a", 3, skip=8)
     assert rows[0]["input_ids"].tolist() == whole["input_ids"][8].tolist()
-    with pytest.raises(ValueError, match="holds 11 texts, not 9 \\+ 3"):
-        sample_world.World(tmp_path / "a", 3, skip=9)
+    refused("holds 11 texts, not 9 \\+ 3", sample_world.World, tmp_path / "a", 3, skip=9)
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +129,7 @@ def test_the_same_command_repeats_nothing_and_makes_what_is_missing_as_before(st
     run.main(["--plan", str(studied / "other.yaml"), *arguments(studied, truth, "--rows", "fp_mdlm")[2:]])
     assert json.loads(judged.read_text())["likelihood_draws"] == 3
     judged.write_text(finished)
-    with pytest.raises(ValueError, match=r"`rows`: \['fp'\] are none of"):
-        run.main(arguments(studied, truth, "--rows", "fp"))
+    refused(r"`rows`: \['fp'\] are none of", run.main, arguments(studied, truth, "--rows", "fp"))
     plan = TINY.read_text().replace("temperature: 0.5, reuse", "temperature: 0.7, reuse")  # asked of other settings
     (studied / "other.yaml").write_text(plan)
     run.main(["--plan", str(studied / "other.yaml"), *arguments(studied, truth, "--rows", "fp_mdlm")[2:]])
@@ -153,8 +150,7 @@ def test_a_row_whose_start_was_trained_again_since_is_refused(tmp_path):
     (export / "training.json").write_text(json.dumps(known))
     train.check_same_row(plan, row, export)
     weights.write_bytes(b"other")
-    with pytest.raises(ValueError, match=f"cofre went on from other weights than .*{row.start} holds now"):
-        train.check_same_row(plan, row, export)
+    refused(f"cofre went on from other weights than .*{row.start} holds now", train.check_same_row, plan, row, export)
     (export / "training.json").write_text(json.dumps({"asked": known["asked"]}))  # an earlier version's
     train.check_same_row(plan, row, export)
 
@@ -222,27 +218,13 @@ def test_budget_report_judges_by_the_truth(studied, truth, tmp_path):
         ([{"name": "a"}, {"name": "b", "start": "a", "seeds": 2}], "starts from 'a_seed1'"),
         ([{"name": "a", "trainer": "sdtt"}], "needs `start`"),
         ([{"name": "a", "judged": "well"}], "`judged`='well'"),
+        ([{"name": "a"}], r"`release` names \['b'\]"),
     ],
 )
 def test_a_plan_without_sense_is_refused(tmp_path, rows, message):
-    shared = {"world": {}, "model": {}, "training": {}, "judging": {}}
+    shared = {"world": {}, "model": {}, "training": {}, "judging": {}, "release": {"out": {"row": "b"}}}
     (tmp_path / "plan.yaml").write_text(json.dumps({**shared, "rows": rows}))
-    with pytest.raises(ValueError, match=message):
-        load_plan(tmp_path / "plan.yaml")
-
-
-def test_a_release_of_no_row_is_refused(tmp_path):
-    plan = {
-        "world": {},
-        "model": {},
-        "training": {},
-        "judging": {},
-        "rows": [{"name": "a"}],
-        "release": {"out": {"row": "b"}},
-    }
-    (tmp_path / "plan.yaml").write_text(json.dumps(plan))
-    with pytest.raises(ValueError, match=r"`release` names \['b'\]"):
-        load_plan(tmp_path / "plan.yaml")
+    refused(message, load_plan, tmp_path / "plan.yaml")
 
 
 def test_a_judge_learns_the_texts(truth, tmp_path):

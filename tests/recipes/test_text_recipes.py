@@ -12,7 +12,7 @@ from transformers import BertTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 import sample
 import train_owt
 from fpmgm.data import pack, train_tokenizer
-from tests.testing_utils import tiny_model, word_tokenizer
+from tests.testing_utils import refused, tiny_model, word_tokenizer
 from text_data import DataArguments, load_blocks, load_tokenizer
 
 
@@ -86,8 +86,7 @@ def test_sampling_needs_neither_bos_nor_eos(tmp_path):
     (text,) = sample.main([*options, "--prompt", "a b", "--max_new_tokens", "4", "--order", "entropy"])
     assert len(text.split()) == 6 and text.split()[:2] == ["a", "b"]
     (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match=f"no tokenizer can be read from '{tmp_path}'"):
-        sample.main(options)
+    refused(f"no tokenizer can be read from '{tmp_path}'", sample.main, options)
 
 
 def test_a_tokenizer_of_bert_begins_and_ends_texts_by_cls_and_sep():
@@ -106,8 +105,7 @@ def test_a_tokenizer_of_bert_begins_and_ends_texts_by_cls_and_sep():
     ],
 )
 def test_options_that_would_do_nothing_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        DataArguments(text_files=["b.txt"], **options)
+    refused(message, DataArguments, text_files=["b.txt"], **options)
 
 
 def test_a_text_ends_where_the_model_says_or_else_the_tokenizer(tmp_path):
@@ -120,26 +118,14 @@ def test_a_text_ends_where_the_model_says_or_else_the_tokenizer(tmp_path):
     for ends, expected in (([letter, 7], "t"), (None, "t" * 5)):
         model.generation_config.eos_token_id = ends
         model.save_pretrained(tmp_path)
-        argv = [
-            "--model",
-            str(tmp_path),
-            "--length",
-            "5",
-            "--stop_at_eos",
-            "True",
-            "--budget",
-            "12",
-            "--device",
-            "cpu",
-        ]
-        assert sample.main(argv) == [expected]
+        argv = ["--model", str(tmp_path), "--length", "5", "--stop_at_eos", "True", "--budget", "12"]
+        assert sample.main([*argv, "--device", "cpu"]) == [expected]
 
 
 @pytest.mark.parametrize(("given", "model"), [("tokenizer", None), ("model_name_or_path", "folder")])
 def test_a_size_beside_a_tokenizer_that_is_there_is_refused(given, model):
     data = DataArguments(tokenizer=None if model else "folder", tokenizer_vocab_size=300)
-    with pytest.raises(ValueError, match=f"`tokenizer_vocab_size`=300 does nothing beside `{given}`.*or at 2048"):
-        load_tokenizer(data, model)
+    refused(f"`tokenizer_vocab_size`=300 does nothing beside `{given}`.*or at 2048", load_tokenizer, data, model)
 
 
 def test_rows_without_text_train_a_tokenizer_and_are_packed(tmp_path):
@@ -151,5 +137,4 @@ def test_rows_without_text_train_a_tokenizer_and_are_packed(tmp_path):
     tokens = 30 * (len(tokenizer("the cat sat on the mat")["input_ids"]) + 1)
     assert len(train) + len(validation) == tokens // 14 and len(validation) == round(0.2 * (tokens // 14))
     data.eval_share = 1.5
-    with pytest.raises(ValueError, match=r"`eval_share`=1.5 must lie between 0 and 1"):
-        load_blocks(data, tokenizer, 16)
+    refused(r"`eval_share`=1.5 must lie between 0 and 1", load_blocks, data, tokenizer, 16)
