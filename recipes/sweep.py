@@ -40,7 +40,7 @@ from fpmgm.evaluation.report import short_names, table, write_report
 from fpmgm.evaluation.store import fingerprint
 from fpmgm.models.budget import ALLOCATIONS, explicit_plan
 from fpmgm.models.reuse import REUSES
-from fpmgm.trainers.checkpoints import missing_files
+from fpmgm.trainers.checkpoints import checkpoint_step, missing_files
 from fpmgm.trainers.ema import EMA_FILE
 from judged_samples import (
     JudgedSamplesArguments,
@@ -316,7 +316,7 @@ def checkpoints_of(run: str) -> list[tuple[int, Path]]:
     folders = [folder for folder in Path(run).glob("checkpoint-*") if not missing_files(folder)]
     if not folders:
         raise ValueError(f"`model`={run!r} holds no whole checkpoint-*: give a run's output_dir.")
-    return sorted((int(folder.name.removeprefix("checkpoint-")), folder) for folder in folders)
+    return sorted((checkpoint_step(folder), folder) for folder in folders)
 
 
 def load_average(model: PreTrainedModel, folder: Path) -> None:

@@ -15,7 +15,7 @@ PICKLES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.i
 FILE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
 
 
-def local_path(name: str | Path, argument: str = "path_or_repo") -> Path | None:
+def local_path(name: str | Path) -> Path | None:
     """The file or folder of this name; `None` if it can only be a hub repository's.
 
     Raises:
@@ -35,8 +35,8 @@ def local_path(name: str | Path, argument: str = "path_or_repo") -> Path | None:
         except HFValidationError:
             pass
     raise ValueError(
-        f"`{argument}`={str(name)!r} does not exist: correct the path, or give the name of a hub repository, such as "
-        "'kuleshov-group/mdlm-owt'."
+        f"`path_or_repo`={str(name)!r} does not exist: correct the path, or give the name of a hub repository, such "
+        "as 'kuleshov-group/mdlm-owt'."
     )
 
 
@@ -44,7 +44,6 @@ def fetch(
     name: str | Path,
     patterns: list[str] | tuple[str, ...],
     *,
-    argument: str = "path_or_repo",
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -55,18 +54,17 @@ def fetch(
     Args:
         name (`str` or `Path`): Path, or name of a repository.
         patterns (`list[str]`): Files to download of a repository.
-        argument (`str`): What the caller calls `name`, for errors.
         revision (`str`, *optional*): Branch, tag or commit. `None`: `main`.
         token, cache_dir, local_files_only: As in `huggingface_hub.snapshot_download`.
 
     Raises:
         `ValueError`: for a path that does not exist, a `revision` of a path, and what the hub does not give.
     """
-    path = local_path(name, argument)
+    path = local_path(name)
     if path is not None:
         if revision is not None:
             raise ValueError(
-                f"`revision`={revision!r} is of hub repositories, but `{argument}`={str(name)!r} is here."
+                f"`revision`={revision!r} is of hub repositories, but `path_or_repo`={str(name)!r} is here."
             )
         return path
     where = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
@@ -75,7 +73,7 @@ def fetch(
     except (OSError, ValueError) as error:
         at = "" if revision is None else f" at `revision`={revision!r}"
         raise ValueError(
-            f"`{argument}`={name!r} is no path here, and the hub does not give it{at}: {one_line(error)}"
+            f"`path_or_repo`={name!r} is no path here, and the hub does not give it{at}: {one_line(error)}"
         ) from error
 
 

@@ -18,7 +18,7 @@ from transformers.utils.import_utils import is_gguf_available
 
 from ..models.arguments import check_whole
 from ..models.modes import evaluating
-from ..models.text_input import encode_text, read_tokenizer, text_list, tokenizer_contents
+from ..models.text_input import encode_text, padded, read_tokenizer, text_list, tokenizer_contents
 from .store import ResultStore, configuration, digest, fingerprint, finish
 
 
@@ -193,13 +193,10 @@ def token_log_probabilities(
     encoded = _encode(tokenizer, texts)
     if add_start_token:
         encoded = [[tokenizer.bos_token_id, *ids] for ids in encoded]
-    rows = [torch.tensor(ids[:max_length], dtype=torch.long) for ids in encoded]
     cut = [len(ids) > max_length for ids in encoded]
-    if max(map(len, rows)) < 2:
+    input_ids, real = (x.to(device) for x in padded(ids[:max_length] for ids in encoded))  # (B, L)
+    if input_ids.shape[1] < 2:
         return [(0.0, 0, c) for c in cut]
-    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # (B, L), padded on the right
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    real = torch.arange(input_ids.shape[1], device=device) < lengths[:, None]  # (B, L)
     with evaluating(judge.model):
         logits = judge.model(input_ids, attention_mask=real.long()).logits[:, :-1]  # (B, L − 1, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -27,7 +26,7 @@ from ..models.noise import (
     masked_probability,
     stream_generator,
 )
-from ..models.text_input import scored_rows
+from ..models.text_input import padded, scored_rows
 from .store import ResultStore, configuration, digest, fingerprint, finish
 
 
@@ -206,14 +205,10 @@ def negative_elbo(
         uniforms (`torch.Tensor`): (B, at least L) in [0, 1).
         num_iterations (`int`, *optional*): Fixed-point iterations. `None`: the model's own number.
     """
-    rows = [torch.as_tensor(row, dtype=torch.long) for row in sequences]
-    clean = pad_sequence(rows, batch_first=True)  # (B, L)
-    lengths = torch.tensor([len(row) for row in rows])
-    real = torch.arange(clean.shape[1]) < lengths[:, None]
-    candidates = pad_sequence([torch.as_tensor(row) for row in scored], batch_first=True)  # (B, L)
+    (clean, real), candidates = padded(sequences), padded(scored)[0].bool()  # (B, L)
     masked = (uniforms[:, : clean.shape[1]] < masked_probability(times)[:, None]) & candidates
     positions = masked.flatten().nonzero().squeeze(1)  # (P,)
-    totals = torch.zeros(len(rows), dtype=torch.float64)
+    totals = torch.zeros(len(clean), dtype=torch.float64)
     if len(positions) == 0:
         return totals
     device, targets = model.device, clean.flatten()[positions].to(model.device)  # (P,)

@@ -11,7 +11,7 @@ import torch
 
 from ..models.arguments import check_whole
 from ..models.modes import evaluating
-from ..models.text_input import encode_text, text_list
+from ..models.text_input import encode_text, padded, text_list
 from .judge import Judge, check_positions, load_judge
 from .store import ResultStore, digest, finish
 
@@ -141,11 +141,8 @@ def last_token_features(
 @torch.no_grad()
 def _batch_features(judge: Judge, texts: list[str], max_length: int) -> np.ndarray:
     encoded = encode_text(judge.tokenizer, texts)
-    rows = [torch.tensor((ids or [judge.tokenizer.eos_token_id])[:max_length]) for ids in encoded]
-    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, L)
-    lengths = torch.tensor([len(row) for row in rows])
-    real = torch.arange(input_ids.shape[1]) < lengths[:, None]
+    input_ids, real = padded((ids or [judge.tokenizer.eos_token_id])[:max_length] for ids in encoded)  # (B, L)
     device = judge.model.device
     with evaluating(judge.model):
         states = judge.model.base_model(input_ids.to(device), attention_mask=real.long().to(device)).last_hidden_state
-    return states[torch.arange(len(rows)), lengths - 1].float().cpu().numpy()  # (B, D)
+    return states[torch.arange(len(real)), real.sum(dim=1) - 1].float().cpu().numpy()  # (B, D)

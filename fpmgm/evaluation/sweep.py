@@ -105,22 +105,9 @@ def sweep(
             samples.sequences.tolist(), tokenizer, judge, references=references, batch_size=judge_batch_size,
             max_length=max_length, cache_dir=cache_dir, progress_bar=progress_bar,
         )  # fmt: skip
-        rows.append(
-            {
-                **setting,
-                **measures,
-                "num_steps": samples.num_steps,
-                "iterations": samples.iterations,
-                "tokens_per_step": samples.tokens_per_step,
-                "block_evaluations": samples.block_evaluations,
-                "mean_block_evaluations": samples.mean_block_evaluations,
-                "milliseconds_per_sequence": samples.milliseconds_per_sequence,
-                "timed_on": samples.timed_on,
-                "tuned_plan": samples.tuned_plan,
-                "sampling": samples.protocol,
-                "sample": tokenizer.decode(samples.sequences[0]),
-            }
-        )
+        found = {name: value for name, value in vars(samples).items() if name not in ("sequences", "protocol")}
+        sample = tokenizer.decode(samples.sequences[0])
+        rows.append({**setting, **measures, **found, "sampling": samples.protocol, "sample": sample})
     return rows
 
 

@@ -29,17 +29,7 @@ class FixedPointSolution(NamedTuple):
 class SolverOptions:
     """How h* is found, and from where.
 
-    Args:
-        num_iterations (`int` or `torch.Tensor`, *optional*): Iterations with gradient, or, without gradient, the most
-            of each sequence, (B,) whole numbers. `None`: the model's own.
-        num_no_grad_iterations (`int`, defaults to 0): Iterations without gradient before them.
-        num_kept_iterations (`int`, *optional*): How many of those with gradient, the last ones, keep their activations
-            for the backward pass; earlier ones run again there. `None`: all.
-        tolerance (`float`, *optional*): A sequence stops iterating when its relative residual is at most this. `None`:
-            all iterations are taken.
-        solver (`str`, defaults to `"picard"`): A key of `SOLVERS`.
-        fixed_point_state (`torch.Tensor`, *optional*): (B, L, D) solution to start from. `None`: start from h_pre.
-        reuse_weights (`torch.Tensor`, *optional*): (B, L) share γ of it in the start. `None`: 1.
+    They are the options of these names of a model's call, which `DenoiserOptions` describes.
 
     Raises:
         `ValueError`: for a value that is not allowed, and for options that exclude each other: `tolerance`, another

@@ -153,12 +153,9 @@ class MGMGenerationMixin:
         alike = bool(wanted.all()) and attention_mask is None
         attention_mask = None if attention_mask is None else to_device(attention_mask, self.device)
         conditions = Conditions(attention_mask, classes, alike)
-        watchers = [] if callback is None else [callback]
-        if streamer is not None:
-            watchers.append(lambda step: streamer.put(step.sequences.cpu()))
-        tokens, ledger = self._denoise(
-            to_device(tokens, self.device), conditions, rule, frozen, plan, config, watchers
-        )
+        watchers = watchers_of(callback, streamer)
+        tokens = to_device(tokens, self.device)
+        tokens, ledger = self._denoise(tokens, conditions, rule, frozen, plan, config, watchers)
         # 5. what is returned
         if streamer is not None:
             streamer.end()
@@ -231,10 +228,7 @@ class MGMGenerationMixin:
             ledger.add(residuals, logits, runs, active)
             frozen.add(step, active, state, tokens, rule)
             if watchers:
-                state = None if state is None else state[:batch_size]
-                residuals = None if residuals is None else residuals[:, :batch_size]
-                time = moment.times.mean().item()
-                seen = GenerationStep(step, plan.num_steps, time, tokens, revealed, state, residuals)
+                seen = GenerationStep.of(step, plan.num_steps, moment.times, tokens, revealed, state, residuals)
                 for watch in watchers:
                     watch(seen)
         return tokens, ledger
@@ -370,6 +364,12 @@ class MGMGenerationMixin:
         self.generation_config = saved_generation_config(
             self.generation_config_class, pretrained_model_name_or_path, **kwargs
         )
+
+
+def watchers_of(callback: Callable | None, streamer: Any) -> list[Callable[[GenerationStep], None]]:
+    """Who sees each step."""
+    shown = None if streamer is None else lambda step: streamer.put(step.sequences.cpu())
+    return [watch for watch in (callback, shown) if watch is not None]
 
 
 def check_dropout(model: nn.Module) -> None:

@@ -87,6 +87,13 @@ class GenerationStep:
     fixed_point_state: torch.Tensor | None
     residuals: torch.Tensor | None
 
+    @classmethod
+    def of(cls, step, num_steps, times, sequences, revealed, state, residuals) -> "GenerationStep":
+        """Of the `times` (B,), and of the first B of the denoiser's rows in `state` and `residuals`."""
+        state = None if state is None else state[: len(sequences)]
+        residuals = None if residuals is None else residuals[:, : len(sequences)]
+        return cls(step, num_steps, times.mean().item(), sequences, revealed, state, residuals)
+
 
 class Ledger:
     """What each row may spend at a step, what it has spent, and what was measured on the way.

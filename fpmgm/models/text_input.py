@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 
@@ -181,6 +182,17 @@ def _token_row(row: Any, name: str) -> list[int]:
         kind = str(ids.dtype).removeprefix("torch.")
         raise ValueError(f"{name} is of shape {tuple(ids.shape)} and type {kind}: give a row of whole numbers.")
     return ids.tolist()
+
+
+def padded(rows: Iterable[Iterable[int]]) -> tuple[torch.LongTensor, torch.BoolTensor]:
+    """(B, L) numbers of `rows` of any lengths, with 0 behind them, and where they are real.
+
+    >>> padded([[5, 6], [7]])[0].tolist()
+    [[5, 6], [7, 0]]
+    """
+    rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+    numbers = pad_sequence(rows, batch_first=True)
+    return numbers, torch.arange(numbers.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
 
 
 def scored_rows(sequences: Any, mask_token_id: int | None = None) -> tuple[list[list[int]], list[list[bool]]]:
