@@ -11,31 +11,24 @@ from .axes import new_figure, save
 
 
 COLUMNS = 96  # characters per line of text
+SNAPSHOTS = 6  # steps to show, spread over all; the last is among them
 COLORS = {"masked": "#d9d9d9", "revealed": "#f4a259", "visible": "#e3f0e3"}
 
 
-def plot_denoising(
-    steps: list[GenerationStep],
-    tokenizer: PreTrainedTokenizerBase,
-    path: str | Path,
-    row: int = 0,
-    snapshots: int = 6,
-) -> Path:
-    """Draw one sequence after several steps: grey is masked, orange was revealed by the step, green earlier.
+def plot_denoising(steps: list[GenerationStep], tokenizer: PreTrainedTokenizerBase, path: str | Path) -> Path:
+    """Draw the first sequence after several steps: grey is masked, orange was revealed by the step, green earlier.
 
     Args:
         steps (`list[GenerationStep]`): Collected by `generate(callback=steps.append)`.
         tokenizer (`PreTrainedTokenizerBase`): Decodes single tokens.
         path (`str` or `Path`): Picture to write; the suffix is the format.
-        row (`int`, defaults to 0): Sequence of the batch.
-        snapshots (`int`, defaults to 6): Steps to show, spread over all; the last is among them.
 
     Returns:
         `Path` of the picture.
     """
-    count = min(snapshots, len(steps))
+    count = min(SNAPSHOTS, len(steps))
     chosen = [steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)]
-    panels = [_tokens(step, tokenizer, row) for step in chosen]
+    panels = [_tokens(step, tokenizer) for step in chosen]
     lines = [_wrap(panel) for panel in panels]
     height = sum(len(panel) + 1.6 for panel in lines)
     figure = new_figure(COLUMNS * 0.092, height * 0.23, layout=None)
@@ -55,9 +48,9 @@ def plot_denoising(
     return save(figure, path, dpi=160)
 
 
-def _tokens(step: GenerationStep, tokenizer: PreTrainedTokenizerBase, row: int) -> list[tuple[str, str]]:
+def _tokens(step: GenerationStep, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
     """(text, kind) of each position; a masked token is shown as blanks of the width of a short word."""
-    ids, revealed = step.sequences[row].tolist(), step.revealed[row].tolist()
+    ids, revealed = step.sequences[0].tolist(), step.revealed[0].tolist()
     tokens = []
     for token, new in zip(ids, revealed, strict=True):
         if token == tokenizer.mask_token_id:

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.utils import logging
 
 from ..models.head import chunk_rows, forbid, wide
 from ..models.modes import evaluating
@@ -25,7 +24,6 @@ def lagged_divergence(
     trajectory: Trajectory,
     lags: tuple[int, ...] = (1, 2, 3, 4),
     num_iterations: int | None = None,
-    progress_bar: bool = False,
 ) -> torch.Tensor:
     """KL(p_{s+ℓ} ‖ p_s): what a prediction at step s lacks to that of ℓ steps later, with more tokens visible.
 
@@ -37,7 +35,6 @@ def lagged_divergence(
         lags (`tuple[int, ...]`, defaults to (1, 2, 3, 4)): ℓ, at least 1.
         num_iterations (`int`, *optional*): Fixed-point iterations of each step, from h_pre; explicit models take none.
             `None`: the model's own.
-        progress_bar (`bool`, defaults to `False`): Whether to show the steps.
 
     Returns:
         `torch.Tensor`: (K, T, B) at the noisier step s; NaN where no position is masked at both.
@@ -49,7 +46,7 @@ def lagged_divergence(
     options = {"num_iterations": num_iterations} if model.config.num_fixed_point_layers else {}
     found = torch.full((len(lags), steps, batch_size), float("nan"))
     window: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=max(lags) + 1)
-    for step in logging.tqdm(range(steps), desc="divergences", disable=not progress_bar):
+    for step in range(steps):
         call = denoiser_call(trajectory, step, model.device)
         with evaluating(model):
             hidden = model(**call, **options, output_logits=False).normed_hidden_state  # (B, L, D)

@@ -63,7 +63,6 @@ def measure_solver(
     tolerance: float = 1e-5,
     most_iterations: int = 100,
     solver: str = "anderson",
-    progress_bar: bool = False,
 ) -> SolverMeasurements:
     """Solve every step of a trajectory well, and again as a sampler would with each reuse.
 
@@ -78,7 +77,6 @@ def measure_solver(
         tolerance (`float`, defaults to 1e-5): Relative residual of h*.
         most_iterations (`int`, defaults to 100): Iterations after which there is no h*.
         solver (`str`, defaults to `"anderson"`): `"anderson"` or `"picard"`, for h*.
-        progress_bar (`bool`, defaults to `False`): Whether to show the steps.
 
     Raises:
         `ValueError`: for a model without fixed-point layers.
@@ -90,7 +88,7 @@ def measure_solver(
     rows = []
     before = solution = None
     found = dict.fromkeys(REUSES)  # the state that each reuse found at the previous step
-    for step in logging.tqdm(range(len(trajectory.times)), desc="solving", disable=not progress_bar):
+    for step in range(len(trajectory.times)):
         call = denoiser_call(trajectory, step, model.device)
         ids, previous = call["input_ids"], solution
         states = torch.full_like(ids, -1)
