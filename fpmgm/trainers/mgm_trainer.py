@@ -161,6 +161,8 @@ class MGMTrainer(CheckedRowsTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step, and their place among those of all ranks."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not samples:
+            return samples, None
         share = random_length(self.args, self.state.global_step)
         if share is not None:
             samples = [shortened(batch, share) for batch in samples]

@@ -11,9 +11,13 @@ import datasets
 import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset, SequentialSampler
+from transformers.utils import logging
 
 from .atomic_trainer import AtomicCheckpointTrainer
 from .collator import BadRow
+
+
+logger = logging.get_logger(__name__)
 
 
 class NumberedRow(NamedTuple):
@@ -123,6 +127,19 @@ class CheckedRowsTrainer(AtomicCheckpointTrainer):
         named = model.named_parameters(remove_duplicate=False)
         shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in named}  # ZeRO-3 may have split it
         return [name for name in super().get_decay_parameter_names(model) if len(shapes[name]) > 1]
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As in `Trainer`, but for the end of a stream that fills no optimizer step: without a step of its own its
+        gradient would go into the next one's, so it is left out."""
+        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if len(samples) == num_batches:
+            return samples, num_items
+        if samples:
+            logger.info(
+                f"A pass over the stream ends with {len(samples)} of the {num_batches} micro-batches of a step, which "
+                "are left out."
+            )
+        return [], None
 
     def start_evaluation(self, dataset: Any) -> None:
         """Count the rows of `dataset` from the first batch on, in [`rows_of_batch`]."""

@@ -169,6 +169,18 @@ def test_images_without_classes_train(tmp_path):
     assert len(calls) == 3 and not any("class_labels" in kwargs for kwargs, _ in calls)
 
 
+def test_the_end_of_a_stream_that_fills_no_step_goes_into_none(tmp_path):
+    def train(count):
+        options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 4}
+        trainer = make_trainer(tmp_path, train_dataset=token_rows(count).to_iterable_dataset(), **options)
+        trainer.train()
+        return weights(trainer.model), [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+    (found, losses), (expected, expected_losses) = train(10), train(8)  # two steps a pass
+    assert_equal(found, expected)
+    assert losses == expected_losses
+
+
 # --- interruption ----------------------------------------------------------------------------------------------------
 
 
