@@ -51,20 +51,24 @@ def sampled_trajectory(
         class_labels (`list[int]` or `torch.Tensor`, *optional*): (B,) classes of images. `None`: no class.
         options: Of `generate`: `batch_size`, `seed`, `temperature`, `guidance_scale`, `remask`, …
     """
-    after = {}  # step → tokens; a model without fixed-point layers leaves idle steps out
+    after, times = {}, time_grid(num_steps)[:-1]  # tokens by step; explicit models leave idle steps out
+
+    def note(step) -> None:
+        after[step.step], times[step.step] = step.sequences.cpu(), step.time
+
     shared = model.config.num_fixed_point_layers > 0
     written = model.generate(
         num_steps=num_steps,
         iterations=iterations if shared else 0,
         class_labels=class_labels,
-        callback=lambda step: after.update({step.step: step.sequences.cpu()}),
+        callback=note,
         **{**NOTHING_REUSED, **_whole_texts(model), **options},
     ).cpu()  # (B, L)
     states = [torch.full_like(written, model.config.mask_token_id)]
     for step in range(num_steps):
         states.append(after.get(step, states[-1]))
     labels = None if class_labels is None else torch.as_tensor(class_labels).cpu()
-    return Trajectory(torch.stack(states), time_grid(num_steps)[:-1], labels)
+    return Trajectory(torch.stack(states), times, labels)
 
 
 def masked_trajectory(

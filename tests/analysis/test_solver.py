@@ -186,6 +186,11 @@ def test_masking_what_a_model_wrote_gives_the_states_in_which_it_wrote_it(make, 
     assert torch.equal(sampled.states[-1], written)
 
 
+def test_a_sampled_trajectory_has_the_times_that_the_model_was_told():
+    sampled = sampled_trajectory(lively_model(time_conditioning=True), 3, batch_size=2, seed=0, order="halton")
+    torch.testing.assert_close(sampled.times, (sampled.states[:-1] == MASK).double().mean(dim=(1, 2)))
+
+
 def test_tokens_that_are_masked_again_are_where_the_sampler_has_them():
     model, options = lively_model(), {"seed": [5], "remask": 0.2}
     sampled = sampled_trajectory(model, 30, iterations=2, batch_size=1, **options)
