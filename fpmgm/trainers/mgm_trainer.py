@@ -58,7 +58,8 @@ class MGMTrainer(CheckedRowsTrainer):
         train_dataset, eval_dataset (`Dataset`, *optional*): Rows, each a dict of: `input_ids`, of at most the model's
             length and without the mask id; `attention_mask`, 0 at padding; `labels`, the ids themselves, or -100 where
             a position (of a prompt, say) is never masked, scored or counted; `class_labels`, the class of an image.
-            Whole numbers of any type. Other columns are dropped.
+            Whole numbers of any type. Other columns are dropped. Of a stream each pass leaves out the micro-batches at
+            its end that fill no optimizer step.
         processing_class (`PreTrainedTokenizerBase`, *optional*): Saved beside the model, whose ids it must have.
         peft_config (`peft.PeftConfig`, *optional*): Train this adapter on the frozen model, average it and export it.
             `None`: train what `model` leaves trainable.
