@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..models.configuration_fpmdlm import FPMDLMConfig
@@ -276,9 +277,10 @@ def _rotary_base(frequencies: torch.Tensor, source: str | Path) -> float:
 
 def _mask_token_id(given: int | None, folder: Path | None, vocab_size: int) -> int:
     """The id given, that of the tokenizer in `folder`, or the last one."""
-    of_tokenizer = None
+    tokenizer = None
     if given is None and folder is not None and any((folder / name).exists() for name in TOKENIZER):
-        of_tokenizer = _tokenizers_mask_id(folder)
+        tokenizer = _tokenizer_of(folder)
+    of_tokenizer = None if tokenizer is None else tokenizer.mask_token_id
     found = vocab_size - 1 if given is None and of_tokenizer is None else of_tokenizer if given is None else given
     if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < vocab_size:
         whose = f"the tokenizer in {str(folder)!r} has " if given is None else ""
@@ -286,16 +288,19 @@ def _mask_token_id(given: int | None, folder: Path | None, vocab_size: int) -> i
             f"{whose}`mask_token_id`={found!r}, which must be an id of the checkpoint's vocabulary, from 0 to "
             f"{vocab_size - 1}: give another `mask_token_id`, or leave it out for the last id."
         )
-    if given is None and of_tokenizer is None and vocab_size in BERT_SIZES:
-        logger.warning(
-            f"the mask id is taken to be the last, {found}, but {vocab_size} ids are BERT's vocabulary, whose [MASK] "
-            "is 103: give `mask_token_id` to say which it is."
-        )
+    if given is None and of_tokenizer is None:
+        doubt = f"{vocab_size} ids are BERT's vocabulary, whose [MASK] is 103" if vocab_size in BERT_SIZES else None
+        if tokenizer is not None and len(tokenizer) != vocab_size - 1:
+            doubt = f"the tokenizer in {str(folder)!r} has {len(tokenizer)} of {vocab_size} ids, not all but that one"
+        if doubt is not None:
+            logger.warning(
+                f"the mask id is taken to be the last, {found}, but {doubt}: give `mask_token_id` to say which it is."
+            )
     return found
 
 
-def _tokenizers_mask_id(folder: Path) -> int | None:
+def _tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
     try:
-        return read_tokenizer(folder, local_files_only=True, trust_remote_code=False).mask_token_id
+        return read_tokenizer(folder, local_files_only=True, trust_remote_code=False)
     except ValueError as error:
         raise ValueError(f"{one_line(error)} It would tell the mask id: give `mask_token_id` instead.") from error

@@ -307,7 +307,7 @@ def test_a_tokenizer_that_does_not_fit_or_cannot_be_read_is_named(tmp_path):
     assert load_mdlm(tmp_path, mask_token_id=2).config.mask_token_id == 2
 
 
-def test_the_last_id_of_berts_vocabulary_is_warned_about(tmp_path, monkeypatch):
+def test_a_last_id_that_need_not_be_the_mask_is_warned_about(tmp_path, monkeypatch):
     warnings = []
     monkeypatch.setattr(mdlm.logger, "warning", warnings.append)
     write_folder(tmp_path, explicit_model(vocab_size=30522, mask_token_id=103))
@@ -315,6 +315,11 @@ def test_the_last_id_of_berts_vocabulary_is_warned_about(tmp_path, monkeypatch):
     assert not warnings
     assert load_mdlm(tmp_path).config.mask_token_id == 30521
     assert "whose [MASK] is 103: give `mask_token_id`" in warnings[0]
+    for vocab_size in (8, 7):  # a vocabulary padded to a round number, and one of the tokenizer's six words and a mask
+        write_folder(tmp_path, explicit_model(vocab_size=vocab_size, mask_token_id=6))
+        save_tokenizer(tmp_path, None)
+        load_mdlm(tmp_path)
+    assert len(warnings) == 2 and "has 6 of 8 ids, not all but that one: give `mask_token_id`" in warnings[1]
 
 
 # --- paths and repositories ------------------------------------------------------------------------------------------
