@@ -246,17 +246,38 @@ class FPMaskGITPipeline:
         with reading(folder, "a pipeline", "its parts do not fit together"):
             return cls(model, tokenizer, processor)
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+    ) -> None:
         """Write `model/`, `vq/`, `processor/`, `model_index.json`, a card `README.md`, and the code that loads the
         first two where fpmgm is not installed.
 
         Args:
             save_directory (`str` or `Path`): Folder; files of these names in it are replaced.
+            push_to_hub (`bool`, defaults to `False`): Whether to push as well.
+            repo_id (`str`, *optional*): Where to. `None`: the name of the folder.
+            private, token (*optional*): See [`~FPMaskGITPipeline.push_to_hub`].
         """
         folder = Path(save_directory)
-        self._write(folder, name=folder.resolve().name)
+        self._write(folder, name=repo_id or folder.resolve().name)
+        if push_to_hub:
+            self.push_to_hub(repo_id or folder.resolve().name, private=private, token=token)
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload FPMaskGITPipeline",
+        create_pr: bool = False,
+    ) -> str:
         """Upload everything in one commit, which takes away what an earlier one left in the parts' folders.
 
         A card that the repository has is kept.
@@ -265,6 +286,8 @@ class FPMaskGITPipeline:
             repo_id (`str`): Repository; it is made where it does not exist.
             private (`bool`, *optional*): Whether a new repository is. `None`: the default of its owner.
             token (`str` or `bool`, *optional*): Who uploads. `None`: that of `hf auth login`.
+            commit_message (`str`): First line of the commit.
+            create_pr (`bool`, defaults to `False`): Whether to open a pull request instead.
 
         Returns:
             `str`: Address of the commit.
@@ -277,7 +300,8 @@ class FPMaskGITPipeline:
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
-                commit_message="Upload FPMaskGITPipeline",
+                commit_message=commit_message,
+                create_pr=create_pr,
                 ignore_patterns=["README.md"] if has_card else None,
                 delete_patterns=[f"{part}/*" for part in PARTS],  # old shards would be loaded instead of new weights
             )

@@ -49,8 +49,7 @@ vqgan = VQGANModel(JanusVQVAEConfig(
 ))
 FPMaskGITPipeline(image_model, vqgan).save_pretrained(folder / "pipeline")
 pipeline = FPMaskGITPipeline(image_model, tiny_image_tokenizer())
-pipeline.save_pretrained(folder / "pushed")  # the codebook is on the unit sphere from then on
-pipeline.push_to_hub("tester/pipeline", private=True)
+pipeline.save_pretrained(folder / "pushed", push_to_hub=True, repo_id="tester/pipeline", private=True)
 pipeline.push_to_hub("tester/again")
 for name in ("model/model-00001-of-00002.safetensors", "README.md", "examples/model.png"):
     HfApi().upload_file(path_or_fileobj=b"by hand", path_in_repo=name, repo_id="tester/again")
