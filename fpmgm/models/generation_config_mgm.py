@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every default of `generate`, saved as `generation_config.json` beside the weights."""
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -160,7 +161,7 @@ class MGMGenerationConfig(GenerationConfig):
         # Not super().__init__(): the fields of left-to-right generation have no meaning here.
         check_one_cost(kwargs.get("budget"), kwargs.get("iterations"))
         of_loader = {name: kwargs.pop(name, None) for name in OF_THE_LOADER}
-        vars(self).update(**DEFAULTS, **of_loader, transformers_version=None)
+        vars(self).update(**copy.deepcopy(DEFAULTS), **of_loader, transformers_version=None)
         kwargs = {name: value for name, value in kwargs.items() if name not in RETIRED or value}
         check_names(kwargs, self.names(), "generation argument(s)", MISPLACED)
         if kwargs.get("iterations") is not None:

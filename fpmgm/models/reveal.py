@@ -246,7 +246,9 @@ class AdaptiveReveal:
         positions = now.flatten().nonzero().squeeze(1)
         return Turn(positions, rows_with(positions, tokens), masked & ~now)
 
-    masked = ConfidenceReveal.masked
+    def masked(self, step: int, tokens: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """(B, L) bool, on the CPU: what is masked in `tokens` (B, L)."""
+        return self.task.still_masked(tokens)
 
     def write(
         self, step: int, tokens: torch.Tensor, positions: torch.Tensor, logits: torch.Tensor

@@ -173,3 +173,9 @@ def test_the_generation_docstring_states_every_field_and_its_default():
     del defaults["transformers_version"]
     assert set(defaults) == set(EFFECTIVE_VALUES) | OTHER_FIELDS
     assert documented_defaults(MGMGenerationConfig) == {name: str(value) for name, value in defaults.items()}
+
+
+def test_a_default_that_is_changed_in_place_stays_one_configurations_own():
+    config = MGMGenerationConfig()
+    config.tuned_plans["96"], config.gamma_masked[0] = {"num_steps": 8}, 0.1
+    assert MGMGenerationConfig().tuned_plans == {} and MGMGenerationConfig().gamma_masked == [0.75, 0.9]
