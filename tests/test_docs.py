@@ -144,6 +144,7 @@ def test_the_picture_of_the_method_is_the_one_that_its_script_draws(theme):
     assert (ROOT / f"docs/method_{theme}.svg").read_text(encoding="utf-8") == script.method(theme)
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="mkdocstrings of Python 3.10 does not fit pymdown-extensions")
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs_autorefs", reason="needs `pip install 'fpmgm[docs]'`")
     command = ("-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site"))
