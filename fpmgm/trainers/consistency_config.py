@@ -43,7 +43,7 @@ class ConsistencyConfig(MGMTrainingConfig):
             shrinking the norm cannot lower the loss.
         consistency_positions (`str`, defaults to `"student"`): `"student"`, all that are masked in the student's
             state, or `"both"`, those that are masked in the teacher's too. At the others the teacher sees the token,
-            and no loss gives its hidden state there a meaning.
+            and no loss gives its hidden state or its logits there a meaning: `"logit_kl"` wants `"both"`.
         consistency_reduction (`str`, defaults to `"mean"`): Over the channels of `"hidden_mse"`: `"mean"`, `"sum"`,
             which is the width times as much, or `"relative"`, ‖h_s − h_t‖² / ‖h_t‖², which does not depend on the size
             of the hidden states. The log has `relative_consistency` for all three.
