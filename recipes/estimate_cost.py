@@ -10,6 +10,12 @@ A model is one of the presets, a folder, a hub name, or a recipe's YAML with the
 but for `--hardware cpu`, which times a product and a copy. What is exact and what is an estimate: docs/cost.md.
 """
 
+import gc
+
+
+if __name__ == "__main__":
+    gc.disable()  # one second of eleven goes into a search for garbage, of which imports and traces make little
+
 import functools
 import json
 import os
