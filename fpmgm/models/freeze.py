@@ -54,7 +54,7 @@ class Frozen:
         # The position-blocks, positions times blocks, that a row may have taken after each step; in whole numbers.
         self.costs = step_costs(model_config, plan.iterations)
         self.spent = torch.zeros(len(wanted), dtype=torch.long, device="cpu")
-        self.limits, self.shares = None, plan.shares
+        self.limits = None
         if plan.shares is not None:
             width = wanted.shape[1] + self.registers
             planned = [round(share * width) * cost for share, cost in zip(plan.shares, self.costs, strict=True)]
@@ -66,7 +66,6 @@ class Frozen:
         nothing."""
         needed = torch.zeros_like(self.masked).flatten().index_fill(0, turn.positions, True).view_as(self.masked)
         refreshed = self.every is not None and step % self.every == 0
-        refreshed |= self.shares is not None and self.shares[step] == 1
         chosen = ((self.masked | self.moving | self.written) & ~turn.waiting) | needed | refreshed | ~self.begun
         if not self.reusing:  # a row that needs no logits is idle, as it is alone
             chosen = chosen & needed.any(dim=1, keepdim=True)

@@ -146,7 +146,8 @@ class MGMGenerationMixin:
         if config.stop_at_eos:
             rule = StopAtEnd(rule, task, *read_ends(config, self.config))
         frozen = NothingFrozen()
-        if config.freeze and config.refresh_every != 1:
+        buys_nothing = plan.shares is not None and min(plan.shares) == 1 and bool(wanted.all())  # a prompt is saved
+        if config.freeze and config.refresh_every != 1 and not buys_nothing:
             frozen = Frozen(wanted, real, plan, self.config, config)
         # 4. the steps
         check_dropout(self)

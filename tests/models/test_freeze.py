@@ -229,6 +229,9 @@ def test_a_prompt_is_computed_once():
     written = (call["input_ids"] == M) & call["attention_mask"].bool()
     assert out.positions_computed[0].tolist() == [12] * 3
     assert out.positions_computed[1].tolist() == written.sum(dim=1).tolist() == [4, 11, 6]
+    for budget in (6, 36):  # one that buys no step with what is frozen, and one that does
+        paid = text().generate(call["input_ids"][:1], budget=budget, seed=0, freeze=True, return_dict_in_generate=True)
+        assert paid.positions_computed[0].tolist() == [12] and (paid.positions_computed[1:] <= 4).all()
     later = text().generate(**call, freeze=True, refresh_every=4).positions_computed
     assert later[4].tolist() == [12] * 3 and (later[5] < 12).all()
 
