@@ -101,8 +101,8 @@ class MGMGenerationConfig(GenerationConfig):
         solver (`str`, defaults to `"picard"`): `"picard"` or `"anderson"`; an iteration of either costs the same.
         freeze (`bool`, defaults to `False`): Leave positions alone that are not masked, once they were computed with
             their token: they keep keys, values and solution, and cost nothing. A budget is charged for the positions
-            that are computed, so that it buys more steps; where it buys neither a step nor an iteration, nothing is
-            frozen. An approximation: frozen positions do not see what changes elsewhere.
+            that are computed, so that it buys more steps; where it buys neither a step nor an iteration, nothing but a
+            prompt is frozen. An approximation: frozen positions do not see what changes elsewhere.
         refresh_every (`int`, *optional*): With `freeze`, compute all positions again every so many steps. 1: at every
             step, as without `freeze`. `None`: at the first step alone.
         freeze_tolerance (`float`, *optional*): With `freeze`, leave a position alone only when its solution moved by
