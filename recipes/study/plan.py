@@ -32,8 +32,8 @@ class Row:
         title (`str`): What it is, for the tables. Empty: the name.
         group (`str`): Table that it belongs to.
         trainer (`str`): One of `TRAINERS`.
-        start (`str`, *optional*): Row whose export it goes on from; for `"conversion"` it is the teacher. `None`:
-            fresh weights.
+        start (`str`, *optional*): Row whose export it goes on from, or a model's folder; for `"conversion"` it is the
+            teacher. `None`: fresh weights.
         model (`dict`): Fields of the configuration beside the shared ones, or beside those of `start`; for
             `"conversion"`, and with a `layer_map` for any trainer, arguments of `convert_to_fixed_point`.
         training (`dict`): Fields of the trainer's configuration beside the shared ones.
@@ -45,7 +45,7 @@ class Row:
             it is through with them. `None`: fresh ones, after those of the rows it goes on from.
         seed (`int`): Of weights and noise.
         seeds (`int`): Runs of the row, with seeds 0, 1 and so on; the second one is named `NAME_seed1`. Each goes on
-            from the run of `start` that has its seed.
+            from the run of `start` that has its seed, or from the same folder.
     """
 
     name: str
@@ -80,11 +80,15 @@ class Plan:
         """The row of this name."""
         return next(row for row in self.rows if row.name == name)
 
+    def start(self, row: Row, runs: Path) -> Path:
+        """Where the weights lie that a row goes on from."""
+        return runs / row.start if row.start in [other.name for other in self.rows] else Path(row.start)
+
     def texts(self, row: Row) -> range:
         """Which texts of the world a row trains on."""
         if row.texts is not None:
             return range(*row.texts)
-        first = self.texts(self.row(row.start)).stop if row.start is not None else 0
+        first = max((self.texts(other).stop for other in self.rows if other.name == row.start), default=0)
         options = {**self.training, **row.training}
         return range(first, first + options["max_steps"] * options["per_device_train_batch_size"])
 
@@ -103,7 +107,7 @@ def with_seeds(row: Row) -> Iterator[Row]:
     """The row, and the same with further seeds."""
     yield row
     for seed in range(1, row.seeds):
-        start = name_of(row.start, seed) if row.start is not None else None
+        start = row.start if row.start is None or Path(row.start).is_dir() else name_of(row.start, seed)
         yield replace(row, name=name_of(row.name, seed), seed=seed, start=start)
 
 
@@ -111,8 +115,8 @@ def load_plan(path: str | Path) -> Plan:
     """Read and check a study.
 
     Raises:
-        `ValueError`: for names that a row does not have, two rows of one name, a start that is no earlier row, or a
-        `release` of no row.
+        `ValueError`: for names that a row does not have, two rows of one name, a start that is neither an earlier row
+        nor a folder, or a `release` of no row.
     """
     values = read_yaml("plan", path)
     known = {f.name for f in fields(Row)}
@@ -126,8 +130,10 @@ def load_plan(path: str | Path) -> Plan:
         earlier = [other.name for other in rows]
         if row.name in earlier:
             raise ValueError(f"`rows`: {row.name!r} is there twice: give each row a name of its own.")
-        if row.start is not None and row.start not in earlier:
-            raise ValueError(f"`rows`: {row.name!r} starts from {row.start!r}, which is none of {earlier} before it.")
+        if row.start is not None and row.start not in earlier and not Path(row.start).is_dir():
+            raise ValueError(
+                f"`rows`: {row.name!r} starts from {row.start!r}, which is no folder and none of {earlier} before it."
+            )
         if row.trainer not in TRAINERS or row.judged not in JUDGED:
             raise ValueError(
                 f"`rows`: {row.name!r} has `trainer`={row.trainer!r} and `judged`={row.judged!r}, which must be of "

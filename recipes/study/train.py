@@ -46,7 +46,8 @@ def train_row(plan: Plan, row: Row, folder: Path, device: str) -> Path:
     check_same_row(plan, row, export)
     if (export / "training.json").exists():
         return export
-    args, texts, start = training_arguments(plan, row, export, device), plan.texts(row), start_weights(row, export)
+    args, texts = training_arguments(plan, row, export, device), plan.texts(row)
+    start = start_weights(plan, row, export)
     set_seed(row.seed)  # before fresh weights are drawn
     model, teachers = start_model(plan, row, folder)
     trainer = TRAINERS[row.trainer][0](
@@ -98,9 +99,11 @@ def asked(plan: Plan, row: Row) -> dict:
     }
 
 
-def start_weights(row: Row, export: Path) -> list[dict]:
+def start_weights(plan: Plan, row: Row, export: Path) -> list[dict]:
     """What the files hold that a row goes on from; nothing for fresh weights, or where they are not there."""
-    return [] if row.start is None else describe_files(sorted((export.parent / row.start).glob("*.safetensors")))
+    if row.start is None:
+        return []
+    return describe_files(sorted(plan.start(row, export.parent).glob("*.safetensors")))
 
 
 def check_same_row(plan: Plan, row: Row, export: Path) -> None:
@@ -114,11 +117,11 @@ def check_same_row(plan: Plan, row: Row, export: Path) -> None:
             f"{export} was trained by another `plan` (what it was asked, what `plan` asks): {wrong}. Give the former "
             "plan, another name to the row, or delete the folder to train it again."
         )
-    start = start_weights(row, export)
+    start = start_weights(plan, row, export)
     if start and known.get("start_weights", start) != start:
         raise ValueError(
-            f"{export} went on from other weights than {export.parent / row.start} holds now: delete the folder to "
-            "train it again, or put those back."
+            f"{export} went on from other weights than {plan.start(row, export.parent)} holds now: delete the folder "
+            "to train it again, or put those back."
         )
 
 
@@ -133,10 +136,11 @@ def start_model(plan: Plan, row: Row, folder: Path) -> tuple[torch.nn.Module, di
             **{**plan.model, **row.model},
         )
         return FPMDLMForMaskedDiffusion(config), {}
-    start = folder / "runs" / row.start
+    start = plan.start(row, folder / "runs")
+    full = {"dtype": torch.float32}  # what is released is stored in half of it
     if row.trainer == "conversion":
-        teacher = AutoModel.from_pretrained(start)
+        teacher = AutoModel.from_pretrained(start, **full)
         return convert_to_fixed_point(teacher, **row.model), {"teacher": teacher}
     if "layer_map" in row.model:
-        return convert_to_fixed_point(AutoModel.from_pretrained(start), **row.model), {}
-    return AutoModel.from_pretrained(start, **row.model), {}
+        return convert_to_fixed_point(AutoModel.from_pretrained(start, **full), **row.model), {}
+    return AutoModel.from_pretrained(start, **full, **row.model), {}

@@ -16,7 +16,7 @@ from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 import budget_report
 import sample_world
 import train_judge
-from fpmgm import FPMDLMConfig
+from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion
 from fpmgm.evaluation import load_judge
 from study import release, run, train
 from study.plan import load_plan
@@ -146,13 +146,28 @@ def test_a_row_whose_start_was_trained_again_since_is_refused(tmp_path):
     for folder in (export, weights.parent):
         folder.mkdir()
     weights.write_bytes(b"first")
-    known = {"asked": train.asked(plan, row), "start_weights": train.start_weights(row, export)}
+    known = {"asked": train.asked(plan, row), "start_weights": train.start_weights(plan, row, export)}
     (export / "training.json").write_text(json.dumps(known))
     train.check_same_row(plan, row, export)
     weights.write_bytes(b"other")
     refused(f"cofre went on from other weights than .*{row.start} holds now", train.check_same_row, plan, row, export)
     (export / "training.json").write_text(json.dumps({"asked": known["asked"]}))  # an earlier version's
     train.check_same_row(plan, row, export)
+
+
+def test_a_row_goes_on_from_a_folder_in_full_precision(tmp_path):
+    config = FPMDLMConfig(vocab_size=9, mask_token_id=8, hidden_size=16, num_attention_heads=2, intermediate_size=32)
+    FPMDLMForMaskedDiffusion(config).bfloat16().save_pretrained(tmp_path / "released")
+    shared = {"world": {}, "model": {"dropout": 0.0}, "training": {"max_steps": 2, "per_device_train_batch_size": 4}}
+    rows = [{"name": "further", "start": str(tmp_path / "released"), "seeds": 2, "model": {"dropout": 0.2}}]
+    (tmp_path / "plan.yaml").write_text(json.dumps({**shared, "judging": {}, "rows": rows}))
+    plan = load_plan(tmp_path / "plan.yaml")
+    for row, seed in zip(plan.rows, (0, 1), strict=True):
+        assert row.seed == seed and plan.start(row, tmp_path / "runs") == tmp_path / "released"
+        assert plan.texts(row) == range(8)
+    model, teachers = train.start_model(plan, plan.rows[1], tmp_path)
+    assert model.dtype == torch.float32 and model.config.dropout == 0.2 and not teachers
+    assert len(train.start_weights(plan, plan.rows[0], tmp_path / "runs" / "further")) == 1
 
 
 def samples(path: Path) -> list[dict]:
