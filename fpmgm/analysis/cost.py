@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -69,8 +69,9 @@ class Meter(TorchDispatchMode):
     come, until another module's turn.
     """
 
-    def __init__(self, model: torch.nn.Module | None = None):
+    def __init__(self, fake: FakeTensorMode, model: torch.nn.Module | None = None):
         super().__init__()
+        self.fake = fake
         self.formulas = FlopCounterMode(display=False, custom_mapping=FORMULAS).flop_registry
         self.training = model is not None and model.training
         self.part, self.place, self.iterations = "pre", "", Counter()
@@ -110,7 +111,7 @@ class Meter(TorchDispatchMode):
         if function is torch.ops.prim.device.default:  # a question, and half of all calls
             return args[0].fake_device
         kwargs = kwargs or {}
-        output = function(*args, **kwargs)
+        output = self.fake.dispatch(function, types, args, kwargs) if FakeTensor in types else function(*args, **kwargs)
         given = (args, {name: value for name, value in kwargs.items() if name != "out"})
         read, written = ([x for x in tree_leaves(v) if isinstance(x, torch.Tensor)] for v in (given, output))
         known = {x.untyped_storage()._cdata for x in read}
@@ -306,7 +307,7 @@ def run_under_meter(described: str, call: Call) -> tuple[list, list]:
     if call.positions is not None:
         arguments["logits_positions"] = places(call)
     model.lm_head.chunk_rows = chunk_rows(config.vocab_size, torch.device(call.device))
-    with Meter(model) as meter, torch.set_grad_enabled(call.training):
+    with Meter(mode, model) as meter, torch.set_grad_enabled(call.training):
         with torch.autocast("cpu", torch.bfloat16, enabled=call.dtype == "bfloat16"):
             output = model(**arguments, output_logits=call.head and not call.training)
         if call.training:

@@ -307,7 +307,8 @@ def call_work(config: PreTrainedConfig, call: Call) -> dict[str, Work]:
 
 def draw_work(vocabulary: int) -> Work:
     """The draw of one token."""
-    meter, mode = Meter(), FakeTensorMode()
+    mode = FakeTensorMode()
+    meter = Meter(mode)
     with mode, meter:
         draw_tokens(torch.zeros(1, vocabulary), torch.zeros(1, dtype=torch.float64), 0)
     return sum((work for _, _, work in meter.works), Work())
