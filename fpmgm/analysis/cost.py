@@ -111,7 +111,10 @@ class Meter(TorchDispatchMode):
         if function is torch.ops.prim.device.default:  # a question, and half of all calls
             return args[0].fake_device
         kwargs = kwargs or {}
-        output = self.fake.dispatch(function, types, args, kwargs) if FakeTensor in types else function(*args, **kwargs)
+        if FakeTensor in types:  # at once: the tensor's own way back to the mode is longer
+            output = self.fake.dispatch(function, types, args, kwargs)
+        else:
+            output = function(*args, **kwargs)
         given = (args, {name: value for name, value in kwargs.items() if name != "out"})
         read, written = ([x for x in tree_leaves(v) if isinstance(x, torch.Tensor)] for v in (given, output))
         known = {x.untyped_storage()._cdata for x in read}
