@@ -221,7 +221,7 @@ def solve_adaptively(
         num_iterations (`int` or `torch.Tensor`): The most iterations, for all or (B,) for each sequence, at least 1.
         tolerance (`float`, *optional*): Relative residual that is small enough. `None`: take all iterations.
         solver (`str`, defaults to `"picard"`): A key of `SOLVERS`.
-        attention_mask (`torch.Tensor`, *optional*): (B, L), 0 at padding, which the residuals leave out.
+        attention_mask (`torch.Tensor`, *optional*): (B, L), 0 at padding, which decides nothing.
 
     Returns:
         [`FixedPointSolution`]: the last F(h) of each sequence; residuals are NaN where it had stopped.
@@ -231,9 +231,10 @@ def solve_adaptively(
     size = (int(limits.max()), batch_size)
     residuals = torch.full(size, float("nan"), dtype=torch.float32, device=state.device)
     result, rows, points, images = state, torch.arange(batch_size, device=state.device), [state], []
+    real = attention_mask  # of the rows
     for iteration in range(len(residuals)):
         images.append(step(points[-1], rows))
-        residual = relative_residual(images[-1], points[-1], None if attention_mask is None else attention_mask[rows])
+        residual = relative_residual(images[-1], points[-1], real)
         residuals[iteration, rows] = residual
         result = result.index_copy(0, rows, images[-1])
         going_on = limits[rows] > iteration + 1
@@ -243,26 +244,29 @@ def solve_adaptively(
             return FixedPointSolution(result, residuals[: iteration + 1])
         rows = rows[going_on]
         points, images = ([x[going_on] for x in history[-MEMORY:]] for history in (points, images))
-        points.append(SOLVERS[solver](points, images))
+        real = None if real is None else real[going_on]
+        points.append(SOLVERS[solver](points, images, real))
     return FixedPointSolution(result, residuals)
 
 
-# --- the next point from the latest points h and their images F(h), at most MEMORY of each, (A, L, D) ---
+# --- the next point from the latest points h and their images F(h), at most MEMORY of each, (A, L, D), and what is
+# real of them, (A, L), or `None` ---
 
 MEMORY = 4
 
 
-def picard(points: list[torch.Tensor], images: list[torch.Tensor]) -> torch.Tensor:
+def picard(points: list[torch.Tensor], images: list[torch.Tensor], real: torch.Tensor | None) -> torch.Tensor:
     """h ← F(h)."""
     return images[-1]
 
 
-def anderson(points: list[torch.Tensor], images: list[torch.Tensor]) -> torch.Tensor:
-    """Anderson acceleration (type II): the mix of the latest images whose mixed residual is smallest.
+def anderson(points: list[torch.Tensor], images: list[torch.Tensor], real: torch.Tensor | None) -> torch.Tensor:
+    """Anderson acceleration (type II): the mix of the latest images whose mixed residual is smallest, without padding.
 
     minimise ‖Σ α_i (F(h_i) − h_i)‖ with Σ α_i = 1, slightly regularised; h ← Σ α_i F(h_i).
     """
     differences = torch.stack([image - point for point, image in zip(points, images, strict=True)], dim=1)
+    differences = differences if real is None else differences * real[:, None, :, None]
     differences = differences.flatten(2).double()  # (A, M, L·D)
     gram = differences @ differences.transpose(1, 2)  # (A, M, M)
     scale = gram.diagonal(dim1=1, dim2=2).amax(dim=1)[:, None, None].clamp(min=1e-300)

@@ -101,11 +101,13 @@ def test_lower_precision_stays_close(injection, implementation, dtype, tolerance
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing_at_real_positions(side, implementation):
+@pytest.mark.parametrize("solver", ["picard", "anderson"])
+@torch.no_grad()
+def test_padding_changes_nothing_at_real_positions(solver, side, implementation):
     model = tiny_model(max_position_embeddings=16)
     model.set_attn_implementation(implementation)
-    ids = random_ids(1, 5)
-    alone = model(ids)
+    ids, options = random_ids(1, 5), {"solver": solver, "num_iterations": 4}
+    alone = model(ids, **options)
     for amount, content in ((1, 3), (3, MASK), (9, 0)):
         padding = torch.full((1, amount), content)
         parts, real = [ids, padding], [torch.ones(1, 5), torch.zeros(1, amount)]
@@ -116,6 +118,7 @@ def test_padding_changes_nothing_at_real_positions(side, implementation):
         padded = model(
             torch.cat([torch.cat(parts, dim=1), random_ids(1, 5 + amount, seed=3)]),
             attention_mask=torch.cat([mask, torch.ones_like(mask)]),
+            **options,
         )
         real_rows = mask[0].bool()
         torch.testing.assert_close(padded.logits[0][real_rows], alone.logits[0], rtol=0, atol=2e-4)
