@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from fpmgm import MGMGenerationConfig
 from fpmgm.evaluation import TruthJudge, repetition_rate, sweep, unigram_entropy
 from fpmgm.evaluation.provenance import provenance
 from fpmgm.evaluation.report import write_report
@@ -37,6 +38,7 @@ def judge_row(plan: Plan, row: Row, folder: Path, judge: TruthJudge, device: str
     missing = wanted(plan, row, found) - set(found)
     if missing:
         model = AutoModel.from_pretrained(export).to(device).eval()
+        model.generation_config = MGMGenerationConfig()  # and not what a released folder is published with
         options = {"batch_size": plan.judging["batch_size"], "cache_dir": folder / "cache"}
         likelihood = {"num_draws": plan.judging["likelihood_draws"], **options}
         count = plan.judging["likelihood_texts"]

@@ -105,6 +105,15 @@ def test_every_row_is_trained_judged_and_in_the_tables(studied):
     assert [plan.texts(plan.row(name)) for name in ("fp_mdlm", "cofre")] == [range(8), range(8, 16)]
 
 
+def test_a_row_is_judged_by_the_plan_and_not_by_what_its_start_was_published_with(studied, truth):
+    own, judged = studied / "runs" / "mdlm_sdtt" / "generation_config.json", studied / "results" / "rows"
+    before = samples(judged / "mdlm_sdtt.json")
+    (judged / "mdlm_sdtt.json").unlink()
+    own.write_text(json.dumps({**json.loads(own.read_text()), "temperature": 0.1}))
+    run.main(arguments(studied, truth, "--only", "judge", "--rows", "mdlm_sdtt"))
+    assert [s["excess"] for s in samples(judged / "mdlm_sdtt.json")] == [s["excess"] for s in before]
+
+
 @pytest.mark.slow
 def test_the_same_command_repeats_nothing_and_makes_what_is_missing_as_before(studied, truth, monkeypatch):
     rows = studied / "results" / "rows"
