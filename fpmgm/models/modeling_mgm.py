@@ -210,14 +210,13 @@ class MGMPreTrainedModel(PreTrainedModel):
         """
         # 1. what is asked
         solver, options = self._read_options(options, labels)
-        for name, x in (("attention_mask", attention_mask), ("labels", labels)):
-            if x is not None:
-                check_tensor(name, x, masked.shape)
-        attention_mask = None if attention_mask is None else attention_mask.bool()
         (batch_size, length), width, explicit = masked.shape, h.shape[1], self.fixed_point is None
-        for name, shape in (("fixed_point_state", h.shape), ("reuse_weights", h.shape[:2])):
-            if getattr(solver, name) is not None:
-                check_tensor(name, getattr(solver, name), shape)
+        given = {"attention_mask": attention_mask, "labels": labels, **vars(solver), **options}
+        shapes = {"attention_mask": masked.shape, "labels": masked.shape, "loss_weights": (batch_size,)}
+        for name, shape in {**shapes, "fixed_point_state": h.shape, "reuse_weights": h.shape[:2]}.items():
+            if given.get(name) is not None:
+                check_tensor(name, given[name], shape)
+        attention_mask = None if attention_mask is None else attention_mask.bool()
         bias = create_bidirectional_mask(config=self.config, inputs_embeds=h, attention_mask=attention_mask)
         inputs = BlockInputs(conditioning, rotary, bias, options.get("training", self.training))
         frozen, among, selection = options.get("frozen_states"), options.get("active_positions"), None

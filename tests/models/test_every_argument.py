@@ -170,6 +170,8 @@ def test_every_argument_of_forward_changes_the_result(make, name):
         (text_model, {"input_ids": IDS.tolist()}, "`input_ids`=.* must be a tensor"),
         (text_model, {"attention_mask": torch.ones(2, 7)}, r"`attention_mask` of shape \(2, 7\) must be \(2, 8\)"),
         (text_model, {"labels": LABELS[:1]}, r"`labels` of shape \(1, 8\) must be \(2, 8\)"),
+        (text_model, {"labels": LABELS, "loss_weights": torch.ones(2, 1)}, r"`loss_weights` of shape \(2, 1\)"),
+        (text_model, {"labels": LABELS, "loss_weights": torch.ones(3)}, r"`loss_weights` of shape \(3,\)"),
         (text_model, {"timesteps": torch.ones(3)}, r"`timesteps` of shape \(3,\) must be \(2,\)"),
         (text_model, {"fixed_point_state": TEXT_STATE[:, :7]}, r"`fixed_point_state` of shape .* be \(2, 8, 16\)"),
     ],
