@@ -295,7 +295,8 @@ class MGMPreTrainedModel(PreTrainedModel):
             )  # fmt: skip
             return solve(step, start, options, attention_mask)
         step = active_step(self.fixed_point, h_pre, inputs, kept)
-        solution = solve(step, active.pad(start), options, active.filled())  # (B, Q, D)
+        real = active.filled() if attention_mask is None else active.pad(active.pick(attention_mask.flatten()))
+        solution = solve(step, active.pad(start), options, real)  # (B, Q, D)
         return solution._replace(state=active.pack(solution.state))
 
     def _set_gradient_checkpointing(self, **kwargs) -> None:

@@ -157,6 +157,7 @@ OF_TEXT = [
     {"stop_at_eos": True, "eos_token_id": [3, 4]},
     prompts(),
     prompts() | {"tolerance": 0.1, "reuse": "none"},
+    prompts() | {"refresh_every": 2, "reuse": "none", "num_steps": 6},
     late() | {"freeze_tolerance": 0.1, "reuse": "none", "num_steps": 5},
 ]
 OF_SOLVER = {"freeze_tolerance", "tolerance", "solver"}
@@ -181,6 +182,9 @@ def test_rows_do_not_see_each_other_and_keep_to_the_budget(name, call):
         length = alone.sequences.shape[1]  # of one that ends early, less
         assert torch.equal(alone.sequences[0], out.sequences[index, :length])
         assert alone.block_evaluations == out.block_evaluations_per_sequence[index] <= call["budget"]
+        steps, iterations, _ = alone.residuals.shape
+        together = out.residuals[:steps, :iterations, index]
+        torch.testing.assert_close(together, alone.residuals[:, :, 0], equal_nan=True)
     plain = model.generate(**{**call, "freeze": False, "refresh_every": None, "freeze_tolerance": None})
     assert out.num_steps >= plain.num_steps and out.full_block_evaluations >= out.block_evaluations
     assert plain.full_block_evaluations == plain.block_evaluations
