@@ -260,8 +260,12 @@ class MGMGenerationMixin:
     def _reuse_weights(self, solution, rows, attention_mask, config, ledger, runs) -> torch.Tensor:
         """γ of the next start, (R, L), registers behind; the shares of the tokens' reuse states go to the ledger."""
         states, weights = step_weights(solution.input_ids, rows, self.config, config.reuse, config, attention_mask)
-        of_tokens = (states if runs is None else states[to_device(runs.ran, rows.device)])[:, : rows.shape[1]]
-        ledger.reused.append(torch.stack([(of_tokens == i).float().mean() for i in range(len(REUSE_STATES))]))
+        ran = slice(None) if runs is None else to_device(runs.ran, rows.device)
+        of_tokens = states[ran, : rows.shape[1]]
+        if attention_mask is not None:
+            of_tokens = of_tokens.masked_fill(~attention_mask[ran], -1)  # padding is in no state
+        counts = torch.stack([(of_tokens == i).sum() for i in range(len(REUSE_STATES))])
+        ledger.reused.append(counts / counts.sum())
         return weights
 
     def _configure(self, generation_config, given: dict[str, Any]) -> tuple[MGMGenerationConfig, dict | None]:

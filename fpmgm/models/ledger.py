@@ -39,7 +39,7 @@ class MGMGenerationOutput(ModelOutput):
         positions_computed (`torch.LongTensor`): (T, B) positions that were not frozen, registers among them; 0 where a
             row did not run.
         residuals (`torch.Tensor`): (T, max N, B) relative residual of each iteration; NaN where none was taken.
-        reused (`list[dict[str, float]]`): Per step, the share of positions in each reuse state ("changed",
+        reused (`list[dict[str, float]]`): Per step, the share of real positions in each reuse state ("changed",
             "unchanged", "masked", "remasked"); an empty dict where nothing was reused.
         tuned_plan (`dict`, *optional*): What [`MGMGenerationConfig.tuned_plans`] holds for the budget, where it was
             used.
@@ -75,7 +75,8 @@ class GenerationStep:
         sequences (`torch.LongTensor`): (B, L) tokens after the step, the mask id where still unknown.
         revealed (`torch.BoolTensor`): (B, L) positions revealed by this step.
         fixed_point_state (`torch.Tensor`): (B, L, D) h*, where L counts registers too, or `None` without fixed-point
-            layers; under guidance that of the rows with their class.
+            layers; under guidance that of the rows with their class. Of a row that did not run, whose residuals are
+            NaN, it says nothing.
         residuals (`torch.Tensor`): (N, B) of this step's iterations, or `None`.
     """
 

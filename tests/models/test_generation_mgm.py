@@ -357,6 +357,12 @@ def test_output_fields_describe_the_run():
                 "remasked": 0.0,
             }
         )
+    real = torch.ones_like(ids).index_fill(1, torch.tensor([6, 7]), 0)  # padding counts nowhere
+    padded, shorter = (
+        model.generate(x, iterations=[4, 1, 3], **call, **mask)
+        for x, mask in ((ids, {"attention_mask": real}), (ids[:, :6], {}))
+    )
+    assert padded.reused == shorter.reused
     assert model.generate(ids, iterations=[4, 1], reuse="none", **call).reused == [{}, {}]
     explicit = tiny_model(num_fixed_point_layers=0).generate(ids, budget=6, **call)
     assert explicit.residuals.shape == (3, 0, 3) and explicit.iterations_taken.tolist() == [[0] * 3] * 3
