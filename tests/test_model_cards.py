@@ -2,6 +2,7 @@
 """The released checkpoints in `model_cards/`: they write what they wrote, and their cards say what was found."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,23 @@ def test_it_writes_the_tokens_that_it_wrote(folder, results):
     assert model.generate(batch_size=2, budget=24, seed=0).tolist() == results["tokens_of_budget_24"]
     if (folder / "tokenizer.json").exists():
         assert AutoTokenizer.from_pretrained(folder).mask_token_id == model.config.mask_token_id
+
+
+@pytest.mark.parametrize("folder", [f for f in FOLDERS if (f / "tokenizer.json").exists()], ids=lambda f: f.name)
+def test_a_blank_in_a_prompt_stands_for_a_word_with_its_space(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = tokenizer("Once a big dog. They\nwere happy.")["input_ids"]
+    big = tokenizer("big")["input_ids"][1]
+    for prompt in ("Once a<|mask|> dog. They\nwere happy.", "Once a <|mask|> dog. They\nwere happy."):
+        ids = tokenizer(prompt)["input_ids"]
+        assert ids == [tokenizer.mask_token_id if token == big else token for token in text]
+
+
+def test_such_a_tokenizer_is_made_of_llamas(tmp_path):
+    judge, released = (FOLDERS[0].parent / name / "tokenizer.json" for name in ("stories-judge", "stories-cofre"))
+    file = Path(shutil.copy(judge, tmp_path))
+    release.read_masks_as_words(file)
+    assert file.read_text(encoding="utf-8") == released.read_text(encoding="utf-8")
 
 
 def test_its_card_says_what_its_results_say(folder, results, tmp_path):

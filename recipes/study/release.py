@@ -34,6 +34,13 @@ from study.tables import core_seconds, setting_name
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = Path(__file__).with_name("card.md")
+LLAMA_NORMALIZER = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    ],
+}
 SAMPLE_FIELDS = (
     "budget", "num_steps", "block_evaluations", "excess", "excess_standard_error", "generative_perplexity",
     "generative_perplexity_standard_error", "unigram_entropy", "repetition_4",
@@ -80,10 +87,25 @@ def save_rounded(model_class: type, export: Path, folder: Path, generation: dict
     model.to(torch.bfloat16).save_pretrained(folder)
     if (export / "tokenizer_config.json").exists():
         AutoTokenizer.from_pretrained(export).save_pretrained(folder)
+        if model_class is AutoModel:  # the judge meets no mask
+            read_masks_as_words(folder / "tokenizer.json")
     link_code(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
+
+
+def read_masks_as_words(file: Path) -> None:
+    """Make Llama's tokenizer read text behind a mask as behind a word: it puts a space of its own behind every special
+    token, so that `<|mask|> They` would hold two. The mask takes the space before it, as in `add_mask_token`."""
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    if tokenizer["normalizer"] != LLAMA_NORMALIZER:
+        return
+    tokenizer["normalizer"] = None
+    tokenizer["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    for token in tokenizer["added_tokens"]:
+        token["lstrip"] |= token["content"] == "<|mask|>"
+    file.write_text(json.dumps(tokenizer, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def link_code(folder: Path) -> None:
