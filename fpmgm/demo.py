@@ -224,9 +224,10 @@ def text_tab(models: list[str], only_these: bool) -> None:
     shown_first = read(models[0])[0]
     orders = list(shown_first.orders)
     with gr.Row():
-        first = gr.Dropdown(models, value=models[0], label="Model", allow_custom_value=any_name)
+        named = {"allow_custom_value": any_name, "min_width": 280}  # in a narrow window one below the other
+        first = gr.Dropdown(models, value=models[0], label="Model", **named)
         other = models[1] if len(models) > 1 else NONE
-        second = gr.Dropdown([NONE, *models], value=other, label="Beside it", allow_custom_value=any_name)
+        second = gr.Dropdown([NONE, *models], value=other, label="Beside it", **named)
     prompt = gr.Textbox(
         label="Prompt", lines=2, max_length=4000, placeholder="Empty: the whole text. <|mask|*20> is 20 blanks."
     )

@@ -18,12 +18,13 @@ from .models.text_input import text_of
 
 WORDS = {
     "given": "prompt",
-    "masked": "masked: its solution is partly reused",
-    "changed": "revealed by this step: its solution is mostly dropped",
-    "unchanged": "revealed earlier: its solution is reused",
+    "masked": "masked",
+    "changed": "revealed by this step",
+    "unchanged": "revealed earlier",
     "remasked": "taken back",
 }
 LEGEND = ("masked", "changed", "unchanged")
+UNDER_REUSE = "under reuse 3sr their solutions are partly reused, mostly dropped, and reused"
 # Blanks are named with their parents: a page that colours its own spans must not colour them.
 STYLE = """
 .fp {--fp-masked: #e4e4e7; --fp-changed: #fdba74; --fp-unchanged: #d9f0dc; --fp-remasked: #f5c2d6;
@@ -88,12 +89,12 @@ def tokens_of(
 def draw_legend() -> str:
     """What the colours mean."""
     items = [f'<span><i style="background: var(--fp-{state})"></i>{WORDS[state]}</span>' for state in LEGEND]
-    return f'<div class="fp"><div class="fp-legend">{"".join(items)}</div></div>'
+    return f'<div class="fp"><div class="fp-legend">{"".join(items)}{UNDER_REUSE}</div></div>'
 
 
 def draw_facts(step: int, num_steps: int, spent: int, budget: int, masked: int) -> str:
     """One line about a step, counted from 1."""
-    words = f"step {step} of {num_steps} · {spent} of {budget} block evaluations · {masked} tokens masked"
+    words = f"step {step} of {num_steps} · {spent} of {budget} block evaluations · {masked} masked"
     return f'<div class="fp"><div class="fp-facts">{words}</div></div>'
 
 
