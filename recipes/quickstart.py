@@ -277,9 +277,10 @@ def markdown(results: dict) -> str:
     samples.append([None, "held-out text", None, None, f"{held_out['entropy']:.2f}", shown(held_out)])
     perplexity = plus_minus(model["validation_perplexity"], model["validation_perplexity_standard_error"], 1)
     count, length = (results["arguments"][name] for name in ("num_samples", "length"))
+    code = f"commit {found['commit']}" if found["commit"] else f"fpmgm {found['versions']['fpmgm']}"
     return (
         f"On {found['device']}; torch {found['versions']['torch']}, transformers {found['versions']['transformers']}, "
-        f"commit {found['commit']}; {results['seconds']:.0f} s in all. ± is one standard error over texts.\n\n"
+        f"{code}; {results['seconds']:.0f} s in all. ± is one standard error over texts.\n\n"
         f"Stories, {results['arguments']['num_stories']} of each row, perplexity under {stories['judge']}:\n\n"
         f"{table(['budget', 'model', 'steps', 'block evaluations', 'ms per text', 'entropy', 'perplexity'], told)}\n\n"
         f"A model of your own, {model['parameters']:,} parameters, {model['steps']} steps of "

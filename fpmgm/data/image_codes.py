@@ -358,10 +358,12 @@ def _check_same(folder: Path, settings: dict) -> None:
     other = read_json(path)
     other = other if isinstance(other, dict) else {}
     known = dict.fromkeys(settings) | {name: settings[name] for name in NOTED_LATER} | other
-    different = [f"{name}={known[name]!r}"[:300] for name in settings if settings[name] != known[name]]
+    different = [name for name in settings if settings[name] != known[name]]
     if different:
+        made, asked = (", ".join(f"{name}={of[name]!r}"[:300] for name in different) for of in (known, settings))
         raise ValueError(
-            f"`folder`={str(folder)!r} holds codes made with {', '.join(different)}: remove it or give another one."
+            f"`folder`={str(folder)!r} holds codes made with {made}, and {asked} is asked for: remove it, give "
+            "another one, or ask for what it was made with."
         )
 
 

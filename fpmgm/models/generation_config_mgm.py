@@ -24,6 +24,7 @@ MISPLACED = {
     "max_new_tokens": "it is an argument of `generate`: give it in the call",
     "num_beams": "sequences are not written from left to right: there is nothing to beam",
     "do_sample": "use `temperature=0` for the most likely tokens",
+    "num_return_sequences": "use `batch_size` for texts from nothing, or repeat the rows of `input_ids`",
 }
 
 SHARE = number(0, 1)

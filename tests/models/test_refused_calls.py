@@ -40,6 +40,7 @@ TEXT = [
     ({"top_k": 0}, "`top_k`=0 must be a whole number"),
     ({"max_length": 20}, "`max_length`: use `length`"),
     ({"do_sample": False}, "`do_sample`: use `temperature=0`"),
+    ({"num_return_sequences": 2}, "`num_return_sequences`: use `batch_size`"),
     ({"num_step": 3}, "num_step'.*'num_steps'"),
     ({"length": 9}, "`length`=9 .*`max_position_embeddings`=8"),
     ({"length": 0}, "`length`=0 must be a whole number"),
