@@ -12,7 +12,7 @@ from fpmgm.evaluation.report import table, write_report
 from study.plan import Plan, name_of
 
 
-SETTING = ("iterations_per_step", "reuse", "temperature", "top_p", "order", "num_steps", "iterations", "allocation")
+FIRST = ("iterations_per_step", "reuse", "temperature", "top_p", "order", "num_steps", "iterations", "allocation")
 PLAIN = "plain"
 
 
@@ -187,7 +187,8 @@ def excess_at(curve: Sequence[dict], entropy: float) -> float | None:
 def setting_name(sample: dict, without: str = "budget") -> str:
     """What a row of samples sets beside the budget, `without` one of them; `PLAIN` where that is nothing."""
     options = sample["sampling"]["options"]
-    return ", ".join(f"{name} {options[name]}" for name in SETTING if name in options and name != without) or PLAIN
+    names = [name for name in dict.fromkeys((*FIRST, *options)) if name in options and name not in ("budget", without)]
+    return ", ".join(f"{name} {options[name]}" for name in names) or PLAIN
 
 
 def labelled(row: dict, setting: str) -> str:

@@ -20,6 +20,7 @@ from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion
 from fpmgm.evaluation import load_judge
 from study import release, run, train
 from study.plan import load_plan
+from study.tables import setting_name
 from tests.testing_utils import refused, word_tokenizer
 
 
@@ -105,6 +106,7 @@ def test_every_row_is_trained_judged_and_in_the_tables(studied):
     assert [plan.texts(plan.row(name)) for name in ("fp_mdlm", "cofre")] == [range(8), range(8, 16)]
 
 
+@pytest.mark.slow
 def test_a_row_is_judged_by_the_plan_and_not_by_what_its_start_was_published_with(studied, truth):
     own, judged = studied / "runs" / "mdlm_sdtt" / "generation_config.json", studied / "results" / "rows"
     before = samples(judged / "mdlm_sdtt.json")
@@ -177,6 +179,13 @@ def test_a_row_goes_on_from_a_folder_in_full_precision(tmp_path):
     model, teachers = train.start_model(plan, plan.rows[1], tmp_path)
     assert model.dtype == torch.float32 and model.config.dropout == 0.2 and not teachers
     assert len(train.start_weights(plan, plan.rows[0], tmp_path / "runs" / "further")) == 1
+    assert release.history(plan, plan.rows[1]) == [plan.rows[1]]
+
+
+def test_settings_that_differ_have_names_that_differ():
+    options = [{}, {"remask": 0.1}, {"remask": 0.2}, {"remask": 0.2, "order": "ancestral"}, {"temperature": 0.5}]
+    names = [setting_name({"sampling": {"options": {"budget": 24, **o}}}) for o in options]
+    assert names == ["plain", "remask 0.1", "remask 0.2", "order ancestral, remask 0.2", "temperature 0.5"]
 
 
 def samples(path: Path) -> list[dict]:
