@@ -8,12 +8,13 @@ from accelerate import PartialState
 from transformers import Trainer
 
 from fpmgm.evaluation import plus_minus
+from fpmgm.trainers import ConsistencyTrainer, ConversionTrainer, SDTTTrainer
 
 
 CONFIGS = Path(__file__).parent / "configs"
-AFTER_TRAINING = {  # whether the model has fixed-point layers → recipe, and its YAML
-    True: {"posttrain_consistency": "consistency"},
-    False: {"convert_mdlm": "convert", "distill_sdtt": "sdtt"},
+AFTER_TRAINING = {  # whether the model has fixed-point layers → recipe, its YAML and its trainer
+    True: {"posttrain_consistency": ("consistency", ConsistencyTrainer)},
+    False: {"convert_mdlm": ("convert", ConversionTrainer), "distill_sdtt": ("sdtt", SDTTTrainer)},
 }
 
 
@@ -67,10 +68,13 @@ def say_what_came_of_it(trainer: Trainer, metrics: dict[str, float], data: list[
         say(f"next:\n    {shlex.join(['python', 'recipes/sample.py', '--model', folder, *words])}")
         return
     commands = [] if config.model_type == "fpmaskgit" else [["recipes/sample.py", "--model", folder]]
-    for recipe, name in AFTER_TRAINING[config.num_fixed_point_layers > 0].items():
+    for recipe, (name, trainer_class) in AFTER_TRAINING[config.num_fixed_point_layers > 0].items():
+        if isinstance(trainer, trainer_class):  # this is what was just done
+            continue
         kind = Path(folder).name.split("_")[-1]
         path = CONFIGS / f"{name}_{kind}.yaml"
         path = path if path.is_file() else CONFIGS / f"{name}_small.yaml"
         options = ["--config", f"recipes/configs/{path.name}", "--model_name_or_path", folder, *data]
         commands.append([f"recipes/{recipe}.py", *options])
-    say("\n    ".join(["next:", *(shlex.join(["python", *words]) for words in commands)]))
+    if commands:
+        say("\n    ".join(["next:", *(shlex.join(["python", *words]) for words in commands)]))

@@ -244,7 +244,9 @@ def test_recipes_go_on_from_a_model_folder_and_export_another(
     metrics = recipe.main(argv)
     again = recipe.main(argv)  # nothing is left to do
     assert again["eval_loss"] == metrics["eval_loss"] and again["before_loss"] == metrics["before_loss"]
-    assert f"after {metrics['eval_perplexity']:.2f}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"after {metrics['eval_perplexity']:.2f}" in said
+    assert "next:" in said and f"recipes/{recipe.__name__}.py" not in said
     assert json.loads((tmp_path / "before_results.json").read_text())["before_loss"] == metrics["before_loss"]
     model = AutoModel.from_pretrained(tmp_path)
     assert model.generate(num_steps=2, seed=0).shape == torch.Size([1, 16])
