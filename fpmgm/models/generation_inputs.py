@@ -38,11 +38,9 @@ def read_tensor(name: str, value: Any) -> torch.Tensor:
     """
     try:
         x = torch.as_tensor(value, device=value.device if torch.is_tensor(value) else "cpu").cpu()
-        if x.layout != torch.strided or x.is_quantized:
-            x = None
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"`{name}`={shown(value)} must be numbers in rows of one length: {error}") from error
-    if x is None:
+    if x.layout != torch.strided or x.is_quantized:
         raise ValueError(f"`{name}`={shown(value)} must be an ordinary tensor, neither sparse nor quantised.")
     return x
 
