@@ -123,6 +123,8 @@ def reveal(name: str, prompt: str, length: int | None, **options: Any) -> Iterat
     ids = encode_prompt(tokenizer, prompt, mask) if prompt.strip() else None
     previous = torch.full((length or model.config.max_position_embeddings,), mask) if ids is None else ids[0]
     given = previous != mask
+    if given.all():
+        raise ValueError(f"`prompt`={prompt!r} has no blank: write <|mask|*20> where 20 tokens are wanted.")
     yield draw_tokens(tokens_of(tokenizer, previous, previous, given, mask)), "", draw_residuals([], budget)
     arguments = {"input_ids": ids} if ids is not None else {"length": length}
     steps = steps_of(functools.partial(model.generate, **arguments, **options))

@@ -78,7 +78,7 @@ def test_the_first_text_of_a_released_model_comes_within_three_seconds():
 
 @pytest.mark.parametrize(
     ("model", "prompt", "words"),
-    [(None, "no blanks", "input_ids"), (None, "<|mask|*200>", "200|96"), (f"org/{EVIL}", "", "img src")],
+    [(None, EVIL, "has no blank"), (None, "<|mask|*200>", "200|96"), (f"org/{EVIL}", "", "img src")],
 )
 def test_mistakes_show_the_librarys_own_message_and_no_html_of_the_visitors(folder, model, prompt, words):
     from fpmgm.demo import write
@@ -128,7 +128,7 @@ def test_a_browser_shows_two_models_a_mistake_and_a_picture(folder, pictures, tm
             assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
             page.get_by_label("Prompt").fill("no blanks")
             page.get_by_role("button", name="Write").click()
-            page.wait_for_selector("text=input_ids", timeout=60_000)
+            page.wait_for_selector("text=has no blank", timeout=60_000)
             page.get_by_role("tab", name="Images").click()
             page.get_by_label("number input for Budget").last.fill("36")
             page.get_by_label("number input for Budget").last.press("Tab")
