@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from .arguments import shown
 from .generation_config_mgm import MGMGenerationConfig
-from .reveal import RevealTask, Turn, rows_with
+from .reveal import RevealTask, Turn
 from .transfer import to_device
 
 
@@ -55,8 +55,7 @@ class StopAtEnd:
         (positions, unfinished, waiting), behind = self.rule.turn(step, tokens), self.behind(tokens)
         positions = positions[~behind.flatten()[positions]]
         left = (self.task.still_masked(tokens) & ~behind).any(dim=1)
-        left = left if unfinished is None else left & rows_with(positions, tokens)
-        return Turn(positions, left, waiting | behind)
+        return Turn(positions, unfinished & left, waiting | behind)
 
     def write(self, step: int, tokens: torch.Tensor, positions: torch.Tensor, logits: torch.Tensor | None):
         """As the rule does."""

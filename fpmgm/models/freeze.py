@@ -69,8 +69,7 @@ class Frozen:
         chosen = ((self.masked | self.moving | self.written) & ~turn.waiting) | needed | refreshed | ~self.begun
         if not self.reusing:  # a row that needs no logits is idle, as it is alone
             chosen = chosen & needed.any(dim=1, keepdim=True)
-        if turn.unfinished is not None:
-            chosen = chosen & turn.unfinished[:, None]
+        chosen = chosen & turn.unfinished[:, None]
         if self.limits is not None:
             chosen = self._within_budget(step, chosen, needed, self.masked & ~turn.waiting)
         return torch.cat([chosen, chosen.any(dim=1, keepdim=True).expand(-1, self.registers)], dim=1)

@@ -190,8 +190,8 @@ class MGMGenerationMixin:
         for step in logging.tqdm(range(plan.num_steps), desc="denoising", disable=not config.progress_bar):
             # 1. the positions whose logits the step needs; where there are none, and nothing is reused, it is idle
             turn = rule.turn(step, tokens)
-            positions, unfinished = turn.positions, turn.unfinished
-            if unfinished is not None and not unfinished.any():
+            positions = turn.positions
+            if not turn.unfinished.any():
                 break
             active = frozen.active(step, turn)  # (B, L + R), or None: all
             if len(positions) == 0 and not (reusing and (active is None or active.any())):
@@ -202,7 +202,7 @@ class MGMGenerationMixin:
             # 2. the denoiser, started from the previous solution; of rows that are alike, one of each runs
             rows, weights = tokens.repeat(copies, 1), None  # (R, L)
             moment = rule.clock.moment(step, tokens == self.config.mask_token_id)
-            runs = frozen.runs(active, unfinished, copies, batch_size, classes, conditions.alike)
+            runs = frozen.runs(active, turn.unfinished, copies, batch_size, classes, conditions.alike)
             if solution is not None:
                 weights = self._reuse_weights(solution, rows, conditions.attention_mask, config, ledger, runs)
             logits, state, residuals = self._evaluate(

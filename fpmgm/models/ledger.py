@@ -30,7 +30,7 @@ class MGMGenerationOutput(ModelOutput):
         full_block_evaluations (`int`): What the same steps and iterations would have cost with no position frozen.
         guidance_evaluations (`int`): Further block evaluations of the most costly sequence without its class, for
             guidance; 0 without guidance. The budget does not count them.
-        num_steps (`int`): Denoising steps T taken: fewer than planned where an order was certain earlier.
+        num_steps (`int`): Denoising steps T taken: fewer than planned where all is written earlier.
         num_steps_per_sequence (`torch.LongTensor`): (B,) steps that ran for each sequence.
         tokens_per_step (`float`): Tokens written, over the steps that ran to write them, all sequences together.
         tokens_per_second (`float`): Tokens written by the batch, over the time of its steps.
@@ -69,7 +69,7 @@ class GenerationStep:
 
     Args:
         step (`int`): 0 for the first.
-        num_steps (`int`): Denoising steps T planned; an adaptive order may need fewer.
+        num_steps (`int`): Denoising steps T planned; fewer are taken where all is written earlier.
         time (`float`): Diffusion time t at which the denoiser ran, the mean of the sequences where an adaptive order
             has them at different ones; models without time do not see it.
         sequences (`torch.LongTensor`): (B, L) tokens after the step, the mask id where still unknown.

@@ -132,16 +132,11 @@ class Clock(NamedTuple):
 
 class Turn(NamedTuple):
     """What a step is about, on the CPU: the `positions` (P,) whose logits it needs, ascending indices into B·L; which
-    rows are `unfinished`, (B,) bool, `None`: all; and which positions are `waiting` for their block, (B, L) bool."""
+    rows are `unfinished`, (B,) bool; and which positions are `waiting` for their block, (B, L) bool."""
 
     positions: torch.Tensor
-    unfinished: torch.Tensor | None
+    unfinished: torch.Tensor
     waiting: torch.Tensor
-
-
-def rows_with(positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """(B,) bool: the rows of `tokens` (B, L) that have some of the `positions` (P,)."""
-    return torch.bincount(positions // tokens.shape[1], minlength=len(tokens)) > 0
 
 
 @dataclass(frozen=True)
@@ -157,8 +152,16 @@ class ScheduledReveal:
     clock: Clock
 
     def turn(self, step: int, tokens: torch.Tensor) -> Turn:
-        """All rows take all steps."""
-        return Turn(self._reveals(step), None, self.task.windows.first > step)
+        """Each row takes all steps up to its last one."""
+        return Turn(self._reveals(step), self.last >= step, self.task.windows.first > step)
+
+    @cached_property
+    def last(self) -> torch.Tensor:
+        """(B,) the last step that writes or masks anything in each row, -1 where none does."""
+        last = torch.full((len(self.task.wanted),), -1, device="cpu")
+        for step, again in enumerate(self.schedule.remasks):
+            last[torch.cat([self._reveals(step), again]) // self.task.wanted.shape[1]] = step
+        return last
 
     def write(
         self, step: int, tokens: torch.Tensor, positions: torch.Tensor, logits: torch.Tensor | None
@@ -203,11 +206,11 @@ class ConfidenceReveal:
     clock: Clock
 
     def turn(self, step: int, tokens: torch.Tensor) -> Turn:
-        """All rows take all steps; which positions are left is known on the device."""
-        windows = self.task.windows
+        """Each row takes all steps until it is written; which positions are left is known on the device."""
+        windows, masked = self.task.windows, self.task.still_masked(tokens)
         begun = windows.first <= step
-        now = self.task.still_masked(tokens) & begun & (step <= windows.last)
-        return Turn(now.flatten().nonzero().squeeze(1), None, ~begun)
+        now = masked & begun & (step <= windows.last)
+        return Turn(now.flatten().nonzero().squeeze(1), masked.any(dim=1), ~begun)
 
     def masked(self, step: int, tokens: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         """(B, L) bool, on the CPU: what is masked in `tokens` (B, L)."""
@@ -244,7 +247,7 @@ class AdaptiveReveal:
         last = self.task.windows.last.masked_fill(~masked, self.task.num_steps)
         now = masked & (last == last.amin(dim=1, keepdim=True))
         positions = now.flatten().nonzero().squeeze(1)
-        return Turn(positions, rows_with(positions, tokens), masked & ~now)
+        return Turn(positions, now.any(dim=1), masked & ~now)
 
     def masked(self, step: int, tokens: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         """(B, L) bool, on the CPU: what is masked in `tokens` (B, L)."""

@@ -22,7 +22,7 @@ class Runs(NamedTuple):
 
 
 def rows_to_run(
-    unfinished: torch.Tensor | None,
+    unfinished: torch.Tensor,
     copies: int,
     batch_size: int,
     classes: torch.Tensor | None = None,
@@ -31,7 +31,7 @@ def rows_to_run(
     """The rows to run. `None`: all of them.
 
     Args:
-        unfinished (`torch.Tensor`, *optional*): (B,) bool on the CPU. `None`: all are.
+        unfinished (`torch.Tensor`): (B,) bool on the CPU.
         copies (`int`): Rows of each sequence, R / B: 2 with guidance, first all with their class, then all without.
         batch_size (`int`): B.
         classes (`torch.Tensor`, *optional*): (R,). `None`: no classes.
@@ -43,7 +43,7 @@ def rows_to_run(
     >>> import torch
     >>> rows_to_run(torch.tensor([True, False, True]), copies=2, batch_size=3).ran.tolist()
     [0, 2, 3, 5]
-    >>> rows_to_run(None, copies=1, batch_size=4, alike=True).stands.tolist()
+    >>> rows_to_run(torch.ones(4, dtype=torch.bool), copies=1, batch_size=4, alike=True).stands.tolist()
     [0, 0, 0, 0]
 
     ```
@@ -55,7 +55,7 @@ def rows_to_run(
         ran = torch.full((int(stands.max()) + 1,), num_rows, device="cpu")
         ran = ran.scatter_reduce(0, stands, torch.arange(num_rows, device="cpu"), "amin")
         return Runs(ran, stands, torch.zeros(num_rows, dtype=torch.bool, device="cpu"))
-    if unfinished is None or unfinished.all():
+    if unfinished.all():
         return None
     run = unfinished.repeat(copies)  # (R,)
     return Runs(run.nonzero().squeeze(1), (run.cumsum(0) - 1).clamp(min=0), ~run)
