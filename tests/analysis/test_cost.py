@@ -157,12 +157,13 @@ def test_flops_of_sampling_are_those_that_pytorch_counts(batch_size, overrides):
 
     counted = counted_flops(run)
     steps = []
-    for step in seen:  # idle ones do not run
+    for step in seen:  # idle ones do not run, nor rows that are written
         rows, n = step.revealed.sum(dim=1), found[0].iterations[step.step]
+        ran = int((found[0].positions_computed[step.step] > 0).sum())
         alike = step.step == 0 and batch_size > 1  # one row is run, at the columns that any row reveals
         positions = int(step.revealed.any(dim=0).sum()) if alike else int(rows.sum())
         queries = positions if alike else int(rows.max())
-        steps.append(SamplingStep(1 if alike else batch_size, positions, max(1, queries), int(rows.sum()), n))
+        steps.append(SamplingStep(1 if alike else ran, positions, max(1, queries), int(rows.sum()), n))
     assert counted == pytest.approx(flops(sampling_work(model.config, steps, LENGTH)), rel=1e-12)
 
 
