@@ -237,7 +237,7 @@ def test_a_released_checkpoint_writes_what_it_wrote_where_fpmgm_is_not_installed
 
 def test_a_pushed_pipeline_writes_the_same_where_fpmgm_is_not_installed(hub):
     assert hub.facts["texts"] == hub.texts
-    assert all(text["generated_text"] and text["block_evaluations"] == 20 for (text,) in hub.texts)
+    assert all(text["generated_text"] and 0 < text["block_evaluations"] <= 20 for (text,) in hub.texts)
 
 
 def test_a_pushed_pipeline_draws_the_same(hub):
