@@ -25,8 +25,8 @@ def write(tmp_path_factory):
 
 
 def by_hand(model, ids, seed, **options):
-    tokens = model.generate(torch.tensor([ids]), seed=[seed], **PLAN, **options)[0]
-    return TOKENIZER.decode(tokens, skip_special_tokens=True)
+    out = model.generate(torch.tensor([ids]), seed=[seed], **PLAN, **options, return_dict_in_generate=True)
+    return TOKENIZER.decode(out.sequences[0], skip_special_tokens=True), out.block_evaluations
 
 
 def test_it_writes_what_generate_writes(write):
@@ -39,10 +39,9 @@ def test_it_writes_what_generate_writes(write):
     }
     for prompt, ids in expected.items():
         (text,) = write(prompt, seed=5)
-        assert text["generated_text"] == by_hand(write.model, ids, 5)
-        assert text["block_evaluations"] == 16  # two blocks beside F and two iterations, in each of four steps
+        assert (text["generated_text"], text["block_evaluations"]) == by_hand(write.model, ids, 5)
     (text,) = write("the", seed=5, max_new_tokens=4, temperature=0.5)
-    assert text["generated_text"] == by_hand(write.model, [*the, *[MASK] * 4], 5, temperature=0.5)
+    assert text["generated_text"] == by_hand(write.model, [*the, *[MASK] * 4], 5, temperature=0.5)[0]
     assert "FPMDLMForMaskedDiffusion" in repr(write)  # of which transformers asks the model what it makes
     assert len({write("", seed=seed)[0]["generated_text"] for seed in range(4)}) > 1
 
