@@ -80,6 +80,7 @@ class SolverOptions:
         given = {
             "num_iterations": torch.is_tensor(self.num_iterations) or self.num_iterations not in (0, None),
             "num_no_grad_iterations": self.num_no_grad_iterations != 0,
+            "num_kept_iterations": self.num_kept_iterations is not None,
             "tolerance": self.tolerance is not None,
             "solver": self.solver != "picard",
             "fixed_point_state": self.fixed_point_state is not None,

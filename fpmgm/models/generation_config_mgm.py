@@ -76,6 +76,13 @@ PARAMETERS = {
 }
 DEFAULTS = {name: default for name, (default, _) in PARAMETERS.items()}
 ALLOWED = {name: allowed for name, (_, allowed) in PARAMETERS.items()}
+# What nothing reads unless something else is set: what that is, and whether a configuration has it.
+READ_WITH = {
+    **dict.fromkeys(GAMMAS, ("`reuse`='3sr'", lambda config: config.reuse == "3sr")),
+    **dict.fromkeys(("top_k", "top_p"), ("a `temperature` above 0", lambda config: config.temperature > 0)),
+    "guidance_schedule": ("a `guidance_scale` other than 1", lambda config: config.guidance_scale != 1),
+    "pad_token_id": ("`stop_at_eos`=True", lambda config: config.stop_at_eos),
+}
 OF_THE_LOADER = ("_commit_hash", "_from_model_config", "_original_object_hash")  # set by the hub's
 
 
@@ -241,6 +248,35 @@ def check_one_cost(budget: int | None, iterations: int | list[int] | None) -> No
             f"`budget`={shown(budget)} and `iterations`={shown(iterations)} exclude each other: give a budget, or "
             "`num_steps` with `iterations`."
         )
+
+
+def check_given(config: Any, given: dict[str, Any], model_config: Any) -> None:
+    """Raise a `ValueError` for what a call has `given` and nothing would read, with all that `config` says."""
+    if config.iterations is not None and "allocation" in given:
+        raise ValueError(
+            f"`allocation`={shown(given['allocation'])} shares a budget over the steps, but `iterations` are set: "
+            "leave it out, or give a budget."
+        )
+    if "iterations_per_step" in given and (config.iterations is not None or config.num_steps is not None):
+        raise ValueError(
+            f"`iterations_per_step`={given['iterations_per_step']} chooses the number of steps, but "
+            f"`{'num_steps' if config.iterations is None else 'iterations'}` is set: leave one of the two out."
+        )
+    if given.get("reuse", "none") != "none" and model_config.is_looped:
+        raise ValueError(
+            f"`reuse`={given['reuse']!r} starts from the last solution, but without an injection the model sees "
+            "new tokens through the start alone: leave it out."
+        )
+    if config.freeze_tolerance is not None and model_config.num_fixed_point_layers == 0:
+        raise ValueError(
+            f"`freeze_tolerance`={config.freeze_tolerance} is about solutions, but the model has no fixed-point "
+            "layers: leave it out."
+        )
+    for name, (needed, is_set) in READ_WITH.items():
+        if given.get(name, DEFAULTS[name]) != DEFAULTS[name] and not is_set(config):
+            raise ValueError(
+                f"`{name}`={shown(given[name])} is read with {needed} only: give that too, or leave it out."
+            )
 
 
 __all__ = ["MGMGenerationConfig"]

@@ -20,7 +20,7 @@ from .budget import BudgetPlan, explicit_plan, plan_budget
 from .draw import MOST_NUMBERS
 from .end_of_text import StopAtEnd, known_ends, read_ends, warn_of_ended_prompts
 from .freeze import Frozen, NothingFrozen, expected_shares
-from .generation_config_mgm import MISPLACED, MGMGenerationConfig
+from .generation_config_mgm import MISPLACED, MGMGenerationConfig, check_given
 from .generation_inputs import (
     ALLOWED,
     check_generation_config,
@@ -275,26 +275,7 @@ class MGMGenerationMixin:
         arguments = [name for name in inspect.signature(MGMGenerationMixin.generate).parameters if name != "kwargs"]
         check_names(given, {*arguments[1:], *config.names()}, "generation argument(s)", MISPLACED)
         config, tuned_plan = config.updated(**given).tuned(given=given)
-        if config.iterations is not None and "allocation" in given:
-            raise ValueError(
-                f"`allocation`={shown(given['allocation'])} shares a budget over the steps, but `iterations` are set: "
-                "leave it out, or give a budget."
-            )
-        if "iterations_per_step" in given and (config.iterations is not None or config.num_steps is not None):
-            raise ValueError(
-                f"`iterations_per_step`={given['iterations_per_step']} chooses the number of steps, but "
-                f"`{'num_steps' if config.iterations is None else 'iterations'}` is set: leave one of the two out."
-            )
-        if given.get("reuse", "none") != "none" and self.config.is_looped:
-            raise ValueError(
-                f"`reuse`={given['reuse']!r} starts from the last solution, but without an injection the model sees "
-                "new tokens through the start alone: leave it out."
-            )
-        if config.freeze_tolerance is not None and self.config.num_fixed_point_layers == 0:
-            raise ValueError(
-                f"`freeze_tolerance`={config.freeze_tolerance} is about solutions, but the model has no fixed-point "
-                "layers: leave it out."
-            )
+        check_given(config, given, self.config)
         if tuned_plan is not None:
             logger.info(f"`budget`={config.budget}: using the tuned plan {tuned_plan}.")
         return config, tuned_plan

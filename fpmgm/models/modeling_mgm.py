@@ -188,6 +188,8 @@ class MGMPreTrainedModel(PreTrainedModel):
         for name in ("loss_weights", "num_items_in_batch"):
             if labels is None and name in others:
                 raise ValueError(f"`{name}` is about the cross-entropy: give `labels` too, or leave it out.")
+        if "logits_loss_weight" in others and "logits_loss" not in others:
+            raise ValueError("`logits_loss_weight` weighs `logits_loss`: give that too, or leave it out.")
         if labels is None and "logits_loss" in others and "logits_positions" not in others:
             raise ValueError("`logits_loss` needs positions: give `labels` or `logits_positions` too.")
         check_frozen(others, torch.is_grad_enabled() or others.get("training", self.training))

@@ -57,13 +57,13 @@ def call(model, iterations=(0, 0), backward=False, kept=None) -> None:
     for row, count in MASKED.items():
         labels[row, :count] = 1
     numbers = dict(zip(("num_no_grad_iterations", "num_iterations"), iterations, strict=True))
+    numbers["num_kept_iterations"] = kept
     classes = {"class_labels": torch.arange(BATCH)} if config.model_type == "fpmaskgit" else {}
     output = model(
         torch.full(shape, config.mask_token_id),
         timesteps=torch.full((BATCH,), 0.5),
         labels=labels,
         logits_positions=(labels != -100).flatten().nonzero().squeeze(1),
-        num_kept_iterations=kept,
         **(numbers if config.num_fixed_point_layers else {}),
         **classes,
     )

@@ -166,6 +166,7 @@ def test_every_argument_of_forward_changes_the_result(make, name):
         (text_model, {"loss_weights": torch.ones(2)}, "`loss_weights` is about the cross-entropy"),
         (text_model, {"num_items_in_batch": 3}, "`num_items_in_batch` is about the cross-entropy"),
         (text_model, {"logits_loss": square}, "`logits_loss` needs positions"),
+        (text_model, {"logits_loss_weight": 0.5}, "`logits_loss_weight` weighs `logits_loss`: give that too"),
         (text_model, {"reuse_weights": torch.ones(2, 8)}, "`reuse_weights` weigh `fixed_point_state`"),
         (text_model, {"input_ids": IDS.tolist()}, "`input_ids`=.* must be a tensor"),
         (text_model, {"attention_mask": torch.ones(2, 7)}, r"`attention_mask` of shape \(2, 7\) must be \(2, 8\)"),
@@ -185,6 +186,7 @@ def test_what_forward_cannot_honour_is_refused(make, call, message):
 SOLVER = {
     "num_iterations": 2,
     "num_no_grad_iterations": 1,
+    "num_kept_iterations": 1,
     "tolerance": 0.1,
     "solver": "anderson",
     "fixed_point_state": TEXT_STATE,

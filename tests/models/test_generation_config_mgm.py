@@ -61,7 +61,7 @@ def test_defaults_and_tokens_survive_saving_and_loading(tmp_path):
 
 def test_a_tuned_plan_is_used_for_its_budget_as_a_whole(tmp_path):
     model, call = lively_model(), {"batch_size": 20, "seed": 1, "return_dict_in_generate": True}
-    plan = {"num_steps": 3, "allocation": "fixed", "reuse": "full", "gamma_unchanged": 0.5}
+    plan = {"num_steps": 3, "allocation": "fixed", "reuse": "3sr", "gamma_unchanged": 0.5}
     by_hand = model.generate(**call, budget=24, **plan)
     plain, other = model.generate(**call, budget=24), model.generate(**call, budget=30)
     reuse_only = model.generate(**call, budget=24, reuse="none")

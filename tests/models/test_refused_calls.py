@@ -114,6 +114,13 @@ TEXT = [
     ({"order": "margin", "margin_threshold": "all"}, "`margin_threshold`='all' must lie in"),
     ({"entropy_bound": 0.5}, "`entropy_bound`=0.5 needs `order`='entropy', not 'ancestral'"),
     ({"order": "margin", "confidence_threshold": 0.5}, "`confidence_threshold`=0.5 needs `order`='threshold'"),
+    # what nothing would read
+    ({"reuse": "full", "gamma_changed": 0.5}, "`gamma_changed`=0.5 is read with `reuse`='3sr' only"),
+    ({"reuse": "none", "gamma_masked": [0.5, 0.5]}, r"`gamma_masked`=\[0.5, 0.5\] is read with `reuse`='3sr' only"),
+    ({"temperature": 0, "top_p": 0.9}, "`top_p`=0.9 is read with a `temperature` above 0 only"),
+    ({"temperature": 0, "top_k": 5}, "`top_k`=5 is read with a `temperature` above 0 only"),
+    ({"guidance_schedule": "linear"}, "`guidance_schedule`='linear' is read with a `guidance_scale` other than 1"),
+    ({"pad_token_id": 1}, "`pad_token_id`=1 is read with `stop_at_eos`=True only: give that too, or leave it out"),
     # prompts
     ({"max_new_tokens": 3}, "`max_new_tokens`=3 are put behind a prompt: give `input_ids`, or `length`"),
     ({"input_ids": [[1] * 6], "max_new_tokens": 3}, "`max_new_tokens`=3 .* 6 tokens .*`max_position_embed.*`=8"),
