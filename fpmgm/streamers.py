@@ -34,7 +34,7 @@ class TextStreamer:
     Args:
         tokenizer (`PreTrainedTokenizerBase`): Decodes the tokens; its mask token marks what is not yet written.
         show (`Callable[[list[str]], None]`, *optional*): Receives the texts after each step, for a web demo. `None`:
-            rewrite them in place in the terminal.
+            rewrite them in place in the terminal; in a file or a pipe they are written once, when they are finished.
 
     Raises:
         `ValueError`: if the tokenizer has no mask token.
@@ -51,8 +51,8 @@ class TextStreamer:
         if tokenizer.mask_token is None:
             raise ValueError("`tokenizer` has no mask token: use the one that the model was trained with.")
         self.tokenizer = tokenizer
-        self.show = show or self._rewrite
-        self._lines = 0
+        self.show = show or self._print
+        self._text, self._lines = "", 0
 
     def put(self, tokens: torch.Tensor) -> None:
         """Show the tokens (B, L) of a step."""
@@ -61,12 +61,21 @@ class TextStreamer:
 
     def end(self) -> None:
         """After the last step, what is shown stays."""
-        self._lines = 0
+        if self._text:
+            self._write(self._text)
+        self._text, self._lines = "", 0
 
-    def _rewrite(self, texts: list[str]) -> None:
+    def _print(self, texts: list[str]) -> None:
         text = printable("\n\n".join(texts), sys.stdout.encoding)
+        if not sys.stdout.isatty():  # nothing can be rewritten there
+            self._text = text
+            return
         width = shutil.get_terminal_size().columns
         back = f"\x1b[{self._lines}F" if self._lines else ""
-        sys.stdout.write(f"{back}{CLEAR_BELOW}{text}\n")
-        sys.stdout.flush()
+        self._write(f"{back}{CLEAR_BELOW}{text}")
         self._lines = sum(1 + max(len(line) - 1, 0) // width for line in text.split("\n"))
+
+    @staticmethod
+    def _write(text: str) -> None:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()

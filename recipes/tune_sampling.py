@@ -113,7 +113,8 @@ def main(argv: list[str] | None = None) -> dict:
         target = args.model if Path(args.model).is_dir() else folder
         write_report(folder / "tuning.json", found, markdown(found))
         config.save_pretrained(target)
-        print(f"\n{markdown(found)}\ntuned plans: {Path(target) / 'generation_config.json'}")
+        count = sum(result["kept"] for result in results)
+        print(f"\n{markdown(found)}\ntuned plans kept: {count}, in {Path(target) / 'generation_config.json'}")
     return found
 
 

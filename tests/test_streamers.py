@@ -29,7 +29,8 @@ def test_every_step_is_shown_with_blanks_where_nothing_is_written():
     assert shown[-1] == [tokenizer.decode(row) for row in tokens]
 
 
-def test_the_terminal_is_rewritten_in_place(capsys):
+def test_the_terminal_is_rewritten_in_place(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     tokenizer, _ = tokenizer_and_model()
     streamer = TextStreamer(tokenizer)
     streamer.put(torch.full((1, 5), tokenizer.mask_token_id))
@@ -40,12 +41,21 @@ def test_the_terminal_is_rewritten_in_place(capsys):
     assert capsys.readouterr().out == "\x1b[Jnext\n"  # what was finished stays
 
 
+def test_a_file_gets_the_finished_texts_alone(capsys):
+    tokenizer, model = tokenizer_and_model()
+    streamer = TextStreamer(tokenizer)
+    tokens = [model.generate(batch_size=2, budget=24, seed=seed, streamer=streamer) for seed in (0, 1)]
+    texts = ["\n\n".join(tokenizer.decode(row) for row in rows) for rows in tokens]
+    assert capsys.readouterr().out == f"{texts[0]}\n{texts[1]}\n"
+
+
 @pytest.mark.parametrize(
     ("encoding", "blank", "letter"), [("ascii", "_", "?"), ("latin-1", "_", "é"), ("utf-8", "░", "é")]
 )
 def test_a_terminal_gets_what_its_encoding_has(monkeypatch, encoding, blank, letter):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     tokenizer, _ = tokenizer_and_model()
     streamer = TextStreamer(tokenizer)
     streamer.put(torch.tensor([[*tokenizer("é")["input_ids"], tokenizer.mask_token_id]]))
