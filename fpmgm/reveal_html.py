@@ -104,6 +104,7 @@ def draw_residuals(solves: list[tuple[int, list[float]]], budget: int) -> str:
     Args:
         solves (`list[tuple[int, list[float]]]`): For each step so far, the block evaluations spent before its first
             iteration and the relative residual of each iteration; an empty list for a step without a solver.
+            Empty: before the first step.
         budget (`int`): Block evaluations of the whole plan, the width of the picture.
     """
     width, height, left, bottom = 480, 150, 34, 18
@@ -117,7 +118,7 @@ def draw_residuals(solves: list[tuple[int, list[float]]], budget: int) -> str:
         return f"{x:.1f},{6 + (height - bottom - 6) * (high - exponent) / (high - low):.1f}"
 
     parts = []
-    for exponent in range(low, high + 1) if shown or not solves else ():
+    for exponent in range(low, high + 1) if shown else ():
         x, y = place(0, 10.0**exponent).split(",")
         parts.append(f'<line x1="{x}" x2="{width - 6}" y1="{y}" y2="{y}" stroke="var(--fp-grid)"/>')
         parts.append(f'<text x="{left - 4}" y="{float(y) + 3:.1f}" text-anchor="end">1e{exponent}</text>')
@@ -126,10 +127,12 @@ def draw_residuals(solves: list[tuple[int, list[float]]], budget: int) -> str:
         points = " ".join(place(spent + n + 1, r) for n, r in enumerate(known))
         parts.append(f'<polyline points="{points}" fill="none" stroke="var(--fp-{colour})" stroke-width="1.6"/>')
         parts += [f'<circle cx="{x}" cy="{y}" r="1.8" fill="var(--fp-{colour})"/>' for x, y in _pairs(points)]
-    if solves and not shown:
-        parts.append(f'<text x="{width // 2}" y="{height // 2}" text-anchor="middle">this model has no solver</text>')
-    parts.append(f'<text x="{width - 6}" y="{height - 4}" text-anchor="end">block evaluations, of {budget}</text>')
-    parts.append(f'<text x="{left}" y="{height - 4}">relative residual of each iteration</text>')
+    if shown:
+        parts.append(f'<text x="{width - 6}" y="{height - 4}" text-anchor="end">block evaluations, of {budget}</text>')
+        parts.append(f'<text x="{left}" y="{height - 4}">relative residual of each iteration</text>')
+    else:
+        words = "this model has no solver" if solves else "the first step is being computed"
+        parts.append(f'<text x="{width // 2}" y="{height // 2}" text-anchor="middle">{words}</text>')
     return f'<div class="fp"><svg viewBox="0 0 {width} {height}" role="img">{"".join(parts)}</svg></div>'
 
 

@@ -31,7 +31,8 @@ def test_residuals_are_placed_by_what_was_spent_and_on_a_logarithmic_scale():
     assert x[2] - x[1] == pytest.approx(x[1] - x[0], abs=0.2) and y[2] - y[1] == pytest.approx(y[1] - y[0], abs=0.2)
     assert y[0] < y[1] < y[2] and float(second[0][1]) == y[1]
     assert "1e-2" in picture and "1e0" in picture
-    assert "polyline" not in draw_residuals([], 96) and "nan" not in picture
+    assert "first step is being computed" in draw_residuals([], 96) and "nan" not in picture
+    assert "block evaluations, of 12" in picture and "block evaluations" not in draw_residuals([], 96)
     assert "no solver" in draw_residuals([(12, [])], 96) and "no solver" not in picture
 
 
