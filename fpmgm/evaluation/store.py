@@ -145,19 +145,39 @@ def digest(value: Any) -> str:
 
 
 def configuration(model: nn.Module) -> str:
-    """A short name for what a model does with its weights: its configuration and those of its adapters."""
+    """A short name for what a model does with its weights: its configuration, those of its adapters, and which of
+    these act."""
     adapters = getattr(model, "peft_config", {})
     own = model.config.to_dict() if hasattr(model.config, "to_dict") else vars(model.config)  # of another's denoiser
     parts = {"model": own, **{name: adapter.to_dict() for name, adapter in adapters.items()}}
     parts = {part: {k: v for k, v in values.items() if k not in NO_EFFECT} for part, values in parts.items()}
+    if adapters:
+        parts["acting"] = acting_adapters(model)
     return digest(json.dumps(parts, sort_keys=True, default=lambda x: sorted(x) if isinstance(x, set) else str(x)))
+
+
+def acting_adapters(model: nn.Module) -> list[str]:
+    """Names of the adapters that are switched on: all of them are among the weights."""
+    layers = [module for module in model.modules() if getattr(module, "disable_adapters", None) is False]
+    return sorted({name for layer in layers for name in layer.active_adapters})
 
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> str:
-    """A short name for a model's weights, whatever their device."""
+    """A short name for a model's weights, whatever their device, or where a `device_map` keeps them."""
     hashed = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(model.state_dict().items()):
+        tensor = offloaded(model, name) if tensor.is_meta else tensor
         hashed.update(name.encode())
         hashed.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()
+
+
+def offloaded(model: nn.Module, name: str) -> torch.Tensor:
+    """The weight `name` of a model, from the main memory or the disk that accelerate reads it from in each call."""
+    from accelerate.utils import align_module_device  # which has put it there
+
+    owner, _, own = name.rpartition(".")
+    module = model.get_submodule(owner)
+    with align_module_device(module, "cpu"):
+        return module.state_dict()[own].clone()

@@ -6,6 +6,8 @@ import logging
 
 import pytest
 import torch
+from peft import LoraConfig
+from transformers import AutoModel
 
 from fpmgm.evaluation import (
     budget_table,
@@ -76,6 +78,39 @@ def test_interrupted_sampling_goes_on_to_the_same_samples(tmp_path, monkeypatch)
     model.config.rope_theta = 3.0
     sample_sequences(model, 2, cache_dir=tmp_path, **options)
     assert len(calls) == 7
+
+
+def test_finished_samples_belong_to_the_adapters_that_act(tmp_path):
+    model = tiny_model()
+    plain = sample_sequences(model, 4, budget=12).sequences
+    for name in ("one", "two"):
+        torch.manual_seed(len(name) + ord(name[0]))
+        model.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules="all-linear"), adapter_name=name)
+    found = {}
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        found[name] = sample_sequences(model, 4, budget=12, cache_dir=tmp_path).sequences
+        assert torch.equal(found[name], sample_sequences(model, 4, budget=12).sequences)
+    assert not torch.equal(found["one"], found["two"])
+    model.disable_adapters()
+    assert torch.equal(sample_sequences(model, 4, budget=12, cache_dir=tmp_path).sequences, plain)
+    model.enable_adapters()
+    assert torch.equal(sample_sequences(model, 4, budget=12, cache_dir=tmp_path).sequences, found["two"])
+
+
+def test_weights_that_lie_on_the_disk_are_the_same_weights(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    places = {name: "disk" if name == "fixed_point" else "cpu" for name, _ in model.named_children()}
+    offloaded = AutoModel.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "offloaded")
+    assert fingerprint(offloaded) == fingerprint(model)
+    with torch.no_grad():
+        next(model.fixed_point.parameters()).add_(1)
+    assert fingerprint(offloaded) != fingerprint(model)
+    model = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(sample_sequences(offloaded, 4, budget=12).sequences, model.generate(
+        batch_size=4, seed=list(range(4)), budget=12
+    ))  # fmt: skip
 
 
 def test_times_are_of_one_device_which_is_named(tmp_path, monkeypatch):
