@@ -18,7 +18,7 @@ from transformers.utils.import_utils import is_gguf_available
 
 from ..models.arguments import check_whole
 from ..models.modes import evaluating
-from ..models.text_input import encode_text, padded, read_tokenizer, text_list, tokenizer_contents
+from ..models.text_input import encode_text, padded, read_tokenizer, special_ids, text_list, tokenizer_contents
 from .store import ResultStore, configuration, digest, fingerprint, finish
 
 
@@ -179,7 +179,7 @@ def decode_for(
     """
     keep = tokenizer.eos_token is not None and tokenizer.eos_token == judge.tokenizer.eos_token
     if keep:
-        others = set(tokenizer.all_special_ids) - {tokenizer.eos_token_id}
+        others = special_ids(tokenizer) - {tokenizer.eos_token_id}
         sequences = [[token for token in row if token not in others] for row in sequences]
     return tokenizer.batch_decode(sequences, skip_special_tokens=not keep), "kept" if keep else "dropped"
 

@@ -107,6 +107,13 @@ def boundary_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, int | 
     return _first(begin, end), end
 
 
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids that are no text: of the tokens that have a part to play, such as EOS, and of those that the vocabulary alone
+    says are special, such as `<|eot_id|>` of Llama 3."""
+    marked = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return marked | set(tokenizer.all_special_ids)
+
+
 def _first(*ids: int | None) -> int | None:
     return next((token for token in ids if token is not None), None)
 

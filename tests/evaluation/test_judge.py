@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from tokenizers import normalizers
+from tokenizers import AddedToken, normalizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fpmgm.conversion.cka import layer_similarity
@@ -140,6 +140,15 @@ def test_the_name_of_a_bos_of_its_own_is_not_judged_as_text():
     judge.tokenizer.add_special_tokens({"bos_token": "<s>", "pad_token": "<pad>"})
     begin, pad, end = (getattr(judge.tokenizer, f"{name}_token_id") for name in ("bos", "pad", "eos"))
     assert decode_for(judge, judge.tokenizer, [[begin, *text, end, pad]]) == (["ab<|endoftext|>"], "kept")
+
+
+def test_special_tokens_without_a_part_of_their_own_are_not_judged_as_text():
+    judge, text = tiny_judge(), tiny_judge().tokenizer("ab")["input_ids"]
+    judge.tokenizer.add_tokens([AddedToken("<|eot_id|>", special=True), AddedToken("<plain>", special=False)])
+    turn, plain = judge.tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<plain>"])
+    assert turn not in judge.tokenizer.all_special_ids
+    rows = [[turn, *text, plain, turn, judge.tokenizer.eos_token_id]]
+    assert decode_for(judge, judge.tokenizer, rows) == (["ab<plain><|endoftext|>"], "kept")
 
 
 def test_a_judge_is_loaded_from_a_folder(tmp_path):
