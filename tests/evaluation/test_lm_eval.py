@@ -16,6 +16,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.tasks import TaskManager
+from tokenizers import AddedToken
 
 from fpmgm.data import train_tokenizer
 from fpmgm.evaluation.lm_eval import MGMLM, PROTOCOLS, loading, make_table, scoring
@@ -418,6 +419,29 @@ def test_stop_strings_may_be_none(monkeypatch):
     monkeypatch.setattr(lm.model, "generate", lambda ids, **_: answered(ids.masked_fill(ids == MASK, 4), 2))
     texts = write(lm, *(("a", {"max_gen_toks": 2, "until": until}) for until in (None, [], [None, "x"], "", ["d"])))
     assert texts == ["d d"] * 4 + [""]
+
+
+def test_stop_strings_may_be_names_of_special_tokens(monkeypatch):
+    lm = spelling()
+    lm.tokenizer.add_tokens([AddedToken("<|eot_id|>", special=True)])  # as Llama 3 has them: in no part of its own
+    turn, end = (lm.tokenizer.convert_tokens_to_ids(name) for name in ("<|turn|>", "<|eot_id|>"))
+    (a,), (b,), (line,) = (lm.tokenizer(text)["input_ids"] for text in ("a", "b", "\n"))
+    new = [a, turn, b, end, line, a]
+    monkeypatch.setattr(lm.model, "generate", lambda ids, **_: answered(torch.tensor([[*ids[0, :1], *new]]), 6))
+    stops = (["<|turn|>"], ["<|eot_id|>"], ["<|eot_id|>\n"], ["<|turn|>b", "a"], ["x", "<|turn|>a"], [])
+    texts = [write(lm, ("b", {"max_gen_toks": 6, "until": until}))[0] for until in stops]
+    assert texts == ["a", "ab", "ab", "", "ab\na", "ab\na"]
+
+
+def test_what_tasks_say_beside_greedy_decoding_is_no_error():
+    lm = evaluated(num_steps=2)
+    plain = write(lm, ("a b", {"max_gen_toks": 4}))
+    for beside in ({"top_p": 0.95}, {"top_k": 2, "do_sample": False}, {"num_beams": 1}):
+        assert write(lm, ("a b", {"max_gen_toks": 4, **beside})) == plain
+    refused("`num_beams`", write, lm, ("a b", {"max_gen_toks": 4, "num_beams": 2}))
+    lm.seed = 3
+    free, narrow = (write(lm, ("a b", {"max_gen_toks": 4, "temperature": 9.0, **top})) for top in ({}, {"top_k": 1}))
+    assert narrow != free
 
 
 CHAT = (

@@ -9,7 +9,7 @@ import torch
 from lm_eval.models.utils import postprocess_generated_text
 from transformers import PreTrainedTokenizerBase
 
-from ...models.text_input import boundary_ids
+from ...models.text_input import boundary_ids, special_ids
 
 
 class Job(NamedTuple):
@@ -91,8 +91,12 @@ def write(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, jobs: list
 
 
 def read(tokenizer: PreTrainedTokenizerBase, tokens: list[int], until: list[str]) -> str:
-    """The text before the first end-of-text token and the first string of `until`."""
-    end = boundary_ids(tokenizer)[1]
-    if end in tokens:
-        tokens = tokens[: tokens.index(end)]
+    """The text before the first end-of-text token and the first string of `until`, which may begin with the name of
+    another special token, such as `<|im_end|>`: it stands in no text."""
+    end, special = boundary_ids(tokenizer)[1], special_ids(tokenizer)
+    for place, token in enumerate(tokens):
+        ends = token in special and tokenizer.decode(tokens[place:]).startswith(tuple(until))
+        if token == end or ends:
+            tokens = tokens[:place]
+            break
     return postprocess_generated_text(tokenizer.decode(tokens, skip_special_tokens=True), until, None)
