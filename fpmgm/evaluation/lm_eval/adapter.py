@@ -394,6 +394,7 @@ class MGMLM(TemplateLM):
         until = [stop for stop in options.pop("until") if stop]  # lm-eval's `until: null` is a list of `None`
         new_tokens, sample = options.pop("max_gen_toks"), options.pop("do_sample")
         options["temperature"] = options.get("temperature", 1.0) if sample else 0.0
+        options = _fitting(options)
         begin = [self.begin] if self.protocol.joint else []
         room = self.max_length - len(begin) - new_tokens
         if room < 1:
@@ -405,3 +406,12 @@ class MGMLM(TemplateLM):
         self._count_truncated(len(prompt) > room)
         seed = stream_generator(self.seed, "generate_until", context, repeat).initial_seed()
         return Job(number, begin + prompt[-room:], new_tokens, until, {**self.generation, **options}, seed)
+
+
+def _fitting(options: dict[str, Any]) -> dict[str, Any]:
+    """`options` without what lm-eval's own tasks say beside greedy decoding and `generate` would refuse: what cuts a
+    distribution that nothing is drawn from, and one beam."""
+    idle = {name: options[name] for name in ("top_k", "top_p") if name in options and options["temperature"] == 0}
+    if idle:
+        logger.warning_once(f"{idle} is left out: without `do_sample=true` the most likely tokens are taken.")
+    return {k: v for k, v in options.items() if k not in idle and (k, v) != ("num_beams", 1)}
