@@ -27,6 +27,7 @@ from fpmgm.evaluation import (
 )
 from fpmgm.evaluation.budget_report import under_budgets
 from fpmgm.evaluation.report import table, write_report
+from fpmgm.evaluation.samples import check_setting
 from judged_samples import (
     JudgedSamplesArguments,
     check_settings,
@@ -67,6 +68,14 @@ class Study:
             **{**args.sampling, "seed": seed, "progress_bar": False},
         )[0]  # fmt: skip
 
+    def possible(self, budget: int, plan: dict) -> bool:
+        """Whether the model can have a plan: orders that reveal a token at each step have as many steps at most."""
+        try:
+            check_setting(self.model, {"budget": budget, **plan, "tuned_plans": {}}, self.args.length)
+        except ValueError:
+            return False
+        return True
+
     def allowed(self, row: dict, default: dict) -> bool:
         """Whether a row keeps enough entropy."""
         args = self.args
@@ -77,6 +86,7 @@ class Study:
         """The best plan for a budget, and whether it beats the defaults on new texts."""
         args = self.args
         plans = sampling_candidates(self.model.config, budget, args.num_candidates, args.seed)
+        plans = [plan for plan in plans if self.possible(budget, plan)]
 
         def score(plan: dict, num_samples: int) -> float:
             row = self.measure(budget, plan, num_samples, args.seed)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..models.arguments import check_whole
 from ..models.guidance import check_classes
+from ..models.reveal import RevealTask
 from .provenance import device_name
 from .store import ResultStore, configuration, fingerprint, finish
 
@@ -156,16 +157,22 @@ def check_options(options: dict[str, Any]) -> None:
         raise ValueError("`stop_at_eos`=True cuts texts, but these are of one length: leave it out.")
 
 
-def check_setting(model: PreTrainedModel, options: dict[str, Any], length: int | None = None) -> None:
-    """Raise at once what [`sample_sequences`] would raise of these options in the midst of an evaluation."""
+def check_setting(
+    model: PreTrainedModel, options: dict[str, Any], length: int | None = None, reveals: bool = True
+) -> None:
+    """Raise at once what [`sample_sequences`] would raise of these options in the midst of an evaluation; `reveals`:
+    also that an order which reveals a token at each step has more steps than the `length` has tokens."""
     check_options(options)
     options = of_one_length(model, options)
     # The steps of `generate` before the first denoising step, of the checkpoint's own code.
     config, _ = model._configure(None, options)
-    model._order(config, options)
+    order, mask = model._order(config, options), model.config.mask_token_id
     check_classes(None, config.guidance_scale, model.config.num_classes)
     tokens, _ = model._start(None, 1, length, None, None, None)
-    model._plan(config, tokens == model.config.mask_token_id)
+    wanted = tokens == mask
+    plan = model._plan(config, wanted)
+    if reveals:
+        order(RevealTask(wanted, wanted, plan.num_steps, mask, config, 0, None))
 
 
 def of_one_length(model: PreTrainedModel, options: dict[str, Any]) -> dict[str, Any]:

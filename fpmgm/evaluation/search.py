@@ -89,8 +89,8 @@ def successive_halving(
 def sampling_candidates(config, budget: int, count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Plans to try for a budget: first the defaults (`{}`), then `count` − 1 different ones drawn at random.
 
-    A plan sets `num_steps`, `allocation`, `reuse` and, for `reuse="3sr"`, the γ of the reuse states. A model without
-    fixed-point layers has nothing to plan: its only candidate are the defaults.
+    A plan sets `num_steps`, `allocation`, `reuse` and, for `reuse="3sr"`, the γ of the reuse states; a looped model
+    reuses nothing. A model without fixed-point layers has nothing to plan: its only candidate are the defaults.
 
     Args:
         config: A model configuration with the three layer counts.
@@ -110,7 +110,7 @@ def sampling_candidates(config, budget: int, count: int, seed: int = 0) -> list[
     choices = {
         "num_steps": sorted(steps for steps in affordable if steps * (explicit + shared) <= budget),
         "allocation": list(ALLOCATIONS),
-        "reuse": REUSES,
+        "reuse": ("none",) if config.is_looped else REUSES,
     }
     generator, plans = random.Random(seed), [{}]
     for _ in range(100 * count):  # repeated draws are left out

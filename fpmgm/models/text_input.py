@@ -108,7 +108,7 @@ def boundary_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, int | 
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids that are no text: of the tokens that have a part to play, such as EOS, and of those that the vocabulary alone
+    """Ids that are no text: of tokens that have a part to play, such as EOS, and of those that the vocabulary alone
     says are special, such as `<|eot_id|>` of Llama 3."""
     marked = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     return marked | set(tokenizer.all_special_ids)

@@ -55,6 +55,8 @@ def test_candidates_are_different_payable_plans_after_the_defaults():
     assert {plan["reuse"] for plan in plans[1:]} == {"none", "full", "3sr"}
     assert len({plan["num_steps"] for plan in plans[1:]}) > 4
     assert sampling_candidates(tiny_config(num_fixed_point_layers=0), 96, 40) == [{}]
+    looped = sampling_candidates(tiny_config(input_injection="none"), 96, 40)
+    assert len(looped) > 10 and {plan["reuse"] for plan in looped[1:]} == {"none"}  # it refuses the others
     refused("cannot pay", sampling_candidates, config, 2, 5)
 
 

@@ -117,6 +117,11 @@ def test_settings_are_compared_under_each_budget_and_only_where_a_model_can_have
         (frontier, ["--budgets", "6", "--top_p", "0.9"], "`budget`=6 cannot pay"),
         (sweep, ["--budgets", "6"], "`budget`=6 cannot pay"),
         (compare_settings, ["--settings", "late: {order: halton, remask: 0.1}"], "`remask`=0.1 needs `order`"),
+        (
+            compare_settings,
+            ["--settings", "late: {order: confidence, iterations_per_step: 1}"],
+            "`num_steps`=16 exceeds",
+        ),
         (compare_settings, ["--settings", "own: {budget: 48}"], "leave its own out"),
         (compare_settings, ["--settings", "one: {}\none: {reuse: none}"], "gives `one` a second time in line 2"),
         (tune_sampling, ["--budgets", "96", "2"], "`budget`=2 cannot pay"),
@@ -250,6 +255,17 @@ def test_tuning_goes_by_rungs_and_refuses_what_loses_entropy(folder, tmp_path):
         assert result["kept"] == clearly_below(*(row[name] for row in (tuned, default) for name in names))
         assert [len(rung) for rung in result["rungs"]] in ([6, 2], [6, 3])
         assert [{trial["resource"] for trial in rung} for rung in result["rungs"]] == [{2}, {6}]
+
+
+def test_only_plans_that_the_models_order_can_have_are_tried(folder, tmp_path):
+    model = AutoModel.from_pretrained(folder / "fp")
+    model.generation_config = model.generation_config.updated(order="confidence")
+    model.save_pretrained(tmp_path / "fp")
+    tiny_judge().tokenizer.save_pretrained(tmp_path / "fp")
+    argv = arguments(folder, tmp_path, "--model", str(tmp_path / "fp"), "--num_candidates", "12", "--budgets", "48")
+    (result,) = tune_sampling.main([*argv, "--num_samples", "2", "--entropy_slack", "9"])["budgets"]
+    steps = [trial["plan"].get("num_steps", 1) for trial in result["rungs"][0]]
+    assert 1 < len(steps) < 12 and max(steps) <= 8  # of up to 16 that the budget pays
 
 
 @pytest.mark.slow

@@ -136,7 +136,7 @@ class MGMLM(TemplateLM):
         generation = {"budget": budget, "num_steps": num_steps, "reuse": reuse}
         self.generation = {name: value for name, value in generation.items() if value is not None}
         # A wrong value is an error now, not hours later; into how many blocks a text is cut, the task says.
-        check_setting(self.model, self.generation, self.model.generation_config.block_length)
+        check_setting(self.model, self.generation, self.model.generation_config.block_length, reveals=False)
         self.source = {
             "pretrained": str(getattr(pretrained, "name_or_path", pretrained)),
             "revision": revision,
