@@ -11,7 +11,7 @@ rows:
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -80,17 +80,26 @@ class Plan:
         """The row of this name."""
         return next(row for row in self.rows if row.name == name)
 
+    def before(self, row: Row) -> Row | None:
+        """The row that a row goes on from; `None` where it begins with fresh weights or a folder's."""
+        return named(row.start, itertools.takewhile(lambda other: other.name != row.name, self.rows))
+
     def start(self, row: Row, runs: Path) -> Path:
         """Where the weights lie that a row goes on from."""
-        return runs / row.start if row.start in [other.name for other in self.rows] else Path(row.start)
+        return Path(row.start) if self.before(row) is None else runs / row.start
 
     def texts(self, row: Row) -> range:
         """Which texts of the world a row trains on."""
         if row.texts is not None:
             return range(*row.texts)
-        first = max((self.texts(other).stop for other in self.rows if other.name == row.start), default=0)
+        before = self.before(row)
+        first = 0 if before is None else self.texts(before).stop
+        return range(first, first + {**self.training, **row.training}["max_steps"] * self.texts_of_step(row))
+
+    def texts_of_step(self, row: Row) -> int:
+        """How many texts an optimizer step of a row reads."""
         options = {**self.training, **row.training}
-        return range(first, first + options["max_steps"] * options["per_device_train_batch_size"])
+        return options["per_device_train_batch_size"] * options.get("gradient_accumulation_steps", 1)
 
     @property
     def num_texts(self) -> int:
@@ -103,11 +112,16 @@ def name_of(name: str, seed: int) -> str:
     return f"{name}_seed{seed}" if seed else name
 
 
-def with_seeds(row: Row) -> Iterator[Row]:
+def named(start: str | None, earlier: Iterable[Row]) -> Row | None:
+    """The row of `earlier` that `start` names, if it is one: a row comes before a folder of the same name."""
+    return next((row for row in earlier if row.name == start), None)
+
+
+def with_seeds(row: Row, earlier: list[Row]) -> Iterator[Row]:
     """The row, and the same with further seeds."""
     yield row
     for seed in range(1, row.seeds):
-        start = row.start if row.start is None or Path(row.start).is_dir() else name_of(row.start, seed)
+        start = row.start if named(row.start, earlier) is None else name_of(row.start, seed)
         yield replace(row, name=name_of(row.name, seed), seed=seed, start=start)
 
 
@@ -126,11 +140,11 @@ def load_plan(path: str | Path) -> Plan:
         unknown = sorted(set(entry) - known)
         if unknown:
             raise ValueError(f"`rows`: {entry.get('name')!r} sets {unknown}; a row has {sorted(known)}.")
-    for row in itertools.chain.from_iterable(with_seeds(Row(**entry)) for entry in entries):
+    for row in itertools.chain.from_iterable(with_seeds(Row(**entry), rows) for entry in entries):
         earlier = [other.name for other in rows]
         if row.name in earlier:
             raise ValueError(f"`rows`: {row.name!r} is there twice: give each row a name of its own.")
-        if row.start is not None and row.start not in earlier and not Path(row.start).is_dir():
+        if row.start is not None and named(row.start, rows) is None and not Path(row.start).is_dir():
             raise ValueError(
                 f"`rows`: {row.name!r} starts from {row.start!r}, which is no folder and none of {earlier} before it."
             )
@@ -141,6 +155,13 @@ def load_plan(path: str | Path) -> Plan:
             )
         if row.start is None and row.trainer != "base":
             raise ValueError(f"`rows`: `trainer`={row.trainer!r} of {row.name!r} needs `start`, a row to go on from.")
+        options = {**values["training"], **row.training}
+        counted = ["per_device_train_batch_size"] + ["max_steps"] * (row.texts is None)
+        if missing := [name for name in counted if name not in options]:
+            raise ValueError(
+                f"`rows`: {row.name!r} has no {missing} in its `training` or the plan's, by which the texts that it "
+                "reads are counted."
+            )
         rows.append(row)
     plan = Plan(rows=rows, **values)
     unknown = sorted({entry["row"] for entry in plan.release.values()} - {row.name for row in rows})

@@ -139,7 +139,7 @@ def describe(plan: Plan, row: Row, study: Path, folder: Path, judge: TruthJudge)
     model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     runs = history(plan, row)
     trained = [json.loads((study / "runs" / r.name / "training.json").read_text(encoding="utf-8")) for r in runs]
-    batches = [{**plan.training, **r.training}["per_device_train_batch_size"] for r in runs]
+    read = [run["steps"] * plan.texts_of_step(r) for r, run in zip(runs, trained, strict=True)]
     options = {"batch_size": plan.judging["batch_size"], "num_draws": plan.judging["likelihood_draws"]}
     texts = {
         str(budget): tokenizer.batch_decode(
@@ -159,7 +159,7 @@ def describe(plan: Plan, row: Row, study: Path, folder: Path, judge: TruthJudge)
         "rows": [r.name for r in runs],
         "steps": [run["steps"] for run in trained],
         "core_hours": sum(run["steps"] * core_seconds(run) for run in trained) / 3600,
-        "tokens": sum(run["steps"] * size for run, size in zip(trained, batches, strict=True)) * judge.length,
+        "tokens": sum(read) * judge.length,
         "truth": {"name": judge.name, "entropy_rate": judge.entropy_rate},
         **judge.likelihood_excess(model, plan.judging["likelihood_texts"], **options),
         "samples": [
@@ -175,8 +175,8 @@ def describe(plan: Plan, row: Row, study: Path, folder: Path, judge: TruthJudge)
 
 def history(plan: Plan, row: Row) -> list[Row]:
     """The rows that a row's weights went through, the first one first; a converted model's are its teacher's."""
-    start = next((other for other in plan.rows if other.name == row.start), None)  # a folder is no row
-    return [row] if start is None else [*history(plan, start), row]
+    before = plan.before(row)
+    return [row] if before is None else [*history(plan, before), row]
 
 
 def write_card(folder: Path, results: dict) -> None:

@@ -24,6 +24,7 @@ from study.tables import setting_name
 from tests.testing_utils import refused, word_tokenizer
 
 
+SIZED = {"name": "a", "training": {"per_device_train_batch_size": 4}}
 TINY = Path(run.__file__).parent / "tiny.yaml"
 WORDS = ["<s>", *(f"t{i}" for i in range(1, 12))]
 
@@ -182,6 +183,25 @@ def test_a_row_goes_on_from_a_folder_in_full_precision(tmp_path):
     assert release.history(plan, plan.rows[1]) == [plan.rows[1]]
 
 
+def test_a_row_comes_before_a_folder_of_its_name_and_micro_batches_are_counted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "first").mkdir()
+    shared = {"world": {}, "model": {}, "judging": {}, "training": {"per_device_train_batch_size": 4, "max_steps": 3}}
+    further = {"name": "further", "start": "first", "seeds": 2, "training": {"gradient_accumulation_steps": 5}}
+    rows = [{"name": "first", "start": "first"}, {"name": "first_seed1"}, further]
+    Path("plan.yaml").write_text(json.dumps({**shared, "rows": rows}))
+    plan = load_plan("plan.yaml")
+    first, other, *seeds = plan.rows
+    assert [plan.before(row) for row in plan.rows] == [None, None, first, other]  # `first` goes on from the folder
+    assert plan.start(first, Path("runs")) == Path("first") and plan.start(seeds[0], Path("runs")) == Path(
+        "runs/first"
+    )
+    assert release.history(plan, seeds[1]) == [other, seeds[1]]
+    # 3 steps of 4 texts, then 3 of 5 times 4
+    assert [plan.texts(row) for row in (first, seeds[0])] == [range(12), range(12, 72)]
+    assert plan.texts_of_step(first) == 4 and plan.texts_of_step(seeds[0]) == 20
+
+
 def test_settings_that_differ_have_names_that_differ():
     options = [{}, {"remask": 0.1}, {"remask": 0.2}, {"remask": 0.2, "order": "ancestral"}, {"temperature": 0.5}]
     names = [setting_name({"sampling": {"options": {"budget": 24, **o}}}) for o in options]
@@ -246,16 +266,17 @@ def test_budget_report_judges_by_the_truth(studied, truth, tmp_path):
     ("rows", "message"),
     [
         ([{"name": "a", "modle": {}}], "sets \\['modle'\\]"),
-        ([{"name": "a"}, {"name": "a"}], "is there twice"),
+        ([SIZED, {"name": "a"}], "is there twice"),
         ([{"name": "a", "start": "b"}], "none of \\[\\] before it"),
-        ([{"name": "a"}, {"name": "b", "start": "a", "seeds": 2}], "starts from 'a_seed1'"),
+        ([SIZED, {**SIZED, "name": "b", "start": "a", "seeds": 2}], "starts from 'a_seed1'"),
         ([{"name": "a", "trainer": "sdtt"}], "needs `start`"),
         ([{"name": "a", "judged": "well"}], "`judged`='well'"),
-        ([{"name": "a"}], r"`release` names \['b'\]"),
+        ([{"name": "a"}], r"'a' has no \['per_device_train_batch_size'\] in its `training`"),
+        ([SIZED], r"`release` names \['b'\]"),
     ],
 )
 def test_a_plan_without_sense_is_refused(tmp_path, rows, message):
-    shared = {"world": {}, "model": {}, "training": {}, "judging": {}, "release": {"out": {"row": "b"}}}
+    shared = {"world": {}, "model": {}, "training": {"max_steps": 2}, "judging": {}, "release": {"out": {"row": "b"}}}
     (tmp_path / "plan.yaml").write_text(json.dumps({**shared, "rows": rows}))
     refused(message, load_plan, tmp_path / "plan.yaml")
 
