@@ -31,6 +31,10 @@ REFUSED = {
         (False,),
         "the weights would stay in bfloat16 afterwards; `bf16`=True evaluates in bfloat16 too",
     ),
+    "auto_find_batch_size": (
+        (False,),
+        "where memory runs out after the first step, the run would begin again from weights that are trained already",
+    ),
     "debug": (([],), "a loss or gradient that is not finite ends the run and names its step by itself"),
 }
 REFUSED_BY_MGM = {

@@ -60,7 +60,7 @@ TRANSFORMERS = """
     learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1
     adam_beta2 adam_epsilon optim_target_modules bf16 fp16 tf32 torch_compile_backend torch_compile_mode
     torch_empty_cache_steps
-    auto_find_batch_size logging_strategy logging_steps logging_first_step log_on_each_node
+    logging_strategy logging_steps logging_first_step log_on_each_node
     include_num_input_tokens_seen log_level log_level_replica disable_tqdm report_to run_name project
     trackio_space_id trackio_bucket_id trackio_static_space_id eval_steps eval_delay eval_do_concat_batches
     eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics save_only_model
@@ -163,6 +163,7 @@ REFUSED_VALUES = {
     "liger_kernel_config": {"rope": True},
     "fp16_full_eval": True,
     "bf16_full_eval": True,
+    "auto_find_batch_size": True,
     "debug": "underflow_overflow",
     "logging_nan_inf_filter": True,
 }
