@@ -109,6 +109,10 @@ class CheckedRowsTrainer(AtomicCheckpointTrainer):
                 f"the {description.lower()} data {kind}: give one list of rows, a dataset, or an `IterableDataset`, "
                 "which can be read more than once."
             )
+        if len(dataset) == 0:
+            raise ValueError(f"the {description.lower()} data has no rows: give some, or look at what filtered them.")
+        # The sampler sees all columns, of which one may hold the lengths to group by.
+        sampler = None if sampler_fn is None else lambda _, whole=dataset: sampler_fn(whole)
         if isinstance(dataset, datasets.Dataset):
             dataset = self._remove_unused_columns(dataset, description)
         sampler = None if sampler_fn is None else lambda _: sampler_fn(dataset)
@@ -133,6 +137,13 @@ class CheckedRowsTrainer(AtomicCheckpointTrainer):
         gradient would go into the next one's, so it is left out."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if len(samples) == num_batches:
+        if self.state.global_step == 0:
+            batch = f"`per_device_train_batch_size`={self.args.per_device_train_batch_size}"
+            raise ValueError(
+                f"the training data fills no optimizer step: it gives {len(samples)} of {num_batches} micro-batches "
+                f"of {batch} (`gradient_accumulation_steps`={self.args.gradient_accumulation_steps}, "
+                f"`dataloader_drop_last`={self.args.dataloader_drop_last}). Lower them, or give more rows."
+            )
             return samples, num_items
         if samples:
             logger.info(

@@ -196,6 +196,31 @@ def test_data_that_is_no_dataset_is_refused(tmp_path):
         make_trainer(tmp_path, train_dataset=DatasetDict(train=token_rows(4), test=token_rows(4))).train()
 
 
+@pytest.mark.parametrize("data", [[], token_rows(4).select([])], ids=["list", "dataset"])
+def test_data_without_rows_is_refused(tmp_path, data):
+    refused("the training data has no rows", make_trainer(tmp_path, train_dataset=data).train)
+    refused("the evaluation data has no rows", make_trainer(tmp_path).evaluate, data)
+
+
+def test_data_that_fills_no_step_is_refused(tmp_path):
+    short = make_trainer(tmp_path, train_dataset=token_rows(3), dataloader_drop_last=True)
+    refused(r"0 of 1 micro-batches of `per_device_train_batch_size`=4 .*`dataloader_drop_last`=True", short.train)
+    stream = token_rows(6).to_iterable_dataset()
+    short = make_trainer(tmp_path, train_dataset=stream, gradient_accumulation_steps=3)
+    refused(r"it gives 2 of 3 micro-batches .*`gradient_accumulation_steps`=3", short.train)
+    assert len(trained(tmp_path, stream)) == 2  # of the first row to the sixth, and again
+
+
+def test_rows_are_grouped_by_the_lengths_of_their_column(tmp_path):
+    data = token_rows(8).add_column("words", [3, 1, 4, 1, 5, 9, 2, 6])
+    options = {"train_sampling_strategy": "group_by_length", "length_column_name": "words"}
+    loader = make_trainer(
+        tmp_path, train_dataset=data, per_device_train_batch_size=2, **options
+    ).get_train_dataloader()
+    longest = next(iter(loader))["input_ids"][0]  # a grouped order begins with the longest row
+    assert longest.tolist() == data["input_ids"][5]
+
+
 def dealt(count: int, ranks: int, batch_size: int) -> list[list[tuple[int, int]]]:
     """For each batch of all ranks, what accelerate's main process deals out of a stream of `count` rows: each rank's
     number of rows, and what is left of the stream."""
