@@ -115,7 +115,6 @@ class CheckedRowsTrainer(AtomicCheckpointTrainer):
         sampler = None if sampler_fn is None else lambda _, whole=dataset: sampler_fn(whole)
         if isinstance(dataset, datasets.Dataset):
             dataset = self._remove_unused_columns(dataset, description)
-        sampler = None if sampler_fn is None else lambda _: sampler_fn(dataset)
         return super()._get_dataloader(NumberedRows(dataset), description, batch_size, sampler, **kwargs)
 
     def _get_collator_with_removed_columns(self, data_collator, description=None):
@@ -137,6 +136,7 @@ class CheckedRowsTrainer(AtomicCheckpointTrainer):
         gradient would go into the next one's, so it is left out."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if len(samples) == num_batches:
+            return samples, num_items
         if self.state.global_step == 0:
             batch = f"`per_device_train_batch_size`={self.args.per_device_train_batch_size}"
             raise ValueError(
@@ -144,7 +144,6 @@ class CheckedRowsTrainer(AtomicCheckpointTrainer):
                 f"of {batch} (`gradient_accumulation_steps`={self.args.gradient_accumulation_steps}, "
                 f"`dataloader_drop_last`={self.args.dataloader_drop_last}). Lower them, or give more rows."
             )
-            return samples, num_items
         if samples:
             logger.info(
                 f"A pass over the stream ends with {len(samples)} of the {num_batches} micro-batches of a step, which "
