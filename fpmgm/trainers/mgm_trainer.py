@@ -40,7 +40,7 @@ from .peft import with_adapter
 from .prompts import check_prompt_options, read_prompts
 from .rows import CheckedRowsTrainer
 from .run_record import known
-from .start import check_model, check_trainable, fit_tokenizer, load_model, not_finite
+from .start import check_model, check_trainable, fit_tokenizer, load_model, not_finite, warn_of_half_precision
 
 
 logger = logging.get_logger(__name__)
@@ -134,6 +134,8 @@ class MGMTrainer(CheckedRowsTrainer):
     def train(self, *args, **kwargs):
         """As in `Trainer`, of a model that has something to train."""
         check_trainable(self.model)
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # which may hold them in float32 besides
+            warn_of_half_precision(self.model)
         return super().train(*args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):

@@ -7,9 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..models.kinds import KINDS
 from ..models.text_input import boundary_ids
+
+
+logger = logging.get_logger(__name__)
 
 
 def load_model(model: nn.Module | str | Path | None, argument: str = "model") -> nn.Module:
@@ -56,6 +60,17 @@ def check_trainable(model: nn.Module) -> None:
             "is_trainable=True)`; `peft_config` makes a new one."
         )
     raise ValueError(f"`model` has nothing to train, all of its parameters are frozen: {remedy}")
+
+
+def warn_of_half_precision(model: nn.Module) -> None:
+    """Warn of weights that train in half precision: steps of training are smaller than what it resolves."""
+    half = [(name, p.dtype) for name, p in model.named_parameters() if p.requires_grad and p.dtype.itemsize < 4]
+    if half:
+        (name, dtype), *_ = half
+        logger.warning(
+            f"`model` trains {len(half)} weights in half precision ({name} in {dtype}), which loses most steps: load "
+            "it with `dtype=torch.float32`, or call `model.float()`. `bf16=True` computes in bfloat16 all the same."
+        )
 
 
 def fit_tokenizer(model: nn.Module, tokenizer: Any) -> None:

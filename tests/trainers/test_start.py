@@ -25,6 +25,18 @@ def fitting_model(tokenizer, **overrides):
     return training_model(vocab_size=len(tokenizer), mask_token_id=tokenizer.mask_token_id, **overrides)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_in_half_precision_are_warned_of(tmp_path, caplog, dtype):
+    with caplog.at_level(logging.WARNING):
+        make_trainer(tmp_path, training_model().to(dtype), max_steps=1).train()
+        make_trainer(tmp_path, training_model().to(dtype), max_steps=1, peft_config=LoraConfig(r=2)).train()
+    warned = [text for text in caplog.messages if "half precision" in text]
+    if dtype == torch.float32:
+        assert warned == []
+    else:  # an adapter of it is in float32
+        assert len(warned) == 1 and str(dtype) in warned[0] and "`dtype=torch.float32`" in warned[0]
+
+
 # --- tokenizers ------------------------------------------------------------------------------------------------------
 
 
