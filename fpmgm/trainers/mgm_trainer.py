@@ -179,6 +179,10 @@ class MGMTrainer(CheckedRowsTrainer):
         self._tokens += self._global_batch.tokens
         return samples, None
 
+    def _track_num_input_tokens(self, inputs):
+        """As in `Trainer`, which would take ends of text for padding in a batch that has none, and so no mask."""
+        super()._track_num_input_tokens({"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs})
+
     def _get_num_items_in_batch(self, batch_samples, device) -> None:
         """Not counted from labels, which most rows do not have: see [`place`]."""
 

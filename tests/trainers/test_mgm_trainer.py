@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, TrainingArguments, dynamic_module_utils
 
 from fpmgm import FPMaskGITModel, FPMDLMConfig, FPMDLMForMaskedDiffusion
+from fpmgm.data import train_tokenizer
 from fpmgm.models.noise import stream_generator
 from fpmgm.trainers import MGMTrainingConfig
 
@@ -167,6 +168,19 @@ def test_images_without_classes_train(tmp_path):
     calls = record_calls(model)
     make_trainer(tmp_path, model, train_dataset=image_rows(8).remove_columns("class_labels")).train()
     assert len(calls) == 3 and not any("class_labels" in kwargs for kwargs, _ in calls)
+
+
+def test_tokens_that_are_padded_with_elsewhere_are_counted(tmp_path):
+    """The end of text is the padding of most prompts, and text in a row."""
+    tokenizer = train_tokenizer(["the cat sat"] * 9, 258)
+    tokenizer.pad_token = tokenizer.eos_token
+    model = training_model(vocab_size=258, mask_token_id=257)
+    data = [{"input_ids": [0, 5, 6, 0]}] * 8 + [{"input_ids": [0, 5]}] * 2
+    trainer = make_trainer(
+        tmp_path, model, train_dataset=data, processing_class=tokenizer, include_num_input_tokens_seen="non_padding"
+    )
+    trainer.train()
+    assert trainer.state.num_input_tokens_seen == 8 * 4 + 2 * 2
 
 
 def test_the_end_of_a_stream_that_fills_no_step_goes_into_none(tmp_path):
