@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils.data import IterableDataset
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
@@ -86,6 +87,8 @@ class AtomicCheckpointTrainer(Trainer):
         args, rows = self.args, known(train=describe_rows(self.train_dataset), eval=describe_rows(self.eval_dataset))
         sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         derived = {"sequences_per_step": sequences, "engine": describe_engine(self)}
+        if isinstance(self.train_dataset, IterableDataset):
+            derived["stream_workers"] = args.dataloader_num_workers  # each of which reads a part, and shuffles it
         return as_json(
             {
                 **describe_model(self.model),

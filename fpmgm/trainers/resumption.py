@@ -24,7 +24,7 @@ MUST_STAY = {
     "the schedule's state in the checkpoint belongs to it": ("lr_scheduler_type", "lr_scheduler_kwargs"),
     "the order of the data and the noise follow from it": (
         "seed", "data_seed", "dataloader_drop_last", "train_sampling_strategy", "length_column_name",
-        "sequences_per_step",
+        "sequences_per_step", "stream_workers",
     ),
     "which teacher a step has follows from it": (
         "rounds", "steps_per_round", "teacher_steps", "first_step_size",
@@ -46,6 +46,7 @@ MAY_CHANGE = {
 WORDS = {
     "sequences_per_step": "sequences in an optimizer step (`per_device_train_batch_size` · "
     "`gradient_accumulation_steps` · processes)",
+    "stream_workers": "`dataloader_num_workers` of a stream",
     "engine": "the engine that splits the training",
     "train": "the training rows",
     "eval": "the evaluation rows",

@@ -108,6 +108,18 @@ def test_a_split_of_the_batch_that_leaves_its_size_may_change(run, tmp_path):
     trainer_of(tmp_path / "moved", max_steps=3, **split).train(resume_from_checkpoint=True)
 
 
+def test_a_stream_goes_on_with_as_many_workers_which_decide_its_order(tmp_path):
+    def stream(workers: int, **options):
+        rows = token_rows(24).to_iterable_dataset().shuffle(seed=1, buffer_size=9)
+        return make_trainer(tmp_path, train_dataset=rows, dataloader_num_workers=workers, **EVERY_STEP, **options)
+
+    orders = [[row["input_ids"].tolist() for row in stream(n).get_train_dataloader()] for n in (0, 1)]
+    assert orders[0] != orders[1]
+    stream(0).train()
+    refused("`dataloader_num_workers` of a stream=1, not 0 .the order of the data", stream(1, max_steps=4).train, True)
+    stream(0, max_steps=4).train(True)
+
+
 def test_weights_that_no_checkpoint_holds_are_compared(tmp_path):
     lora = {"peft_config": LoraConfig(r=2), "max_steps": 1, **EVERY_STEP}
     make_trainer(tmp_path / "lora", **lora).train()
@@ -149,7 +161,7 @@ def test_the_tables_name_options_that_there_are_and_each_once():
     options = {f.name for kind in kinds for f in fields(kind)}
     must_stay = [name for names in MUST_STAY.values() for name in names]
     assert len(must_stay) == len(set(must_stay)) and not MAY_CHANGE & set(must_stay)
-    assert set(must_stay) - options == {"sequences_per_step", "engine"} and options >= MAY_CHANGE
+    assert set(must_stay) - options == {"sequences_per_step", "stream_workers", "engine"} and options >= MAY_CHANGE
 
 
 def test_a_tokenizer_is_the_same_when_it_is_read_again_or_has_been_used(tmp_path):
