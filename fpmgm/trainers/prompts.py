@@ -220,7 +220,7 @@ def _encode_rows(
         row = {name: values[place] for name, values in rows.items()}
         turns += _turns_of(row, tokenizer, f"row {index} of the {source}")
     eos, (begin, end) = boundary_ids(tokenizer)[1], framing_ids(tokenizer)
-    for turn, (prompt, completion) in zip(turns, _ids_of(turns, tokenizer), strict=True):
+    for turn, (prompt, completion) in zip(turns, _ids_of(turns, tokenizer, parted=bool(end)), strict=True):
         prompt = prompt if turn.chat else [*begin, *prompt, *end]
         completion = _without_end(completion, eos, tokenizer)
         if not completion:
@@ -247,15 +247,16 @@ def _too_long(where: str, prompt: int, completion: int, max_length: int) -> str:
     )
 
 
-def _ids_of(turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[int]]]:
+def _ids_of(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, parted: bool) -> list[tuple[list[int], list[int]]]:
     """Ids of each prompt and of its completion: what follows the prompt's in those of both, or, where the tokenizer
-    joins what the border parts, those of the completion alone (which some tokenizers begin with a space)."""
+    joins what the border parts, or a token stands between them (`parted`, not in a chat), those of the completion
+    alone (which some tokenizers begin with a space)."""
     prompts = encode_marked(tokenizer, [turn.prompt for turn in turns])
     wholes = encode_marked(tokenizer, [turn.prompt + turn.completion for turn in turns])
     alone = encode_marked(tokenizer, [turn.completion for turn in turns])
     return [
-        (prompt, whole[len(prompt) :] if whole[: len(prompt)] == prompt else apart)
-        for prompt, whole, apart in zip(prompts, wholes, alone, strict=True)
+        (prompt, whole[len(prompt) :] if whole[: len(prompt)] == prompt and (turn.chat or not parted) else apart)
+        for turn, prompt, whole, apart in zip(turns, prompts, wholes, alone, strict=True)
     ]
 
 

@@ -111,6 +111,17 @@ def test_completions_are_filled_with_eos_up_to_a_multiple_or_the_models_length(m
         assert parts(row)[1] == [*tokenizer("xy")["input_ids"], *[tokenizer.eos_token_id] * (expected - 2)]
 
 
+def test_a_completion_behind_a_token_of_the_frame_is_encoded_alone():
+    """Word pieces would go on with the prompt's last word, from which SEP parts them."""
+    words = ["[UNK]", "[CLS]", "[SEP]", "[MASK]", "stone", "river", "##river"]
+    made = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    made.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    names = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, **names)
+    (row,) = encoded([{"prompt": "stone", "completion": "river"}], tokenizer, completion_multiple=1)
+    assert tokenizer.convert_ids_to_tokens(row["input_ids"]) == ["[CLS]", "stone", "[SEP]", "river", "[SEP]"]
+
+
 def test_every_answer_of_a_conversation_is_a_row_behind_the_prompt_that_the_template_writes():
     tokenizer = byte_pairs()
     tokenizer.chat_template = CHAT
