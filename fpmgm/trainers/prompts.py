@@ -293,13 +293,19 @@ def _turns_of(row: Mapping, tokenizer: PreTrainedTokenizerBase, where: str) -> l
 
 def _messages(value: Any, column: str, where: str) -> list[dict]:
     """Messages as plain dicts, without what Arrow fills in where other rows have more."""
-    whole = isinstance(value, Sequence) and all(isinstance(m, Mapping) and m.get("role") for m in value)
+    whole = isinstance(value, Sequence) and all(isinstance(m, Mapping) and _is_message(m) for m in value)
     if not whole or isinstance(value, str) or not value:
         raise ValueError(
             f"{where}: `{column}` is {str(value)[:80]!r}: give text, or messages, each with `role` and `content`; or "
             f"{LEAVE_OUT}."
         )
     return [{name: part for name, part in message.items() if part is not None} for message in value]
+
+
+def _is_message(message: Mapping) -> bool:
+    """Whether it says something under the names that templates read: they write nothing for others."""
+    said = message.get("content") is not None or message.get("tool_calls")
+    return bool(message.get("role") and said)
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, prompt: list[dict], answer: list[dict], where: str) -> Turn:
@@ -314,6 +320,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, prompt: list[dict], answer: list
         whole = tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)
     except (TemplateError, TypeError, KeyError, IndexError) as error:  # what templates raise is theirs
         raise ValueError(f"{where}: the tokenizer's chat template refuses the messages: {error}.") from error
+    if not any(message.get("content") or message.get("tool_calls") for message in answer):
+        raise ValueError(f"{where}: the answer has nothing to write, its `content` is empty: {LEAVE_OUT}.")
     if not whole.startswith(before):
         raise ValueError(
             f"{where}: the tokenizer's chat template does not write the prompt {before[-80:]!r} before the answer, "

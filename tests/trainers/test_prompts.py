@@ -209,6 +209,14 @@ REFUSED_TALK = {
     "no messages": ([], r"row 1 of the data: `messages` is '\[\]'"),
     "text": ("the cat?", "row 1 of the data: `messages` is 'the cat\\?': give text, or messages, each with `role`"),
     "no role": ([{"content": "a"}], r"row 1 of the data: `messages` is .*each with `role` and `content`"),
+    "no content": (
+        [{"role": "user", "text": "the cat?"}, TALK[1]],
+        "row 1 of the data: `messages` is .*each with `role` and `content`",
+    ),
+    "empty answer": (
+        [TALK[0], {"role": "assistant", "content": ""}],
+        "row 1 of the data: the answer has nothing to write, its `content` is empty: leave the row out",
+    ),
     "refused": (
         [*TALK, {"role": "assistant", "content": "boo"}],
         "row 1 of the data: .* refuses the messages: no boo",
@@ -234,7 +242,9 @@ def test_messages_that_make_no_answer_are_named(name):
         "{% for m in messages %}{% if m.content == 'boo' %}{{ raise_exception('no boo') }}{% endif %}{% endfor %}"
         + CHAT
     )
-    refused(message, encoded, [{"messages": TALK}, {"messages": bad}], tokenizer)
+    for end in ("<|endoftext|>", "<|end of turn|>"):  # one that is no EOS is written behind nothing too
+        tokenizer.chat_template = tokenizer.chat_template.replace("<|endoftext|>", end)
+        refused(message, encoded, [{"messages": TALK}, {"messages": bad}], tokenizer)
 
 
 def test_what_a_tokenizer_lacks_is_named():
