@@ -125,9 +125,9 @@ def load_blocks(data: DataArguments, tokenizer: PreTrainedTokenizerBase, length:
     text = load_text(data.text_files, *source, data.train_split, data.text_column, data.streaming)
     train_blocks = pack(text, tokenizer, length, None if data.streaming else data.num_proc)
     if data.eval_text_files is not None or data.eval_split is not None:
-        files = data.eval_text_files
-        eval_source = (None, None) if files is not None else source
-        eval_text = load_text(files, *eval_source, data.eval_split or "train", data.text_column)
+        apart = data.eval_text_files is not None
+        eval_source = (data.eval_text_files, None, None) if apart else (data.text_files, *source)
+        eval_text = load_text(*eval_source, data.eval_split or "train", data.text_column)
         eval_blocks = pack(eval_text, tokenizer, length, data.num_proc)
     elif data.streaming:
         raise ValueError("`streaming`=True needs `eval_split` or `eval_text_files`: a stream has no last blocks.")

@@ -136,5 +136,8 @@ def test_rows_without_text_train_a_tokenizer_and_are_packed(tmp_path):
     train, validation = load_blocks(data, tokenizer, 16)
     tokens = 30 * (len(tokenizer("the cat sat on the mat")["input_ids"]) + 1)
     assert len(train) + len(validation) == tokens // 14 and len(validation) == round(0.2 * (tokens // 14))
+    apart = DataArguments(text_files=[str(tmp_path)], train_split="train[:40]", eval_split="train[40:]")
+    parts = load_blocks(apart, tokenizer, 16)
+    assert [len(part) for part in parts] == [20 * tokens // 30 // 14, 10 * tokens // 30 // 14]
     data.eval_share = 1.5
     refused(r"`eval_share`=1.5 must lie between 0 and 1", load_blocks, data, tokenizer, 16)
