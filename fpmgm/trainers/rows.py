@@ -99,8 +99,17 @@ class CheckedRowsTrainer(AtomicCheckpointTrainer):
         """What gives a collated batch back as the model needs it, or raises [`BadRow`]; workers get a copy of it."""
         raise NotImplementedError
 
-    def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, **kwargs):
-        """As in `Trainer`, with rows that know their numbers."""
+    def _get_dataloader(self, *args, is_training=False, **kwargs):
+        """As in `Trainer`, with rows that know their numbers; `dataloader_drop_last` is of training: an evaluation
+        reads all rows."""
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training
+        try:
+            return self._dataloader_of_numbered(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def _dataloader_of_numbered(self, dataset, description, batch_size, sampler_fn=None, **kwargs):
         if isinstance(dataset, IterableDataset):
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, **kwargs)
         if isinstance(dataset, Mapping) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):

@@ -307,6 +307,16 @@ def test_weight_decay_shrinks_matrices_and_no_norm_bias_or_gate(tmp_path):
 
 def test_evaluation_leaves_the_global_random_stream_alone(tmp_path):
     trainer = make_trainer(tmp_path, training_model(dropout=0.5), eval_dataset=token_rows(8))
+def test_an_evaluation_reads_the_rows_that_training_would_drop(tmp_path):
+    losses = [
+        make_trainer(
+            tmp_path, eval_dataset=token_rows(5), per_device_eval_batch_size=size, dataloader_drop_last=True
+        ).evaluate()["eval_loss"]
+        for size in (1, 4, 8)
+    ]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
     state = torch.get_rng_state()
     trainer.evaluate()
     assert torch.equal(torch.get_rng_state(), state)
