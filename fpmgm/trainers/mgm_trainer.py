@@ -128,6 +128,7 @@ class MGMTrainer(CheckedRowsTrainer):
             self.add_callback(self.ema)
         self._global_batch: GlobalBatch | None = None
         self._micro_batch = 0
+        self._loaded_step: int | None = None  # that of the best checkpoint, at the end; None: the last one's
         self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._clock, self._tokens = time.perf_counter(), 0
 
@@ -362,9 +363,10 @@ class MGMTrainer(CheckedRowsTrainer):
         self._metrics.update({name.removeprefix("sums."): values for name, values in sums.items()})
 
     def forget_steps(self) -> None:
-        """Also the values whose means the line adds."""
+        """Also the values whose means the line adds, and that another step's weights were loaded."""
         super().forget_steps()
         self._metrics.clear()
+        self._loaded_step = None
         self._clock, self._tokens = time.perf_counter(), 0
 
     @torch.no_grad()
@@ -416,7 +418,8 @@ class MGMTrainer(CheckedRowsTrainer):
             self._write_card(self.args.output_dir)
 
     def _write_card(self, folder: str | Path) -> None:
-        write_model_card(folder, self.model, self.args, self.state.global_step, self.lineage())
+        steps = self.state.global_step if self._loaded_step is None else self._loaded_step
+        write_model_card(folder, self.model, self.args, steps, self.lineage())
 
     def lineage(self) -> dict[str, str]:
         """What the model came from and how, in words by name, for its card."""
@@ -435,6 +438,7 @@ class MGMTrainer(CheckedRowsTrainer):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self._load_average(self.state.best_model_checkpoint)
+        self._loaded_step = self.state.best_global_step
 
     def _load_average(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.ema is not None:

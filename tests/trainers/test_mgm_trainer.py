@@ -273,6 +273,8 @@ def test_the_best_checkpoint_is_loaded_with_its_average(tmp_path, adapter, metri
     if adapter is None:
         assert_equal(weights(trainer.model), load_file(tmp_path / f"checkpoint-{best}/model.safetensors"))
     assert trainer.evaluate()["eval_loss"] == evaluated[best - 1]
+    trainer.save_model()
+    assert f"| optimizer steps | {best} |" in (tmp_path / "README.md").read_text()
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -305,8 +307,6 @@ def test_weight_decay_shrinks_matrices_and_no_norm_bias_or_gate(tmp_path):
         torch.testing.assert_close(runs[1][name] - runs[0][name], expected, rtol=0, atol=1e-7, msg=name)
 
 
-def test_evaluation_leaves_the_global_random_stream_alone(tmp_path):
-    trainer = make_trainer(tmp_path, training_model(dropout=0.5), eval_dataset=token_rows(8))
 def test_an_evaluation_reads_the_rows_that_training_would_drop(tmp_path):
     losses = [
         make_trainer(
@@ -317,6 +317,8 @@ def test_an_evaluation_reads_the_rows_that_training_would_drop(tmp_path):
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
+def test_evaluation_leaves_the_global_random_stream_alone(tmp_path):
+    trainer = make_trainer(tmp_path, training_model(dropout=0.5), eval_dataset=token_rows(8))
     state = torch.get_rng_state()
     trainer.evaluate()
     assert torch.equal(torch.get_rng_state(), state)
