@@ -55,11 +55,13 @@ def layer_similarity(
         seed (`int`, defaults to 0): Seed of the masks.
 
     Raises:
-        `ValueError`: for no batch.
+        `ValueError`: for no batch, or ids of another shape.
     """
     batches = list(batches)
     if not batches:
         raise ValueError("`batches` is empty: give some real text as (batch, length) ids.")
+    if shapes := [tuple(ids.shape) for ids in batches if ids.dim() != 2]:
+        raise ValueError(f"`batches` holds ids of shape {shapes[0]}: give (batch, length), such as `ids.split(8)`.")
     outputs, similarities = [], []
     shared = model.fixed_point.layers if model.config.num_fixed_point_layers else []
     layers = [*model.pre_layers, *shared, *model.post_layers]

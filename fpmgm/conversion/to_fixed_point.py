@@ -52,8 +52,9 @@ def convert_to_fixed_point(
         configuration keeps the `layer_map`.
 
     Raises:
-        `ValueError`: for a fixed-point teacher, a layer beyond its depth, a number of layers in `overrides` that is
-            not that of `layer_map`, `batches` that nothing reads, or tied embeddings of a teacher that has none.
+        `ValueError`: for a fixed-point teacher, one with adapters, a layer beyond its depth, a number of layers in
+            `overrides` that is not that of `layer_map`, `batches` that nothing reads, or tied embeddings of a teacher
+            that has none.
 
     Example:
 
@@ -68,6 +69,11 @@ def convert_to_fixed_point(
 
     ```
     """
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            f"`model` has the adapter(s) {list(model.peft_config)}, which no layer of the student would have: put "
+            "them into its weights by `PeftModel.from_pretrained(base, adapter).merge_and_unload()` and convert that."
+        )
     layers = explicit_layers(model)
     if layer_map == "auto":
         sizes = {name: overrides.get(f"num_{name}_layers", 1) for name in STACKS}

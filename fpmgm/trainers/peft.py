@@ -86,7 +86,7 @@ def with_adapter(model: nn.Module, peft_config: "PeftConfig | None" = None) -> n
         `peft.PeftModel` around `model`, or `model`.
 
     Raises:
-        `ValueError`: if `model` has adapters already.
+        `ValueError`: if `model` has adapters already, or `peft_config` adapts no weights.
     """
     if peft_config is not None:
         from peft import get_peft_model
@@ -95,6 +95,11 @@ def with_adapter(model: nn.Module, peft_config: "PeftConfig | None" = None) -> n
             raise ValueError(
                 f"`peft_config` is given, but the model has the adapter(s) {list(model.peft_config)} already: leave "
                 "`peft_config` out to train these, or give `model.merge_and_unload()`."
+            )
+        if peft_config.is_prompt_learning:
+            raise ValueError(
+                f"`peft_config` of {peft_config.peft_type.value} puts tokens of its own before the text, for which a "
+                "masked model has no place: give one that adapts weights, such as `LoraConfig`."
             )
         model = get_peft_model(model, peft_config)
 

@@ -137,3 +137,5 @@ def test_what_has_no_layers_to_compare_is_refused():
     with pytest.raises(ValueError, match="`num_fixed_point_layers`=1"):
         auto_layer_map(tiny_model(), batches(), {"pre": 1, "fixed_point": 1, "post": 1})
     refused("`batches` is empty", layer_similarity, explicit_model(), [])
+    rows = torch.cat(list(batches()))
+    refused(rf"ids of shape \({rows.shape[1]},\): give \(batch, length\)", layer_similarity, explicit_model(), rows)

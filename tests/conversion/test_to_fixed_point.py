@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from fpmgm import FPMDLMConfig, FPMDLMForMaskedDiffusion, convert_to_fixed_point
 
@@ -209,3 +210,15 @@ def test_what_cannot_be_followed_or_would_be_lost_is_refused(layer_map, options,
 
 def test_a_fixed_point_teacher_is_refused():
     refused("`num_fixed_point_layers`=1", convert_to_fixed_point, tiny_model())
+
+
+def test_a_teacher_with_adapters_is_refused_until_they_are_merged():
+    layer_map, config = {"pre": [1], "fixed_point": [2], "post": [4]}, LoraConfig(r=2, target_modules=["up_proj"])
+    injected = teacher_model()
+    injected.add_adapter(config)
+    wrapped = get_peft_model(teacher_model(), config)
+    for model in (injected, wrapped):
+        refused(r"adapter\(s\) \['default'\].*merge_and_unload", convert_to_fixed_point, model, layer_map)
+    merged = wrapped.merge_and_unload()
+    expected = merged.pre_layers[1].up_proj.weight
+    assert convert_to_fixed_point(merged, layer_map).fixed_point.layers[0].up_proj.weight.equal(expected)

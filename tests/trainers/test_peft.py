@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 from torch import nn
 from transformers import AutoModel
@@ -180,6 +180,8 @@ def test_the_card_is_that_of_an_adapter(tmp_path):
 
 def test_a_second_adapter_is_refused_and_dropout_in_f_warned_of(tmp_path, caplog):
     refused(r"`peft_config`.*\['default'\]", make_trainer, tmp_path, adapted(), peft_config=lora())
+    tokens = PromptTuningConfig(num_virtual_tokens=2)
+    refused("`peft_config` of PROMPT_TUNING puts tokens of its own", make_trainer, tmp_path, peft_config=tokens)
     make_trainer(tmp_path, adapted().merge_and_unload(), peft_config=lora())
     explicit = training_model(num_fixed_point_layers=0)
     with caplog.at_level("WARNING"):
