@@ -127,6 +127,8 @@ def reveal(name: str, prompt: str, length: int | None, **options: Any) -> Iterat
         raise ValueError(f"`prompt`={prompt!r} has no blank: write <|mask|*20> where 20 tokens are wanted.")
     yield draw_tokens(tokens_of(tokenizer, previous, previous, given, mask)), "", draw_residuals([], budget)
     arguments = {"input_ids": ids} if ids is not None else {"length": length}
+    if model.config.is_looped:  # it has no reuse, whatever the page says for the model beside it
+        options["reuse"] = "none"
     steps = steps_of(functools.partial(model.generate, **arguments, **options))
     for step, facts, residuals in told(steps, model.config, budget):
         tokens = tokens_of(tokenizer, previous, step.sequences[0].cpu(), given, mask)

@@ -25,6 +25,7 @@ from fpmgm.evaluation import (
 from fpmgm.evaluation.report import table
 from fpmgm.evaluation.samples import check_setting
 from fpmgm.models.loading import saved_generation_config
+from fpmgm.models.reuse import GAMMAS
 from fpmgm.models.text_input import read_tokenizer
 
 
@@ -35,7 +36,7 @@ JUDGES = {  # option that names a judge → other options of this judge
 }
 
 
-OF_THE_SOLVER = ("reuse", "iterations_per_step", "tolerance", "solver", "freeze_tolerance")
+OF_THE_SOLVER = ("reuse", *GAMMAS, "iterations_per_step", "tolerance", "solver", "freeze_tolerance")
 
 
 @dataclass(kw_only=True)
@@ -120,7 +121,10 @@ def without_weights(path: str) -> PreTrainedModel:
 
 
 def fitting_options(options: dict, config) -> dict:
-    """The options of `generate` that a model can have: without fixed-point layers nothing iterates or is reused."""
+    """The options of `generate` that a model can have: without fixed-point layers nothing iterates or is reused, and a
+    looped model reuses nothing."""
+    if config.is_looped and options.get("reuse", "none") != "none":
+        return {name: value for name, value in options.items() if name != "reuse" and name not in GAMMAS}
     if config.num_fixed_point_layers:
         return options
     return {name: value for name, value in options.items() if name not in OF_THE_SOLVER}

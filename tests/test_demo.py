@@ -56,6 +56,17 @@ def test_a_text_is_revealed_step_by_step_within_its_budget(folder):
     assert frames[-1][2].count("polyline") == len(frames) - 1
 
 
+def test_a_looped_model_is_shown_beside_one_that_reuses(folder, tmp_path):
+    from fpmgm.demo import write
+
+    looped = tiny_model(scale=0.05, vocab_size=270, mask_token_id=269, input_injection="none")
+    looped.save_pretrained(tmp_path)
+    shutil.copyfile(f"{folder}/tokenizer.json", tmp_path / "tokenizer.json")
+    shutil.copyfile(f"{folder}/tokenizer_config.json", tmp_path / "tokenizer_config.json")
+    *_, last = write(folder, str(tmp_path), "", 8, 24, 0, "3sr", 1.0, "ancestral", 0, 0)
+    assert all("fp-masked" not in last[place] for place in (0, 3))
+
+
 def test_a_picture_is_revealed_step_by_step_within_its_budget(pictures):
     from fpmgm.demo import draw
 

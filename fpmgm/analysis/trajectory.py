@@ -16,7 +16,8 @@ from ..models.schedules import time_grid
 from ..models.text_input import token_rows
 
 
-# Three-state reuse that reuses nothing: the solver starts from h_pre, and no step is left out as idle.
+# Three-state reuse that reuses nothing: the solver starts from h_pre, and no step is left out as idle. A looped model
+# has no reuse.
 NOTHING_REUSED = {
     "reuse": "3sr",
     "gamma_unchanged": 0.0,
@@ -62,7 +63,7 @@ def sampled_trajectory(
         iterations=iterations if shared else 0,
         class_labels=class_labels,
         callback=note,
-        **{**NOTHING_REUSED, **_whole_texts(model), **options},
+        **{**({} if model.config.is_looped else NOTHING_REUSED), **_whole_texts(model), **options},
     ).cpu()  # (B, L)
     states = [torch.full_like(written, model.config.mask_token_id)]
     for step in range(num_steps):

@@ -186,6 +186,13 @@ def test_masking_what_a_model_wrote_gives_the_states_in_which_it_wrote_it(make, 
     assert torch.equal(sampled.states[-1], written)
 
 
+def test_a_looped_model_has_a_trajectory_too():
+    model = lively_model(input_injection="none")
+    sampled = sampled_trajectory(model, 3, iterations=2, batch_size=2, seed=0)
+    written = model.generate(batch_size=2, num_steps=3, iterations=2, seed=0)
+    assert torch.equal(sampled.states[-1], written) and sampled.states.shape == (4, 2, 8)
+
+
 def test_a_sampled_trajectory_has_the_times_that_the_model_was_told():
     sampled = sampled_trajectory(lively_model(time_conditioning=True), 3, batch_size=2, seed=0, order="halton")
     torch.testing.assert_close(sampled.times, (sampled.states[:-1] == MASK).double().mean(dim=(1, 2)))

@@ -18,7 +18,7 @@ from fpmgm.evaluation import clearly_below, elbo_perplexity, perplexity_at_entro
 from judged_samples import JudgedSamplesArguments, check_settings
 from tests.evaluation.helpers import judged_model, tiny_judge
 from tests.recipes.options import RECIPES
-from tests.testing_utils import refused, run_python, saved_adapter, tiny_model
+from tests.testing_utils import refused, run_python, saved_adapter, tiny_config, tiny_model
 
 
 @pytest.mark.parametrize(
@@ -108,6 +108,20 @@ def test_settings_are_compared_under_each_budget_and_only_where_a_model_can_have
     (tmp_path / "settings.yaml").write_text("[ancestral, halton]")
     with pytest.raises(ValueError, match=r"`settings`=.* holds no `name: value` lines but list"):
         compare_settings.main(arguments(folder, tmp_path, *models))
+
+
+def test_a_looped_model_beside_others_is_given_no_reuse(folder, tmp_path):
+    judged_model(input_injection="none").save_pretrained(tmp_path / "looped")
+    tiny_judge().tokenizer.save_pretrained(tmp_path / "looped")
+    models = ["--model", str(folder / "fp"), str(tmp_path / "looped"), "--budgets", "24", "--num_samples", "2"]
+    found = budget_report.main(arguments(folder, tmp_path, *models, "--reuse", "none", "3sr"))
+    options = [[row["sampling"]["options"] for row in model["rows"]] for model in (found["fp"], found["looped"])]
+    assert options == [[{"budget": 24, "reuse": "none"}, {"budget": 24, "reuse": "3sr"}], [{"budget": 24}]]
+    kinds = {"fixed point": {}, "looped": {"input_injection": "none"}, "explicit": {"num_fixed_point_layers": 0}}
+    found = {"own": {}, "3sr": {"reuse": "3sr", "gamma_changed": 0.5, "solver": "anderson"}, "full": {"reuse": "full"}}
+    fitting = {name: compare_settings.fitting(found, tiny_config(**how)) for name, how in kinds.items()}
+    assert fitting["fixed point"] == found and fitting["explicit"] == {"own": {}}
+    assert fitting["looped"] == {"own": {}, "3sr": {"solver": "anderson"}}
 
 
 @pytest.mark.parametrize(
