@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from ..models.arguments import check_whole
@@ -56,6 +57,7 @@ def measure_latency(
         "measure": "latency: seconds from masked ids to the last token, mean over batches",
         **sampling_protocol(model, options, length, batch_size, seed),
         "draw": "float64",
+        "torch": str(torch.__version__),
         "device": device_name(model.device),
         "warmup_batches": warmup_batches,
     }

@@ -141,6 +141,9 @@ def sampling_protocol(
         "batch_size": batch_size,
         "seed": seed,
         "dtype": str(model.dtype).removeprefix("torch."),
+        # Another rounding, and another time.
+        "attention": getattr(model.config, "_attn_implementation", None),
+        "compiled": any(module._compiled_call_impl is not None for module in model.modules()),
     }
 
 

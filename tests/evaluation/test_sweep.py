@@ -218,4 +218,13 @@ def test_latency_leaves_out_the_warm_up_and_an_interruption_repeats_no_timed_bat
         measure_latency(model, batch_size=4, timed_batches=5, budget=12, cache_dir=tmp_path)
     measure_latency(model, batch_size=4, timed_batches=5, budget=12, cache_dir=tmp_path)
     assert runs[2:6] + runs[8:] == straight  # warmed up again, and on with the fifth
+    del runs[:]
+    measure_latency(model, batch_size=4, timed_batches=5, budget=12, cache_dir=tmp_path)
+    assert not runs
+    model.set_attn_implementation("eager")
+    measure_latency(model, batch_size=4, timed_batches=5, budget=12, cache_dir=tmp_path)
+    assert len(runs) == 7  # another model to the clock
+    model.compile_blocks(backend="eager")
+    measure_latency(model, batch_size=4, timed_batches=5, budget=12, cache_dir=tmp_path)
+    assert len(runs) == 14
     refused(r"`timed_batches`=1 .* at least 2", measure_latency, model, timed_batches=1)
