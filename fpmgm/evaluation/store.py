@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 
 # What this version of the package finds for a seed, a text or a model: to be raised by every change of it within one
 # version, in `generate` or in a measure, so that nothing older is taken for it.
-PROCEDURE = 7
+PROCEDURE = 8
 
 # Of configurations: where they come from, and which version wrote them.
 NO_EFFECT = {"_name_or_path", "transformers_version", "architectures", "auto_map", "dtype"}

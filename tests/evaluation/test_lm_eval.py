@@ -16,7 +16,8 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.tasks import TaskManager
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from fpmgm.data import train_tokenizer
 from fpmgm.evaluation.lm_eval import MGMLM, PROTOCOLS, loading, make_table, scoring
@@ -412,6 +413,25 @@ def test_a_continuation_that_melts_into_the_context_is_tokenized_apart():
     lm = spelling()
     lm.tokenizer = train_tokenizer(["abab"] * 9, 259)
     assert lm.tok_encode("ab") == [257] and lm._encode("a", "b") == (lm.tok_encode("a"), lm.tok_encode("b"))
+
+
+def test_a_continuation_gets_no_space_of_its_own_from_tokenizers_that_begin_texts_with_one():
+    names = ["<eos>", "\u2581", *"abcdefg", "<unk>", "<mask>"]
+    plain = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], unk_token="<unk>"))
+    plain.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<eos>", mask_token="<mask>")
+    lm = MGMLM(tiny_model().double(), tokenizer=tokenizer, mc_num=3, device="cpu")
+    for context, continuation, prefix, target in (
+        ("b c", " d", [1, 3, 1, 4], [1, 5]),
+        ("b c ", "d", [1, 3, 1, 4, 1], [5]),
+        ("b c", "", [1, 3, 1, 4], []),
+        ("", "d", [], [1, 5]),
+    ):
+        [(score, _)] = scores(lm, (context, continuation))
+        assert score == pytest.approx(reference_score(lm, prefix, target), rel=1e-9)
+    lm = spelling("pgm")  # others have the ids that they had
+    for text in (" d", "d", "\nd", "  d", " ", "", "\n\n", "d\n"):
+        assert lm._encode_behind("a", text) == lm.tok_encode(text)
 
 
 def test_stop_strings_may_be_none(monkeypatch):

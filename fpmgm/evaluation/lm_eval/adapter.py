@@ -296,11 +296,19 @@ class MGMLM(TemplateLM):
         return [answers[item] for item in items]
 
     def _encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        apart = self._encode_prompt(context), self.tok_encode(continuation)
+        apart = self._encode_prompt(context), self._encode_behind(context, continuation)
         if self.protocol.joint or context == "":
             return apart
         prefix, target = self._encode_pair(context, continuation)
         return (prefix, target) if target else apart  # together, all of the continuation may melt into the context
+
+    def _encode_behind(self, context: str, continuation: str) -> list[int]:
+        """Ids of a continuation by itself, without the space that tokenizers such as Llama's put before a text: behind
+        a context it is no beginning of one."""
+        line, behind = self.tok_encode("\n"), self.tok_encode("\n" + continuation)
+        if context == "" or behind[: len(line)] != line:
+            return self.tok_encode(continuation)
+        return behind[len(line) :]
 
     def _encode_prompt(self, context: str) -> list[int]:
         """Ids of a context; a BOS that a chat template wrote is left to the protocol that has its own."""
