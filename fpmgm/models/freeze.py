@@ -47,6 +47,7 @@ class Frozen:
         self.every, self.tolerance, self.real = config.refresh_every, config.freeze_tolerance, real
         self.reusing = config.reuse != "none" and model_config.num_fixed_point_layers > 0
         self.begun = torch.zeros(len(wanted), 1, dtype=torch.bool, device="cpu")  # rows whose positions were computed
+        self.whole = gains_nothing(plan, wanted, real)[:, None]  # (B, 1)
         self.masked = wanted
         self.written = torch.zeros_like(wanted)  # since they were last computed
         self.solution: torch.Tensor | None = None  # the last one that `moving` looked at
@@ -67,6 +68,7 @@ class Frozen:
         needed = torch.zeros_like(self.masked).flatten().index_fill(0, turn.positions, True).view_as(self.masked)
         refreshed = self.every is not None and step % self.every == 0
         chosen = ((self.masked | self.moving | self.written) & ~turn.waiting) | needed | refreshed | ~self.begun
+        chosen = chosen | self.whole
         if not self.reusing:  # a row that needs no logits is idle, as it is alone
             chosen = chosen & needed.any(dim=1, keepdim=True)
         chosen = chosen & turn.unfinished[:, None]
@@ -148,6 +150,12 @@ class NothingFrozen:
 
     def skip(self, step: int, tokens: torch.Tensor, rule) -> None:
         """Nothing to note."""
+
+
+def gains_nothing(plan: BudgetPlan, wanted: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """(B,) bool: rows of which nothing is frozen: they have no prompt, and it buys neither a step nor an iteration."""
+    buys = plan.shares is None or min(plan.shares) < 1
+    return (wanted == real).all(dim=1) & (not buys)
 
 
 def moved(before: torch.Tensor | None, after: torch.Tensor, tolerance: float, batch_size: int) -> torch.Tensor:

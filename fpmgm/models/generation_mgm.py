@@ -19,7 +19,7 @@ from .blocks import block_starts
 from .budget import BudgetPlan, explicit_plan, plan_budget
 from .draw import MOST_NUMBERS
 from .end_of_text import StopAtEnd, known_ends, read_ends, warn_of_ended_prompts
-from .freeze import Frozen, NothingFrozen, expected_shares
+from .freeze import Frozen, NothingFrozen, expected_shares, gains_nothing
 from .generation_config_mgm import MISPLACED, MGMGenerationConfig, check_given
 from .generation_inputs import (
     ALLOWED,
@@ -146,8 +146,7 @@ class MGMGenerationMixin:
         if config.stop_at_eos:
             rule = StopAtEnd(rule, task, *read_ends(config, self.config))
         frozen = NothingFrozen()
-        buys_nothing = plan.shares is not None and min(plan.shares) == 1 and bool(wanted.all())  # a prompt is saved
-        if config.freeze and config.refresh_every != 1 and not buys_nothing:
+        if config.freeze and config.refresh_every != 1 and not gains_nothing(plan, wanted, real).all():
             frozen = Frozen(wanted, real, plan, self.config, config)
         # 4. the steps
         check_dropout(self)

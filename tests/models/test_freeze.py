@@ -304,6 +304,21 @@ def test_nothing_is_frozen_where_that_buys_nothing(layers):
         assert (frozen.full_block_evaluations == call["budget"]) == (steps < 6)
 
 
+@pytest.mark.parametrize(("layers", "budget"), [({}, 12), (EXPLICIT, 6)])
+def test_what_buys_nothing_depends_on_the_row_alone(layers, budget):
+    model, call = text(**layers), {"budget": budget, "freeze": True, "return_dict_in_generate": True}
+    ids, real = torch.full((3, 12), M), torch.ones(3, 12, dtype=torch.bool)
+    ids[1, :5] = 2  # a prompt
+    ids[2, 9:], real[2, 9:] = 0, False  # a shorter text from nothing
+    out = model.generate(ids, attention_mask=real, seed=[3, 4, 5], **call)
+    for row, end in enumerate((12, 12, 9)):
+        alone = model.generate(ids[row : row + 1, :end], seed=[3 + row], **call)
+        assert torch.equal(out.sequences[row, :end], alone.sequences[0])
+        plain = model.generate(ids[row : row + 1, :end], seed=[3 + row], **{**call, "freeze": False})
+        assert (row == 1) or torch.equal(alone.sequences, plain.sequences)
+    assert (out.positions_computed[:, [0, 2]] == 12).all() and (out.positions_computed[1:, 1] < 12).all()
+
+
 def test_switching_off_takes_the_details_along():
     model = text()
     model.generation_config = model.generation_config.updated(freeze=True, refresh_every=3, freeze_tolerance=0.1)
