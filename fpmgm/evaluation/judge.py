@@ -119,7 +119,7 @@ def generative_perplexity(
         `ValueError`: if no text has a token to score, `max_length` is beyond the judge, or it has no BOS to add.
     """
     judge, texts, batch_size = load_judge(judge), text_list(texts), check_whole("batch_size", batch_size, 1, "texts")
-    _check(judge, max_length, add_start_token)
+    max_length = _check(judge, max_length, add_start_token)
     protocol = {
         "metric": "generative perplexity",
         "judge": judge.name,
@@ -222,11 +222,12 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
     return rows
 
 
-def _check(judge: Judge, max_length: int, add_start_token: bool) -> None:
-    check_whole("max_length", max_length, minimum=2, unit="tokens")
+def _check(judge: Judge, max_length: int, add_start_token: bool) -> int:
+    max_length = check_whole("max_length", max_length, minimum=2, unit="tokens")
     check_positions(judge, max_length)
     if add_start_token and judge.tokenizer.bos_token_id is None:
         raise ValueError(f"`add_start_token`=True, but the tokenizer of {judge.name!r} has no BOS: leave it out.")
+    return max_length
 
 
 def check_positions(judge: Judge, max_length: int) -> None:

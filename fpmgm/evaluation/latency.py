@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..models.arguments import check_whole
 from .provenance import device_name
-from .samples import sampling_protocol, timed_batch
+from .samples import check_call, sampling_protocol, timed_batch
 from .store import ResultStore, finish
 
 
@@ -50,9 +50,9 @@ def measure_latency(
     Raises:
         `ValueError`: for less than 2 timed batches, or from `generate`.
     """
-    check_whole("timed_batches", timed_batches, minimum=2, unit="batches")
-    check_whole("warmup_batches", warmup_batches, minimum=0, unit="batches")
-    check_whole("batch_size", batch_size, minimum=1, unit="sequences")
+    timed_batches = check_whole("timed_batches", timed_batches, minimum=2, unit="batches")
+    warmup_batches = check_whole("warmup_batches", warmup_batches, minimum=0, unit="batches")
+    batch_size, length, seed = check_call(batch_size, length, seed)
     protocol = {
         "measure": "latency: seconds from masked ids to the last token, mean over batches",
         **sampling_protocol(model, options, length, batch_size, seed),

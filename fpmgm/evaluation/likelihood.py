@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..models.arguments import check_whole
+from ..models.arguments import SEED, check_whole
 from ..models.head import losses_of_positions
 from ..models.modes import evaluating
 from ..models.noise import (
@@ -98,7 +98,8 @@ def elbo_draws(
     (R, N) float64; the scored tokens of each sequence, (N,); and the protocol."""
     rows, scored = scored_rows(sequences, mask_token_id=model.config.mask_token_id)
     _check_rows(rows, scored, model.config)
-    check_whole("batch_size", batch_size, minimum=1, unit="sequences")
+    batch_size = check_whole("batch_size", batch_size, minimum=1, unit="sequences")
+    seed = SEED.check("seed", seed)
     if num_draws is not None:
         check_whole("num_draws", num_draws, minimum=1, unit="passes")
     num_iterations = check_iterations("num_iterations", num_iterations, model.config)

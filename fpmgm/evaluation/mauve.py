@@ -141,6 +141,11 @@ def last_token_features(
 @torch.no_grad()
 def _batch_features(judge: Judge, texts: list[str], max_length: int) -> np.ndarray:
     encoded = encode_text(judge.tokenizer, texts)
+    if not all(encoded) and judge.tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"`texts` has one without a token, and the tokenizer of {judge.name!r} no end of text that could stand "
+            "for it: leave it out."
+        )
     input_ids, real = padded((ids or [judge.tokenizer.eos_token_id])[:max_length] for ids in encoded)  # (B, L)
     device = judge.model.device
     with evaluating(judge.model):

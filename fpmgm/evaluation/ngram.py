@@ -108,8 +108,12 @@ class NGramJudge:
         return np.log(probabilities)
 
     def perplexity(self, sequences: np.ndarray | Iterable[Sequence[int]]) -> float:
-        """exp of the mean over sequences of the mean negative log-probability; the first token, BOS, is given."""
-        return float(np.exp(-self.log_probabilities(sequences)[:, 1:].mean(axis=1).mean()))
+        """exp of the mean over sequences of the mean negative log-probability; the first token, BOS, is given.
+
+        Raises:
+            `ValueError`: as [`generative_perplexity`].
+        """
+        return self.generative_perplexity(sequences)["generative_perplexity"]
 
     def generative_perplexity(self, sequences: np.ndarray | Iterable[Sequence[int]]) -> dict[str, Any]:
         """What [`fpmgm.evaluation.generative_perplexity`] returns, of (B, L) token ids instead of texts.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..models.arguments import check_whole
+from ..models.arguments import SEED, check_whole
 from ..models.guidance import check_classes
 from ..models.reveal import RevealTask
 from .provenance import device_name
@@ -82,8 +82,8 @@ def sample_sequences(
     Raises:
         `ValueError`: for an option that is no plain value, and from `generate`.
     """
-    check_whole("num_samples", num_samples, minimum=1, unit="sequences")
-    check_whole("batch_size", batch_size, minimum=1, unit="sequences")
+    num_samples = check_whole("num_samples", num_samples, minimum=1, unit="sequences")
+    batch_size, length, seed = check_call(batch_size, length, seed)
     protocol = sampling_protocol(model, options, length, batch_size, seed)
     store = ResultStore(cache_dir, protocol)
     spans = [(start, min(start + batch_size, num_samples)) for start in range(0, num_samples, batch_size)]
@@ -120,6 +120,13 @@ def sample_sequences(
     )
 
 
+def check_call(batch_size: int, length: int | None, seed: int) -> tuple[int, int | None, int]:
+    """What every call of `generate` is given, as plain whole numbers."""
+    batch_size = check_whole("batch_size", batch_size, minimum=1, unit="sequences")
+    length = None if length is None else check_whole("length", length, minimum=1, unit="tokens")
+    return batch_size, length, SEED.check("seed", seed)
+
+
 def sampling_protocol(
     model: PreTrainedModel, options: dict[str, Any], length: int | None, batch_size: int, seed: int
 ) -> dict[str, Any]:
@@ -154,8 +161,8 @@ def check_options(options: dict[str, Any]) -> None:
             json.dumps(value)
         except (TypeError, ValueError) as error:
             raise ValueError(f"`{name}` is of type {type(value).__name__}: give values that JSON can hold.") from error
-    if "return_dict_in_generate" in options:
-        raise ValueError("`return_dict_in_generate` is set here, whose output is read: leave it out.")
+    for name in {"return_dict_in_generate", "progress_bar"} & set(options):
+        raise ValueError(f"`{name}` is set here, not in a setting: leave it out.")
     if options.get("stop_at_eos"):
         raise ValueError("`stop_at_eos`=True cuts texts, but these are of one length: leave it out.")
 

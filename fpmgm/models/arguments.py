@@ -158,6 +158,10 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+# Any whole number, of Python's type afterwards.
+SEED = Allowed("be a whole number", is_whole, int)
+
+
 def check_whole(name: str, value: Any, minimum: int, unit: str, maximum: int | None = None) -> int:
     """`value` as an int, or a `ValueError` that names it."""
     return whole(minimum, maximum, unit).check(name, value)

@@ -475,6 +475,12 @@ def test_an_argument_matters(case, name, monkeypatch, tmp_path, capfd):
         (partial(sample_sequences, model(), 2, return_dict_in_generate=True), "`return_dict_in_generate` is set here"),
         (partial(sample_sequences, model(), 2, callback=print), "`callback` is of type builtin_function_or_method"),
         (partial(sample_sequences, model(), "2"), "`num_samples`='2'"),
+        (partial(sample_sequences, model(), 2, seed=None), "`seed`=None must be a whole number"),
+        (partial(sample_sequences, model(), 2, length="8"), "`length`='8'"),
+        (partial(measure_latency, model(), seed=1.5), "`seed`=1.5 must be a whole number"),
+        (partial(elbo_perplexity, model(), TOKENS, seed=1.5), "`seed`=1.5 must be a whole number"),
+        (partial(sweep, model(), tokenizer(), NGramJudge(TOKENS, 260), [{"progress_bar": True}]), "`progress_bar` is"),
+        (partial(NGramJudge(TOKENS, 260).perplexity, [[1], [2]]), "no text of two tokens or more"),
         (partial(evaluate_budgets, model(), tokenizer(), judge(), ["96"], [{}]), "`budgets`='96'"),
         (partial(evaluate_budgets, model(), tokenizer(), judge(), [96], [{"budget": 4}]), "leave its own out"),
         (partial(evaluate_budgets, model(), tokenizer(), judge(), [96], {"reuse": "3sr"}), "`settings`=.* several"),
@@ -489,6 +495,19 @@ def test_an_argument_matters(case, name, monkeypatch, tmp_path, capfd):
 )  # fmt: skip
 def test_what_an_argument_cannot_do_is_refused(call, message):
     refused(message, call)
+
+
+def test_numbers_of_numpy_are_kept_on_disk_as_others_are(tmp_path):
+    def measured(number, **kept) -> list:
+        size = {"batch_size": number(3), "seed": number(2), **kept}
+        samples = sample_sequences(model(), number(4), length=number(6), budget=12, **size)
+        judged = generative_perplexity(TEXTS, judge(), max_length=number(64), batch_size=number(3), **kept)
+        bound = elbo_perplexity(model(), TOKENS, num_draws=number(2), num_iterations=number(2), **size)
+        latency = measure_latency(model(), timed_batches=number(2), warmup_batches=number(0), budget=12, **size)
+        return [samples.sequences.tolist(), samples.protocol, judged, bound, latency["protocol"]]
+
+    assert measured(int) == measured(np.int64, cache_dir=tmp_path) == measured(int, cache_dir=tmp_path)
+    assert len(list(tmp_path.glob("*.jsonl"))) == 4
 
 
 def test_blocks_and_generators_are_taken_wherever_rows_or_texts_are():

@@ -8,6 +8,7 @@ import torch
 from fpmgm.evaluation import mauve_score
 from fpmgm.evaluation.mauve import _batch_features, last_token_features
 from tests.evaluation.helpers import TEXTS, tiny_judge
+from tests.testing_utils import refused
 
 
 def numbered(prefix: str, count: int) -> list[str]:
@@ -50,6 +51,9 @@ def test_features_are_the_last_hidden_state_at_the_last_token(tmp_path, monkeypa
         ids = judge.tokenizer(text, split_special_tokens=True)["input_ids"][:24] or [judge.tokenizer.eos_token_id]
         state = judge.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0, -1]
         np.testing.assert_allclose(feature, state.numpy(), rtol=1e-5, atol=1e-6)
+    judge.tokenizer.eos_token = None
+    refused("`texts` has one without a token", last_token_features, judge, TEXTS, max_length=24)
+    judge = tiny_judge()
     last_token_features(judge, TEXTS[:4], max_length=24, batch_size=4, cache_dir=tmp_path)
     calls = []
     monkeypatch.setattr("fpmgm.evaluation.mauve._batch_features", lambda *a: calls.append(1) or _batch_features(*a))

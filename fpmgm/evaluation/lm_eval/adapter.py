@@ -21,7 +21,7 @@ from lm_eval.utils import simple_parse_args_string
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ...models.arguments import Allowed, check_whole, is_whole, one_of
+from ...models.arguments import SEED, check_whole, one_of
 from ...models.noise import stream_generator
 from ...models.text_input import boundary_ids, encode_marked, encode_text, tokenizer_contents
 from ..likelihood import check_iterations
@@ -123,7 +123,7 @@ class MGMLM(TemplateLM):
             raise ValueError(f"unknown model argument(s) {sorted(unknown)}: known are {known}.")
         one_of(PROTOCOLS).check("protocol", protocol)
         self.protocol_name, self.protocol = protocol, PROTOCOLS[protocol]
-        self.seed = Allowed("be a whole number", is_whole).check("seed", seed)
+        self.seed = SEED.check("seed", seed)
         self.mc_num = self.protocol.mc_num if mc_num is None else check_whole("mc_num", mc_num, 1, "draws")
         self.batch_size = check_batch_size(batch_size)
         self._start_processes(check_device(device))
