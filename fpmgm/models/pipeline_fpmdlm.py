@@ -73,6 +73,10 @@ class FPMDLMPipeline(Pipeline):
     def preprocess(self, numbered: tuple[str, int | None], max_new_tokens: int | None = None) -> dict:
         """(1, L) ids of a prompt and its blanks, and its seed."""
         prompt, seed = numbered
+        if seed is not None and not -(2**63) <= seed < 2**63:
+            raise ValueError(
+                f"`seed`={shown(seed)}, of prompt i `seed + i`, must fit into 64 bits: give a smaller one."
+            )
         ids = read_prompt(self.tokenizer, prompt, max_new_tokens, self.model.config)
         seeds = {} if seed is None else {"seeds": torch.tensor([[seed]])}
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **seeds}

@@ -10,6 +10,7 @@ from .text_input import boundary_ids, framing_ids
 
 
 BLANK = "<|mask|>"  # in prompts, whatever the tokenizer calls it
+MOST_BLANKS = 10**6  # more than any model's longest text, and what a page's visitor may ask for at no cost
 
 
 def encode_prompt(
@@ -19,6 +20,9 @@ def encode_prompt(
     `continued`, as `tokenizer(prompt)` and training on prompts have it; `<|mask|*N>` stands for N blanks.
 
     A space before a blank is left out: in text it belongs to the token of the next word, which is to be written.
+
+    Raises:
+        `ValueError`: for more than a million blanks in one.
     """
     names = {re.escape(name) for name in (BLANK, tokenizer.mask_token) if name is not None}
     blank = re.compile(rf" ?(?:{'|'.join(names)}|<\|mask\|\*(?P<count>\d+)>)")
@@ -26,7 +30,10 @@ def encode_prompt(
     ids, end = [*before], 0
     for found in blank.finditer(prompt):
         ids += encode_part(tokenizer, prompt[end : found.start()], first=end == 0)
-        ids += [mask_token_id] * int(found["count"] or 1)
+        count = found["count"] or "1"
+        if len(count) > 9 or int(count) > MOST_BLANKS:
+            raise ValueError(f"`prompt` has a blank of {count[:20]} tokens: give at most {MOST_BLANKS:,}.")
+        ids += [mask_token_id] * int(count)
         end = found.end()
     ids += [*encode_part(tokenizer, prompt[end:], first=end == 0), *behind]
     return torch.tensor([[token for token in ids if token is not None]])

@@ -71,6 +71,7 @@ def test_a_text_that_ends_is_cut(write):
         (["the<|mask|>", 3], {}, "`prompts` holds 3, of type int"),
         ("the", {"max_new_tokens": 0}, "`max_new_tokens`=0 must"),
         ("", {"seed": 1.5}, "`seed`=1.5 must"),
+        ("", {"seed": 2**63}, "`seed`=9223372036854775808, .* must fit into 64 bits"),
         ("", {"bugdet": 24}, r"`bugdet`: did you mean `budget`\?"),
         ("", {"num_return_sequences": 2}, "num_return_sequences"),
     ],

@@ -74,6 +74,12 @@ def test_line_ends_before_a_blank_stay_and_the_tokenizers_own_mask_is_a_blank():
     assert word_pieces().decode(ids) == "[CLS] the [MASK] sat [MASK] [SEP]"
 
 
+def test_blanks_that_no_text_has_are_refused_before_they_are_made():
+    assert sample.encode_prompt(trained(), "the <|mask|*0002>", 269).eq(269).sum() == 2
+    for count in ("1000001", "9" * 12, "9" * 5000):
+        refused("`prompt` has a blank of [0-9]+ tokens", sample.encode_prompt, trained(), f"the <|mask|*{count}>", 269)
+
+
 def test_sampling_needs_neither_bos_nor_eos(tmp_path):
     word_tokenizer(["<unk>", *"abcdefghi", "<mask>"], mask_token="<mask>").save_pretrained(tmp_path)
     tiny_model().save_pretrained(tmp_path)
