@@ -42,13 +42,18 @@ class RevealAnimation:
             raise ValueError("`tokenizer` has no mask token: use the one that the model was trained with.")
         self.tokenizer, self.row, self.seconds_per_step, self.hold = tokenizer, row, seconds_per_step, hold
         self.states: list[torch.Tensor] = []  # (L,) ids after each step
+        self.last = -1  # number of the latest step
 
     def __call__(self, step: GenerationStep) -> None:
         """Note a step; the first of another run drops those of the run before."""
         mask, ids = self.tokenizer.mask_token_id, step.sequences[self.row].cpu()
-        if step.step == 0:
-            before = torch.where(step.revealed[self.row].cpu(), mask, ids)
+        revealed = step.revealed[self.row].cpu()
+        # Idle steps are not shown, so that the first one here may have any number.
+        written = bool(self.states) and bool((self.states[-1] != mask).all())
+        if not self.states or step.step <= self.last or (written and revealed.any()):
+            before = torch.where(revealed, mask, ids)
             self.states, self.given = [before], before != mask
+        self.last = step.step
         self.states.append(ids)
 
     def _repr_html_(self) -> str:

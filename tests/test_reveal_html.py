@@ -62,3 +62,18 @@ def test_a_notebook_shows_every_step_once_and_the_prompt_in_all():
     assert [frame.count("fp-changed") for frame in frames[1:]] == [a - b for a, b in pairwise(masked)]
     delays = [float(found) for found in re.findall(r"steps\(1\) (-[\d.]+)s", shown)]
     assert delays == sorted(delays) and len(delays) == len(frames)
+
+
+def test_a_notebook_shows_a_run_whose_first_steps_were_idle():
+    tokenizer = train_tokenizer(["the cat sat on the mat, and the other cat sat on the other mat"] * 4, 270)
+    model = tiny_model(vocab_size=270, mask_token_id=269, num_fixed_point_layers=0)
+    animation, prompt, numbers = RevealAnimation(tokenizer), tokenizer("a" + tokenizer.mask_token + "b"), []
+    for seed in range(6):  # the only step that runs is a later or an earlier one than in the run before
+        seen = []
+        out = model.generate([prompt["input_ids"]], budget=16, seed=seed, callback=seen.append)
+        model.generate([prompt["input_ids"]], budget=16, seed=seed, callback=animation)
+        numbers += [step.step for step in seen]
+        frames = re.findall(r'<div class="fp-text">(.*?)</div>', animation._repr_html_())
+        assert [frame.count("fp-masked") for frame in frames] == [1, 0]
+        assert animation.states[-1].tolist() == out[0].tolist()
+    assert len(numbers) == 6 and 0 not in numbers[:1] and numbers != sorted(numbers, reverse=True)
