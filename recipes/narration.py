@@ -39,7 +39,8 @@ def say_what_is_trained(trainer: Trainer, checkpoint: str | None) -> None:
     say(f"data: {train} of {length} tokens to train on, {validation} to validate on")
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     where = "from its beginning" if checkpoint is None else f"resuming from {checkpoint}"
-    say(f"run: {args.max_steps:,} steps of {batch:,} rows in {args.output_dir}, {where}")
+    planned = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs in steps"
+    say(f"run: {planned} of {batch:,} rows in {args.output_dir}, {where}")
 
 
 def has_prompts(trainer: Trainer) -> bool:

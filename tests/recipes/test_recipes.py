@@ -32,8 +32,10 @@ from fpmgm.data import load_text, train_tokenizer
 from fpmgm.trainers import ConsistencyConfig, ConversionConfig, ImageTokenizerConfig, MGMTrainingConfig, SDTTConfig
 from fpmgm.trainers.peft import LoraArguments
 from image_data import CodesArguments, PictureArguments
+from narration import say_what_is_trained
 from tests.recipes.options import QUIET, RECIPES, SHORT, SMALL, configured
 from tests.testing_utils import refused, tiny_image_model, tiny_image_tokenizer, tiny_model
+from tests.trainers.training_utils import make_trainer, token_rows
 from text_data import DataArguments, PromptArguments
 from train_and_export import OptionalStartArguments, StartArguments
 
@@ -113,6 +115,12 @@ def test_every_launch_configuration_is_read_by_accelerate(config):
     assert set(read.deepspeed_config) | set(read.fsdp_config) <= set(options)
     if read.distributed_type == "DEEPSPEED":
         assert read.deepspeed_config["zero_stage"] == int(config.stem[-1])
+
+
+def test_a_run_that_epochs_plan_is_told_in_epochs(tmp_path, capsys):
+    trainer = make_trainer(tmp_path, num_train_epochs=2.5, max_steps=-1, eval_dataset=token_rows(4))
+    say_what_is_trained(trainer, None)
+    assert f"run: 2.5 epochs in steps of 4 rows in {tmp_path}, from its beginning" in capsys.readouterr().out
 
 
 def test_training_goes_on_from_its_last_checkpoint_and_the_result_can_be_sampled(tmp_path, text_file, capsys):
