@@ -79,7 +79,7 @@ def load_images(
         bytes) and `label`, a `ClassLabel` with the same names in both.
 
     Raises:
-        `ValueError`: for a missing or empty folder, missing columns, or not exactly one source.
+        `ValueError`: for a missing or empty folder, missing columns, rows without a class, or not exactly one source.
     """
     if (image_dir is None) == (dataset_name is None):
         raise ValueError(
@@ -95,6 +95,14 @@ def load_images(
             raise ValueError(
                 f"`image_column`={image_column!r} and `label_column`={label_column!r} must be columns of "
                 f"{dataset_name!r}, the second one of class labels; it has {dict(dataset.features)}."
+            )
+    for name, dataset in found.items():
+        labels = dataset[label_column][:]
+        if bad := [i for i, label in enumerate(labels) if label is None or label < 0]:
+            raise ValueError(
+                f"row {bad[0]} of the split {splits[name]!r} of {dataset_name!r}, and {len(bad) - 1} more, have no "
+                f"class (`label_column`={label_column!r} holds {labels[bad[0]]}), as in splits to be submitted: give "
+                "another."
             )
     renames = {image_column: "image", label_column: "label"}
     columns = {name: d.select_columns(list(renames)).rename_columns(renames) for name, d in found.items()}

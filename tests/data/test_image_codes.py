@@ -197,6 +197,9 @@ def test_a_hub_dataset_gives_the_same_codes_as_its_folder(folder, tmp_path, monk
     by_picture = expected["train"]["input_ids"][:]
     assert codes["train"]["input_ids"][:] == [by_picture[0], by_picture[2], by_picture[3]]
     refused(r"`image_column`='image'.*'img'", load_images, **source)
+    hub = Dataset.from_dict({"img": embedded, "cls": [0, -1, None], "id": rows["label"]}, features=features)
+    message = r"row 1 of the split 'train' of 'org/name', and 1 more, have no class .`label_column`='cls' holds -1"
+    refused(message, load_images, **source, image_column="img", label_column="cls")
 
 
 # --- reading codes ---------------------------------------------------------------------------------------------------
