@@ -283,9 +283,10 @@ class MGMTrainer(CheckedRowsTrainer):
         scored = maskable(inputs)
         totals = torch.zeros_like(self._eval_totals)
         totals[2] = int(scored[fresh].sum()) * len(self._eval_draws)
+        totals[3] = int(fresh.sum()) * len(self._eval_draws)
         for draw in self._eval_draws:
             key = (self.args.seed, "eval", draw)
-            t = times_of_rows(key, rows, self.kind.time)
+            t = times_of_rows((self.args.seed, "eval", 0), draw, rows, self.kind.time)
             probabilities, weights = self.kind.masked_probability(t), self.kind.weight(None)(t)
             masked = scored & (self._uniforms(key, rows, length) < probabilities[:, None])
             state = noised(inputs, masked, t, weights, self.model.config.mask_token_id)
@@ -310,7 +311,7 @@ class MGMTrainer(CheckedRowsTrainer):
         """Evaluate the EMA weights: text by the negative ELBO per scored token, images by the cross-entropy per masked
         token; and its exponential, of text a bound of the perplexity, with its standard error."""
         start, dataset = time.perf_counter(), dataloader.dataset
-        self._eval_totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        self._eval_totals = torch.zeros(4, dtype=torch.float64, device=self.args.device)
         loop = partial(super().evaluation_loop, dataloader, description, metric_key_prefix=metric_key_prefix)
         with self._averaged():
             draws = self.args.eval_num_draws or 1
@@ -326,7 +327,7 @@ class MGMTrainer(CheckedRowsTrainer):
                 self.start_evaluation(dataset)
                 loop(prediction_loss_only=True)
                 totals = self.accelerator.reduce(self._eval_totals).tolist()
-        results = summary(*totals, draws)
+        results = summary(*totals[:3], draws)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in results.items()})
         self._clock += time.perf_counter() - start
         return output

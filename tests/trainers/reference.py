@@ -248,7 +248,7 @@ def cross_entropy(beliefs: list[Belief], noisy: list[Noisy], weight: float | Non
 def elbo(model: nn.Module, kind: Kind, rows: Dataset, seed: int, draw: int = 0) -> float:
     """What evaluation estimates: Σ w(t)·(−log p(x_i)) over the masked positions, per position that may be masked."""
     key, noisy = (seed, "eval", draw), []
-    shift = torch.rand((), generator=stream_generator(*key, "shift")).item()
+    shift = torch.rand((), generator=stream_generator(seed, "eval", 0, "shift")).item() + draw * (math.sqrt(2) - 1)
     for j, row in enumerate(rows):
         ids, t = torch.tensor(row["input_ids"]), kind.time(1 - abs(2 * ((shift + j * 0.6180339887498949) % 1) - 1))
         uniforms = torch.rand(kind.length, generator=stream_generator(*key, j))[: len(ids)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from fpmgm.trainers.estimator import MOST_DRAWS
+from fpmgm.trainers.estimator import MOST_DRAWS, times_of_rows
 
 from ..testing_utils import tiny_image_model
 from .reference import TEXT, elbo
@@ -66,6 +66,26 @@ def test_draws_are_independent_passes_over_the_same_rows(tmp_path, batch_size):
         3,
         pytest.approx(math.exp(sum(draws) / 3), rel=1e-5),
     )
+
+
+def test_a_row_alone_is_masked_at_times_all_over(tmp_path):
+    """One time says nothing of the others, and at an early one nothing may be masked: a perplexity of 1 ± 0."""
+    trainer = make_trainer(tmp_path, training_model(scale=0.3), eval_num_draws=1)
+    data = [{"input_ids": IDS[:2]}]
+    trainer.args.seed = next(seed for seed in range(99) if elbo(trainer.model, TEXT, data, seed) == 0)
+    assert trainer.evaluate(data)["eval_loss"] == 0
+    trainer.args.eval_num_draws = None
+    metrics = trainer.evaluate(data)
+    assert metrics["eval_num_draws"] == 64
+    exact = exact_bound(trainer.model.eval(), IDS[:2])
+    assert abs(metrics["eval_loss"] - exact) < 4 * metrics["eval_perplexity_stderr"] / metrics["eval_perplexity"]
+    ten = trainer.evaluate(token_rows(10).map(lambda row: {"input_ids": row["input_ids"][:1]}))
+    assert ten["eval_num_draws"] >= 7  # 64 times
+    for rows in (1, 3, 8):
+        places = torch.arange(rows)
+        drawn = [times_of_rows((0, "eval", 0), draw, places, lambda uniforms: uniforms) for draw in range(64 // rows)]
+        points = torch.cat([torch.zeros(1), *drawn, torch.ones(1)]).sort().values
+        assert points.diff().max() < 4 / 64  # of random ones it would be about 5 / 64
 
 
 def test_the_number_of_draws_follows_the_error(tmp_path):
