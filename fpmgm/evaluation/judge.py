@@ -35,9 +35,10 @@ class Judge:
         """Short name of the weights, which scores on disk carry."""
         return fingerprint(self.model)
 
-    @cached_property
+    @property
     def reading(self) -> str:
-        """Short name of the configuration and the tokenizer, which scores on disk carry too."""
+        """Short name of the configuration, the adapters that act and the tokenizer as they are now, which scores on
+        disk carry too."""
         return digest([configuration(self.model), tokenizer_contents(self.tokenizer)])
 
 

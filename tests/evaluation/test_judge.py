@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from peft import LoraConfig
 from tokenizers import AddedToken, normalizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -149,6 +150,15 @@ def test_special_tokens_without_a_part_of_their_own_are_not_judged_as_text():
     assert turn not in judge.tokenizer.all_special_ids
     rows = [[turn, *text, plain, turn, judge.tokenizer.eos_token_id]]
     assert decode_for(judge, judge.tokenizer, rows) == (["ab<plain><|endoftext|>"], "kept")
+
+
+def test_kept_scores_belong_to_the_judges_adapters_as_they_are_now(tmp_path):
+    judge, options = tiny_judge(), {"max_length": LENGTH, "cache_dir": tmp_path}
+    judge.model.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["c_attn"], fan_in_fan_out=True))
+    adapted = generative_perplexity(TEXTS, judge, **options)["generative_perplexity"]
+    judge.model.disable_adapters()
+    plain = generative_perplexity(TEXTS, judge, **options)["generative_perplexity"]
+    assert plain == generative_perplexity(TEXTS, tiny_judge(), max_length=LENGTH)["generative_perplexity"] != adapted
 
 
 def test_a_judge_is_loaded_from_a_folder(tmp_path):
