@@ -56,8 +56,8 @@ def load_judge(
         dtype (`torch.dtype`, *optional*): Of the weights. `None`: `torch.float32`.
 
     Raises:
-        `ValueError`: for a `.gguf` file that does not exist, a folder without a tokenizer that can be read, or the
-            place or type of a judge that is loaded already.
+        `ValueError`: for a `.gguf` file that does not exist, a folder without a tokenizer that can be read, a model
+            that sees the tokens that it is to predict, or the place or type of a judge that is loaded already.
         `ImportError`: for a `.gguf` file where the package gguf is not installed.
     """
     if isinstance(judge, Judge):
@@ -80,7 +80,21 @@ def load_judge(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = read_tokenizer(source, **options)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.float32, **options)
-    return Judge(name, model.to(device).eval(), tokenizer)
+    judge = Judge(name, model.to(device).eval(), tokenizer)
+    check_causal(judge)
+    return judge
+
+
+@torch.no_grad()
+def check_causal(judge: Judge) -> None:
+    """Raise a `ValueError` for a model whose prediction sees the token that it is of, as an encoder's does."""
+    ids = torch.tensor([[0, 0], [0, 1]], device=judge.model.device)
+    first, other = judge.model(ids).logits[:, 0].float()
+    if (first - other).abs().max() > 0.01 * first.abs().max():
+        raise ValueError(
+            f"`judge`={judge.name!r}, a {type(judge.model).__name__}, sees the tokens that it is to predict: give a "
+            "causal language model, such as 'gpt2-large'."
+        )
 
 
 def generative_perplexity(

@@ -345,6 +345,7 @@ def observed(monkeypatch, tmp_path) -> tuple[list, list]:
     truths = {"a": judge().model, "b": judge(1).model}
     monkeypatch.setattr("fpmgm.evaluation.judge.read_tokenizer", loaded)
     monkeypatch.setattr("fpmgm.evaluation.judge.AutoModelForCausalLM", SimpleNamespace(from_pretrained=loaded))
+    monkeypatch.setattr("fpmgm.evaluation.judge.check_causal", lambda judge: None)  # it is no language model
     hub = SimpleNamespace(from_pretrained=lambda name: Placed(truths[name]))
     monkeypatch.setattr("fpmgm.evaluation.truth.AutoModelForCausalLM", hub)
     return asked, mapped

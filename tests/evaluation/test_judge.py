@@ -11,7 +11,7 @@ import transformers
 from packaging.version import Version
 from peft import LoraConfig
 from tokenizers import AddedToken, normalizers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from fpmgm.conversion.cka import layer_similarity
 from fpmgm.data import train_tokenizer
@@ -171,6 +171,18 @@ def test_a_judge_is_loaded_from_a_folder(tmp_path):
     found = generative_perplexity(TEXTS, tmp_path, **options)
     assert found["generative_perplexity"] == generative_perplexity(TEXTS, judge, **options)["generative_perplexity"]
     assert found["protocol"]["judge"] == tmp_path.name
+
+
+def test_a_judge_that_sees_what_it_predicts_is_refused(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 258, "hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": LENGTH}
+    config = BertConfig(**sizes, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3)
+    tiny_judge().tokenizer.save_pretrained(tmp_path)
+    BertLMHeadModel(config).save_pretrained(tmp_path)
+    refused("sees the tokens that it is to predict", load_judge, tmp_path, device="cpu")
+    config.is_decoder = True
+    BertLMHeadModel(config).save_pretrained(tmp_path)
+    assert generative_perplexity(TEXTS, tmp_path, max_length=LENGTH)["generative_perplexity"] > 1
 
 
 @pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="older ones read no single merge")
