@@ -351,7 +351,8 @@ class MGMTrainer(CheckedRowsTrainer):
         """Note scalars of a micro-batch, whose means by `weight` the next log line shows; by its share of the
         sequences of its step, these are means over steps however the batch is split."""
         for name, value in values.items():
-            self._metrics[name].append(torch.stack([value.detach() * weight, torch.ones_like(value) * weight]))
+            part = torch.stack([value.detach() * weight, torch.ones_like(value) * weight])
+            self._metrics[name] = [sum(self._metrics[name], part)]  # one, however long nothing is logged
 
     def since_log(self) -> dict[str, list[torch.Tensor]]:
         """Also the values whose means the line adds."""

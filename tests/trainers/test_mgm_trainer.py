@@ -170,6 +170,14 @@ def test_images_without_classes_train(tmp_path):
     assert len(calls) == 3 and not any("class_labels" in kwargs for kwargs, _ in calls)
 
 
+def test_a_run_that_logs_nothing_keeps_one_sum_of_each_measure(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=4, logging_strategy="no", gradient_accumulation_steps=2)
+    trainer.train()
+    kept = trainer.since_log()
+    assert {"sums.residual", "sums.masked_accuracy"} < kept.keys() and {len(values) for values in kept.values()} == {1}
+    assert kept["sums.residual"][0][1].item() == pytest.approx(4)  # a weight of 1 for each step
+
+
 def test_tokens_that_are_padded_with_elsewhere_are_counted(tmp_path):
     """The end of text is the padding of most prompts, and text in a row."""
     tokenizer = train_tokenizer(["the cat sat"] * 9, 258)
