@@ -91,6 +91,7 @@ def describe_start(name: str | None, revision: str | None = None) -> list[dict] 
 
 def load_model(name: str, revision: str | None = None) -> PreTrainedModel:
     """A model of this library, or a checkpoint of MDLM, its descendants or Halton-MaskGIT; in float32, to train it."""
+    refuse_adapter(name)
     if Path(name).is_file():
         halton = Path(name).suffix in (".pth", ".safetensors")
         return load_halton_maskgit(name) if halton else load_mdlm(name)
@@ -146,8 +147,20 @@ def check_architecture(architecture, config: PreTrainedConfig, model_name: str) 
         raise ValueError(f"{wrong} is not what `model_name_or_path`={model_name!r} has: leave it out.")
 
 
+def refuse_adapter(name: str) -> None:
+    """Raise a `ValueError` for the folder of an adapter, whose weights would be frozen."""
+    folder = Path(name)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"`model_name_or_path`={name!r} is an adapter: start from its model with it in the weights, which "
+            "`PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(folder)` writes."
+        )
+
+
 def check_adapter(lora: LoraArguments, start: OptionalStartArguments) -> None:
-    """Raise a `ValueError` for an adapter of fresh weights."""
+    """Raise a `ValueError` for an adapter of fresh weights, or of a model with one."""
+    if start.model_name_or_path is not None:
+        refuse_adapter(start.model_name_or_path)
     if lora.use_peft and start.model_name_or_path is None:
         raise ValueError("`use_peft` adapts a trained model: give `model_name_or_path`.")
 

@@ -34,7 +34,7 @@ from fpmgm.trainers.peft import LoraArguments
 from image_data import CodesArguments, PictureArguments
 from narration import say_what_is_trained
 from tests.recipes.options import QUIET, RECIPES, SHORT, SMALL, configured
-from tests.testing_utils import refused, tiny_image_model, tiny_image_tokenizer, tiny_model
+from tests.testing_utils import refused, saved_adapter, tiny_image_model, tiny_image_tokenizer, tiny_model
 from tests.trainers.training_utils import make_trainer, token_rows
 from text_data import DataArguments, PromptArguments
 from train_and_export import OptionalStartArguments, StartArguments
@@ -115,6 +115,14 @@ def test_every_launch_configuration_is_read_by_accelerate(config):
     assert set(read.deepspeed_config) | set(read.fsdp_config) <= set(options)
     if read.distributed_type == "DEEPSPEED":
         assert read.deepspeed_config["zero_stage"] == int(config.stem[-1])
+
+
+def test_an_adapter_is_no_start(tmp_path, text_file):
+    saved_adapter(tmp_path, tiny_model())
+    argv = ["--model_name_or_path", str(tmp_path / "adapter"), "--text_files", text_file, *QUIET]
+    for recipe in (train_owt, convert_mdlm, posttrain_consistency, distill_sdtt):
+        output_dir = ["--output_dir", str(tmp_path / "out")]
+        refused(r"`model_name_or_path`=.*is an adapter: start from its model", recipe.main, [*argv, *output_dir])
 
 
 def test_a_run_that_epochs_plan_is_told_in_epochs(tmp_path, capsys):
