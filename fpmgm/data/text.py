@@ -14,6 +14,9 @@ from ..models.text_input import boundary_ids, encode_text
 from .text_files import READERS, check_encoding, explain, kind, list_files
 
 
+TOGETHER = 1000  # documents that are packed as one stream
+
+
 def load_text(
     text_files: str | Path | Iterable[str | Path] | None = None,
     dataset_name: str | None = None,
@@ -86,7 +89,8 @@ def pack(
         dataset (`Dataset` or `IterableDataset`): Rows with `"text"`, as of [`load_text`].
         tokenizer (`PreTrainedTokenizerBase`): Has EOS (or SEP); BOS defaults to CLS, or else to EOS.
         length (`int`): Block length, at least 3.
-        num_proc (`int`, *optional*): Processes. `None`: this one.
+        num_proc (`int`, *optional*): Processes, of 1,000 documents each at least. What is left at the end of each
+            one's is dropped too, so that blocks depend on their number. `None`: this one.
 
     Raises:
         `ValueError`: if the text is shorter than one block, a row holds something else than text, or the tokenizer
@@ -102,13 +106,15 @@ def pack(
     if eos is None:
         raise ValueError("`tokenizer` has no EOS token: set `tokenizer.eos_token`, which ends every document.")
     function = partial(_pack_documents, tokenizer=tokenizer, length=length, bos=bos, eos=eos)
-    options = {"batched": True, "with_indices": True, "remove_columns": columns or ["text"]}
+    options = {"batched": True, "batch_size": TOGETHER, "with_indices": True, "remove_columns": columns or ["text"]}
     if isinstance(dataset, IterableDataset):
         if num_proc is not None:
             raise ValueError(
                 f"`num_proc`={num_proc} is for data that is read before training, not a stream: leave it out."
             )
         return dataset.map(function, **options)
+    if num_proc is not None and len(dataset) < num_proc * TOGETHER:  # fewer documents would drop more of their text
+        num_proc = len(dataset) // TOGETHER or None
     blocks = dataset.map(function, num_proc=num_proc, desc="packing", **options)
     if len(blocks) == 0:
         raise ValueError(

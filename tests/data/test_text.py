@@ -61,6 +61,12 @@ def test_blocks_are_bos_then_the_documents_joined_by_eos_then_eos(count, bos, st
         assert blocks.column_names == ["input_ids"]
 
 
+def test_processes_of_few_documents_drop_none_of_their_text():
+    documents, tokenizer = token_documents(25), numbered(eos_token="<eos>")
+    blocks = pack(as_text(documents), tokenizer, 10, num_proc=5)
+    assert blocks["input_ids"][:] == packed(documents, 10, 998, 998)
+
+
 def test_blocks_do_not_depend_on_the_other_columns_and_on_missing_texts():
     data = Dataset.from_dict({"text": ["w1 w2", None, "", "w3"], "id": [1, 2, 3, 4]})
     rows = list(pack(data, numbered(eos_token="<eos>"), 4))
