@@ -458,6 +458,7 @@ def test_what_tasks_say_beside_greedy_decoding_is_no_error():
     plain = write(lm, ("a b", {"max_gen_toks": 4}))
     for beside in ({"top_p": 0.95}, {"top_k": 2, "do_sample": False}, {"num_beams": 1}):
         assert write(lm, ("a b", {"max_gen_toks": 4, **beside})) == plain
+    refused("`seed`=3 is no `--gen_kwargs` but one of `--model_args`", write, lm, ("a b", {"seed": 3}))
     refused("`num_beams`", write, lm, ("a b", {"max_gen_toks": 4, "num_beams": 2}))
     lm.seed = 3
     free, narrow = (write(lm, ("a b", {"max_gen_toks": 4, "temperature": 9.0, **top})) for top in ({}, {"top_k": 1}))

@@ -399,6 +399,10 @@ class MGMLM(TemplateLM):
 
     def _job(self, number: int, context: str, gen_kwargs: dict[str, Any], repeat: int) -> Job:
         options = normalize_gen_kwargs(gen_kwargs, default_max_gen_toks=min(256, self.max_length // 2))
+        if "seed" in options:
+            raise ValueError(
+                f"`seed`={options['seed']} is no `--gen_kwargs` but one of `--model_args`: give it there."
+            )
         until = [stop for stop in options.pop("until") if stop]  # lm-eval's `until: null` is a list of `None`
         new_tokens, sample = options.pop("max_gen_toks"), options.pop("do_sample")
         options["temperature"] = options.get("temperature", 1.0) if sample else 0.0
