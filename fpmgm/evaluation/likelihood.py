@@ -170,6 +170,8 @@ def check_iterations(name: str, iterations: int | None, config) -> int | None:
 def _draws_needed(nats: torch.Tensor, lengths: torch.Tensor) -> int:
     """Passes that the standard error asks for, from those done (R, N); at most twice as many at a time."""
     done, error = len(nats), _summary(nats, lengths)["standard_error_draws"]
+    if not nats.any() and done < MOST_DRAWS:  # nothing was masked, which tells nothing
+        return min(2 * done, MOST_DRAWS)
     if error <= RELATIVE_ERROR:
         return done
     if done >= MOST_DRAWS:

@@ -140,6 +140,14 @@ def test_more_draws_go_on_from_fewer(tmp_path, monkeypatch):
     assert len(calls) == 6  # other iterations are another measurement
 
 
+def test_passes_that_masked_nothing_are_not_the_end():
+    model, row = tiny_model(scale=0.3), [[3]]
+    drawn = ([corruption(range(1), 1, 1, (seed, "likelihood", draw)) for draw in range(4)] for seed in range(999))
+    seed = next(seed for seed, noise in enumerate(drawn) if all(uniforms >= t for t, uniforms in noise))
+    assert elbo_perplexity(model, row, num_draws=4, seed=seed)["perplexity"] == 1
+    assert elbo_perplexity(model, row, seed=seed)["perplexity"] > 1
+
+
 def test_passes_go_on_until_the_error_is_small(tmp_path, monkeypatch, caplog):
     model, rows = tiny_model().double(), np.random.default_rng(0).integers(0, 10, (60, 8)).tolist()
     assert fpmgm.evaluation.likelihood.RELATIVE_ERROR == 0.02
