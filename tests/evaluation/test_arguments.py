@@ -294,10 +294,10 @@ CASES = [
     ),
     Case(
         pack,
-        {"dataset": Dataset.from_dict({"text": TEXTS}), "tokenizer": tokenizer(), "length": 8},
+        {"dataset": Dataset.from_dict({"text": TEXTS * 50}), "tokenizer": tokenizer(), "length": 8},
         {
             "dataset": Result(Dataset.from_dict({"text": TEXTS[1:]})), "tokenizer": Result(words()),
-            "length": Result(9), "num_proc": Result(2),
+            "length": Result(9), "num_proc": Result(2),  # of 1,000 documents each
         },
     ),
     Case(
