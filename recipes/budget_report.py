@@ -90,7 +90,7 @@ def settings(args: EvaluationArguments, model: PreTrainedModel) -> list[dict]:
     same = {name: getattr(args, name) for name in ("temperature", "num_steps", "allocation")}
     same = {name: value for name, value in same.items() if value is not None}
     # A model without fixed-point layers has nothing to reuse, nor has a looped one: one row says it all.
-    reuses = args.reuse if model.config.num_fixed_point_layers and not model.config.is_looped else None
+    reuses = args.reuse if model.config.can_reuse else None
     choices = [[("reuse", value) for value in reuses or []], [("top_p", value) for value in args.top_p or []]]
     return [{**dict(pairs), **same} for pairs in product(*filter(None, choices))]
 

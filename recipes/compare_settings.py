@@ -93,7 +93,7 @@ def read_settings(path: str) -> dict[str, dict]:
 
 def fitting(settings: dict[str, dict], config) -> dict[str, dict]:
     """The settings that a model can have; what differs only in options that it has not stands once."""
-    if config.num_fixed_point_layers and not config.is_looped:
+    if config.can_reuse:
         return settings
     found: dict[str, dict] = {}
     for name, options in settings.items():

@@ -349,7 +349,7 @@ def run_latency(args: LatencyArguments, judge, device: str) -> dict:
 
     def settings_of(model: PreTrainedModel) -> list[dict]:
         # A model without fixed-point layers has nothing to reuse, nor has a looped one.
-        reuses = args.reuse if model.config.num_fixed_point_layers and not model.config.is_looped else ["none"]
+        reuses = args.reuse if model.config.can_reuse else ["none"]
         return grid(reuse=reuses, budget=args.budgets)
 
     rows, titles = [], short_names("model", args.model)

@@ -95,6 +95,11 @@ class MGMConfig(PreTrainedConfig):
         return self.num_fixed_point_layers > 0 and self.input_injection == "none"
 
     @property
+    def can_reuse(self) -> bool:
+        """Whether a step can start from the last one's solution: F has layers, and is told of its input besides."""
+        return self.num_fixed_point_layers > 0 and not self.is_looped
+
+    @property
     def num_hidden_layers(self) -> int:
         """Distinct blocks of the model."""
         return self.num_pre_layers + self.num_fixed_point_layers + self.num_post_layers

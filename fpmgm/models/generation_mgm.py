@@ -183,7 +183,7 @@ class MGMGenerationMixin:
         """
         (batch_size, length), classes = tokens.shape, conditions.classes
         copies = 1 if classes is None else len(classes) // batch_size  # 2: guidance, the second without classes
-        reusing = config.reuse != "none" and self.config.num_fixed_point_layers > 0 and not self.config.is_looped
+        reusing = config.reuse != "none" and self.config.can_reuse
         width = length + self.config.num_register_tokens
         ledger, solution = Ledger(plan, self.config, config, batch_size, copies * batch_size, width), None
         for step in logging.tqdm(range(plan.num_steps), desc="denoising", disable=not config.progress_bar):

@@ -117,8 +117,8 @@ class PerfectDenoiser(MGMGenerationMixin, nn.Module):
         symbols = chain.emissions.shape[1]
         self.config = SimpleNamespace(
             vocab_size=symbols + 1, mask_token_id=symbols, max_position_embeddings=length, num_pre_layers=1,
-            num_fixed_point_layers=0, num_post_layers=0, num_classes=0, num_register_tokens=0, bos_token_id=None,
-            eos_token_id=None, pad_token_id=None,
+            num_fixed_point_layers=0, num_post_layers=0, num_classes=0, num_register_tokens=0, can_reuse=False,
+            bos_token_id=None, eos_token_id=None, pad_token_id=None,
         )  # fmt: skip
         self.generation_config = MGMGenerationConfig()
 

@@ -77,6 +77,7 @@ class KnownDistribution(MGMGenerationMixin, nn.Module):
         self.config = SimpleNamespace(
             vocab_size=len(logits), mask_token_id=mask_token_id, max_position_embeddings=length,
             num_pre_layers=1, num_fixed_point_layers=0, num_post_layers=0, num_classes=0, num_register_tokens=0,
+            can_reuse=False,
         )  # fmt: skip
         self.generation_config = MGMGenerationConfig()
         self.logits, self.calls = torch.tensor(logits), []
